@@ -1,0 +1,1 @@
+"""Measuring: the benchmark harness behind `flowad-bench`, the demo, and committed results."""

@@ -1,0 +1,1 @@
+"""Writing artefacts: checkpoint to bundle."""

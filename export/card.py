@@ -1,0 +1,66 @@
+"""The model card of a bundle: its manifest in Markdown, for people."""
+
+from flowad_fast.bundle import Manifest
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown that says what the bundle computes, what was checked, and how it is used."""
+    v = manifest.model.velocity
+    names = ", ".join(manifest.model.class_names) if v.use_class_labels else "none (unconditional)"
+    size = "any (resized as in training)" if manifest.frame_size is None else "x".join(map(str, manifest.frame_size))
+    lines = [
+        "# Anomaly detector bundle",
+        "",
+        f"Written by flowad-fast {manifest.project_version} on {manifest.created}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| scorer | `{manifest.scorer!r}` |",
+        f"| image score | {manifest.aggregate} of the {manifest.model.image.size}x{manifest.model.image.size} map |",
+        f"| frames | uint8 RGB, height x width: {size} |",
+        f"| backbone | {manifest.model.backbone} |",
+        f"| velocity field | DiT {v.hidden_size} wide, {v.depth} deep, {v.num_heads} heads, predicts {v.pred_type} |",
+        f"| classes | {names} |",
+        "",
+        "## Parity with the fp32 reference",
+        "",
+        "Errors are relative to the standard deviation of the reference map.",
+        "",
+        "| artefact | engine | precision | frames | max map error | RMS map error | rank correlation | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, a in manifest.artefacts.items():
+        p = a.parity
+        if p is None:
+            lines.append(f"| {name} | {a.engine} | {a.precision} | not checked | | | | |")
+            continue
+        rank = "not measured" if p.spearman is None else f"{p.spearman:.4f}"
+        lines.append(
+            f"| {name} | {a.engine} | {a.precision} | {p.frames} ({p.source}) | {p.max_error:.1e} | {p.rms_error:.1e} "
+            f"| {rank} | {'passed' if p.passed else 'FAILED'} (tolerance {p.tolerance:.0e}) |"
+        )
+    lines += ["", "## Calibration", ""]
+    if manifest.calibration is None:
+        lines.append("None: scores are available, verdicts are not. `flowad-export BUNDLE --calibrate GOOD_FOLDER`.")
+    else:
+        lines += [
+            f"Accepted false-reject rate: {manifest.calibration.alpha:g}.",
+            "",
+            "| class | threshold | good parts |",
+        ]
+        lines.append("| --- | --- | --- |")
+        for name, c in manifest.calibration.classes.items():
+            lines.append(f"| {name or 'all'} | {c.threshold:.6g} | {c.parts} |")
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import flowad_fast",
+        'detector = flowad_fast.load("this-folder")',
+        "detection = detector(frames)  # uint8 (B, H, W, 3)",
+        "detection.score, detection.map, detection.verdict",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""The exported boundary: frames (B, H, W, 3) uint8 in; `map` (B, S, S) and raw `score` out, float32.
+
+Everything that decides a score is inside: resize, normalisation, backbone, loop, map, upsampling, aggregate. The class
+index `classes` (B,) int64 is a second input of conditional models. Thresholds stay outside, in the manifest.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from flowad_fast.decision import Aggregate
+from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.scorers import Scorer
+
+OUTPUTS = ("map", "score")
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A scoring pipeline with example inputs and the names and dynamic axes of the exported graph."""
+
+    pipeline: ScoringPipeline
+    inputs: tuple[str, ...]
+    example: tuple[Tensor, ...]
+    dynamic_shapes: tuple[Any, ...]
+
+    def trace(self) -> ExportedProgram:
+        """The pipeline as an ATen graph with symbolic batch (and frame size)."""
+        with torch.no_grad():
+            return torch.export.export(self.pipeline, self.example, dynamic_shapes=self.dynamic_shapes)
+
+
+def boundary(
+    model: FlowModel, scorer: Scorer, aggregate: Aggregate, frame_size: tuple[int, int] | None = None
+) -> Boundary:
+    """The exported boundary of a model with a scorer; `frame_size` None accepts frames of any size."""
+    pipeline = ScoringPipeline(model, scorer, aggregate).eval()
+    height, width = frame_size or (300, 280)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
+    batch = Dim("batch", min=1, max=4096)
+    axes: dict[int, Any] = {0: batch}
+    if frame_size is None:
+        axes |= {1: Dim("height", min=16, max=16384), 2: Dim("width", min=16, max=16384)}
+    if not model.config.use_class_labels:
+        return Boundary(pipeline, ("frames",), (frames,), (axes,))
+    classes = torch.arange(2) % model.config.num_classes
+    return Boundary(pipeline, ("frames", "classes"), (frames, classes), (axes, {0: batch}))

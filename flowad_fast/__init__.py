@@ -1,0 +1,60 @@
+"""Fast, trustworthy inference for flow-matching visual anomaly detection.
+
+    detector = flowad_fast.load("bundles/bottle")     # an exported bundle
+    detection = detector(frames)                      # uint8 (B, H, W, 3)
+    detection.score, detection.map, detection.verdict
+
+Names are imported on first use, so that `import flowad_fast` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowad_fast.checkpoint import load_checkpoint, load_velocity, save_checkpoint
+    from flowad_fast.config import VelocityConfig
+    from flowad_fast.decision import Verdict
+    from flowad_fast.detector import Detection, Detector, load
+    from flowad_fast.integration import integrate
+    from flowad_fast.model import FlowModel
+    from flowad_fast.scorers import Density, Inversion, Reconstruction
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "detector",
+    "Detector": "detector",
+    "Detection": "detector",
+    "Verdict": "decision",
+    "load_checkpoint": "checkpoint",
+    "load_velocity": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "FlowModel": "model",
+    "VelocityConfig": "config",
+    "integrate": "integration",
+    "Density": "scorers",
+    "Inversion": "scorers",
+    "Reconstruction": "scorers",
+}
+
+__all__ = [
+    "Density",
+    "Detection",
+    "Detector",
+    "FlowModel",
+    "Inversion",
+    "Reconstruction",
+    "VelocityConfig",
+    "Verdict",
+    "integrate",
+    "load",
+    "load_checkpoint",
+    "load_velocity",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flowad_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"flowad_fast.{_HOME[name]}"), name)

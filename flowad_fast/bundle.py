@@ -1,0 +1,239 @@
+"""The artefact: one folder with one manifest. Exporters write it, engines read it, nothing else is shared.
+
+A bundle is written in a folder beside its target and exchanged with it at the end, so a crash at any moment leaves the
+old one as it was. Every file is listed with its SHA-256 and is verified before anything parses it.
+"""
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+from pydantic import Field
+
+from flowad_fast.checkpoint import sha256
+from flowad_fast.config import Frozen, ModelConfig, Precision, parse, read_mapping
+from flowad_fast.decision import Aggregate, Calibration
+from flowad_fast.errors import BundleError
+from flowad_fast.scorers import Scorer
+
+MANIFEST = "manifest.json"
+ARTEFACT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Parity(Frozen):
+    """One artefact against the fp32 reference on the same frames; errors are relative to the reference map's scale.
+
+    `scale` is the standard deviation of the reference map. The verdict compares with `tolerance` (of the maximum).
+    """
+
+    passed: bool
+    frames: int = Field(gt=0)
+    source: str
+    scale: float
+    max_error: float
+    rms_error: float
+    spearman: float | None
+    score_error: float
+    tolerance: float
+    auroc_difference: float | None = None
+
+
+class Artefact(Frozen):
+    """One engine file (and its companions) of a bundle."""
+
+    engine: Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"]
+    files: dict[str, str]
+    """File name to SHA-256; the first is the one that the engine opens."""
+    precision: Precision = "fp32"
+    versions: dict[str, str] = {}
+    build_seconds: float | None = None
+    parity: Parity | None = None
+    details: dict[str, Any] = {}
+
+
+class Manifest(Frozen):
+    """Everything that a production line must know about a bundle, and nothing that it must guess."""
+
+    schema_version: Literal[1] = 1
+    project_version: str
+    created: str
+    source: dict[str, Any]
+    model: ModelConfig
+    scorer: Scorer = Field(discriminator="kind")
+    aggregate: Aggregate = "max"
+    frame_size: tuple[int, int] | None = None
+    """Height and width of the frames, None when any size is accepted (and resized as in training)."""
+    artefacts: dict[str, Artefact]
+    calibration: Calibration | None = None
+    probe_choice: dict[str, Any] | None = None
+    """How the number of density probes was chosen, when it was chosen by measured error."""
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
+    """The manifest of the bundle at `path`, after checking the listed files' names, kinds and hashes.
+
+    Raises:
+        BundleError: no bundle there, a manifest of another version, or a file that is missing, a link, or altered.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file():
+        what = "a rejected export (it failed its parity check)" if folder.suffix == ".rejected" else "no bundle"
+        raise BundleError(f"{folder}: {what}: there is no {MANIFEST}; make one with flowad-export CHECKPOINT")
+    data = read_mapping(folder / MANIFEST)
+    if data.get("schema_version") != 1:
+        raise BundleError(
+            f"{folder}: manifest schema {data.get('schema_version')!r}, this version reads 1; export the bundle again"
+        )
+    manifest = parse(Manifest, data, str(folder / MANIFEST))
+    for artefact in manifest.artefacts.values():
+        for name, expected in artefact.files.items():
+            if verify:
+                verify_file(folder, name, expected)
+    return folder, manifest
+
+
+def verify_file(folder: Path, name: str, expected: str) -> Path:
+    """The path of a bundle's file, after checking that it is a plain file inside the folder with this SHA-256."""
+    path = folder / name
+    if not ARTEFACT_FILE.fullmatch(name):
+        raise BundleError(f"{folder}: the manifest names {name!r}, which is no plain file name")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path}: missing, or not a plain file; export the bundle again")
+    got = sha256(path)
+    if got != expected:
+        raise BundleError(
+            f"{path}: SHA-256 is {got[:16]}…, the manifest says {expected[:16]}…: the file was altered or damaged; "
+            "copy or export the bundle again"
+        )
+    return path
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write or replace the manifest: aside, synced, renamed."""
+    aside = folder / (MANIFEST + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(folder / MANIFEST)
+    _sync(folder)
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Exclude other writers of the bundle at `target`.
+
+    Raises:
+        BundleError: another export is writing it now.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BundleError(f"{target}: another export is writing this bundle; wait for it or choose --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[Path]:
+    """A fresh folder beside `target`, under a lock; `publish` makes it the bundle, otherwise it vanishes at the end.
+
+    Left-overs of killed exports are swept first.
+
+    Raises:
+        BundleError: another export is writing the same bundle, or `target` exists and is no bundle.
+    """
+    target = Path(target)
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"{target}: exists and is no bundle; choose another --output")
+    with locked(target):
+        for leftover in target.parent.glob(f".{target.name}.new-*"):
+            shutil.rmtree(leftover)
+        aside = target.parent / f".{target.name}.new-{os.getpid()}"
+        aside.mkdir()
+        try:
+            yield aside
+        finally:
+            if aside.exists():
+                shutil.rmtree(aside)
+
+
+def publish(aside: Path, target: str | Path) -> None:
+    """Make the finished folder `aside` the bundle at `target`, in one step that a crash cannot halve."""
+    target = Path(target)
+    for file in aside.iterdir():
+        _sync(file)
+    _sync(aside)
+    exchange(aside, target)
+    _sync(target.parent)
+
+
+def reject(aside: Path, target: str | Path) -> Path:
+    """Keep a finished but failing export under a `.rejected` name, without touching the bundle at `target`."""
+    rejected = Path(target).with_name(Path(target).name + ".rejected")
+    if rejected.exists():
+        shutil.rmtree(rejected)
+    (aside / MANIFEST).rename(aside / "rejected.json")
+    aside.rename(rejected)
+    return rejected
+
+
+def exchange(new: Path, target: Path) -> None:
+    """Put folder `new` in the place of `target` in one step; an old folder ends up under `new`'s name."""
+    if not target.exists():
+        new.rename(target)
+        return
+    swap = _renameat2()
+    if swap is not None and swap(str(new).encode(), str(target).encode()):
+        return
+    # Two renames: between them a reader finds no bundle, but never half of one.
+    old = target.with_name(f".{target.name}.new-old-{os.getpid()}")
+    target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old)
+
+
+def _renameat2() -> Callable[[bytes, bytes], bool] | None:
+    """Linux's atomic exchange of two paths, where the C library has it."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return None
+
+    def swap(a: bytes, b: bytes) -> bool:
+        at_cwd, rename_exchange = -100, 2
+        if function(at_cwd, a, at_cwd, b, rename_exchange) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in (errno.EINVAL, errno.ENOSYS):  # a filesystem or kernel without it
+            return False
+        raise OSError(code, os.strerror(code), a.decode())
+
+    return swap
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

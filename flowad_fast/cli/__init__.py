@@ -1,0 +1,1 @@
+"""Command-line front ends; each is a thin layer over a library call."""

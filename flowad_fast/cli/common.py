@@ -1,0 +1,62 @@
+"""What every command shares: consoles, one-line errors, progress bars, JSON output, and exit codes."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flowad_fast.errors import FlowADError
+
+out = Console()
+"""Results go here (standard output)."""
+err = Console(stderr=True)
+"""Progress, warnings and errors go here, so that `--json` on standard output stays clean."""
+
+EXIT_ERROR = 1
+"""The work was tried and failed (bad file, failed parity, no engine)."""
+EXIT_INTERRUPTED = 130
+
+
+def run(app: typer.Typer) -> None:
+    """Run `app`; an expected error becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
+    try:
+        app()
+    except FlowADError as error:
+        err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        err.print(str(error), markup=False, highlight=False)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted[/]; what was finished is kept")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def command(function: Callable[..., Any]) -> Callable[[], None]:
+    """A console-script entry point for a single-command program whose options are `function`'s parameters."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app.command()(function)
+    return lambda: run(app)
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on standard output, for machines."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress(description: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error with count, elapsed and remaining time; yields `advance(n)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=quiet, transient=False) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n=1: bar.update(task, advance=n)

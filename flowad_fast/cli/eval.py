@@ -1,0 +1,118 @@
+"""`flowad-eval`: metrics of a bundle or a checkpoint on a data set."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowad_fast.cli import common
+from flowad_fast.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from flowad_fast.detector import Detector
+    from flowad_fast.evaluation import Report
+
+DEMO = "demo"
+"""A model that needs no files."""
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Bundle folder, checkpoint file, or `demo`.")],
+    data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
+    layout: Annotated[str, typer.Option(help="mvtec (also MPDD), visa, realiad, folder or elpv.")] = "mvtec",
+    category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Checkpoint only: density, inversion (default) or reconstruction.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint only: steps per unit time.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Checkpoint only: its training configuration.")] = None,
+    backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.json, report.png and mistakes/; made if needed.")
+    ] = None,
+    test_set_normalisation: Annotated[
+        bool,
+        typer.Option(
+            "--test-set-normalisation",
+            help="Image score of the paper's code, with ranges from the test set itself; to reproduce its numbers.",
+        ),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate MODEL on the test images of a data set: AUROC, AP, F1max, and with masks also the pixel metrics.
+
+    Examples: `flowad-eval bundles/mvtec --data mvtec`, `flowad-eval demo --layout elpv`,
+    `flowad-eval model.pth --config config.yaml --scorer density --data visa --layout visa --category candle`.
+    """
+    from flowad_fast import evaluation
+    from flowad_fast.data.layouts import read_dataset
+
+    dataset = read_dataset(layout, data)
+    total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
+    detector = _load(model, scorer, steps, config, backbone_weights)
+    with common.progress("evaluating", total, quiet=json) as advance:
+        report = evaluation.evaluate(
+            detector,
+            dataset,
+            categories=category,
+            batch_size=batch,
+            mask_size=detector.image_size,
+            progress=advance,
+            test_set_normalisation=test_set_normalisation,
+        )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.json").write_text(report.to_json(), encoding="utf-8")
+        evaluation.plot_report(report, output / "report.png")
+        evaluation.save_mistakes(report, detector, output / "mistakes")
+        common.err.print(f"written: {output}", highlight=False)
+    if json:
+        common.print_json(report.to_dict())
+    else:
+        _print_table(report)
+    for row in report.errors:
+        common.err.print(f"left out: {row.error}", style="yellow", markup=False, highlight=False)
+
+
+def _load(
+    model: str, scorer: str | None, steps: int | None, config: Path | None, backbone_weights: Path | None
+) -> "Detector":
+    import flowad_fast
+
+    if model == DEMO or (Path(model) / "manifest.json").is_file():
+        options = {"scorer": scorer, "steps": steps, "config": config, "backbone-weights": backbone_weights}
+        given = [f"--{name}" for name, value in options.items() if value is not None]
+        if given:
+            raise ConfigError(f"{model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint")
+        return flowad_fast.load(model)
+    from flowad_fast.scorers import SCORERS
+
+    name = scorer or "inversion"
+    if name not in SCORERS:
+        raise ConfigError(f"unknown scorer {name!r}; {nearest(name, SCORERS)}")
+    from flowad_fast.detector import Detector
+
+    chosen = SCORERS[name]() if steps is None else SCORERS[name](steps=steps)
+    return Detector.from_checkpoint(Path(model), chosen, config=config, backbone_weights=backbone_weights)
+
+
+def _print_table(report: "Report") -> None:
+    from rich.table import Table
+
+    from flowad_fast.metrics import METRICS
+
+    title = f"{report.dataset}: {report.detector}, image score {report.image_score}, values in %"
+    columns = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")
+    table = Table("category", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, values in (*report.metrics.items(), ("mean", report.mean)):
+        if name == "mean":
+            table.add_section()
+        cells = (values[key] for key in (*METRICS, "mean_ad"))
+        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in cells))
+    common.out.print(table)
+
+
+main = common.command(evaluate)

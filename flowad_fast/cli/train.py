@@ -1,0 +1,112 @@
+"""`flowad-train`: train a detector's velocity field from good parts."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flowad_fast import training
+from flowad_fast.cli import common
+from flowad_fast.config import parse, read_mapping
+
+if TYPE_CHECKING:
+    from flowad_fast.training import Progress as Report
+
+_OPTION_NAMES = {"root": "--data", "categories": "--category"}
+"""Options that are not the field's name with dashes."""
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the trained model, its log, and the state to resume from.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with any of the options below; options given here go first.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the state in the output folder, if there is one.")] = True,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="This is one of the processes that `accelerate launch` started.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; no progress bars.")] = False,
+    **options: Any,
+) -> None:
+    """Train a detector on the good training images of a data set and write `model.safetensors` with its JSON.
+
+    Ctrl-C saves the state; the same command goes on from there, with the same result as an uninterrupted run.
+
+    Examples: `flowad-train --layout mvtec --data mvtec --output runs/mvtec`,
+    `flowad-train --config train.yaml --output runs/a`,
+    `accelerate launch -m flowad_fast.cli.train --distributed --config train.yaml --output runs/a`.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = parse(
+        training.TrainConfig,
+        (read_mapping(config) if config is not None else {}) | given,
+        str(config) if config is not None else "options",
+    )
+    with _progress(quiet=json) as report:
+        result = training.train(settings, output, resume, device, distributed, report)
+    if result.rank:
+        raise typer.Exit(0 if result.finished else common.EXIT_INTERRUPTED)
+    if json:
+        common.print_json({**dataclasses.asdict(result), "checkpoint": result.checkpoint and str(result.checkpoint)})
+    elif result.finished:
+        common.out.print(f"trained {result.step} steps on {result.device}: {result.checkpoint}", highlight=False)
+    if not result.finished:
+        common.err.print(
+            f"interrupted at step {result.step} of {settings.steps}; the state is saved. "
+            f"To go on, give the same command again (--output {output})",
+            markup=False,
+            highlight=False,
+        )
+        raise typer.Exit(common.EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator["Report"]:
+    """A bar a stage, with the loss and the remaining time, on standard error."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=common.err, disable=quiet) as bars:
+
+        def report(stage: str, done: int, total: int, loss: float | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, loss="", completed=done - 1)
+            bars.update(tasks[stage], completed=done, loss="" if loss is None else f"loss {loss:.4f}")
+
+        yield report
+
+
+def _with_options(function: Any) -> Any:
+    """`function` with one option for each field of TrainConfig in place of its **options; None where not given."""
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, field in training.TrainConfig.model_fields.items():
+        kind: Any = list[str] if name == "categories" else field.annotation
+        default = field.get_default()
+        shown = "" if field.is_required() or default in (None, ()) else f" [{default}]"
+        flag = _OPTION_NAMES.get(name, "--" + name.replace("_", "-"))
+        if bool in (kind, *getattr(kind, "__args__", ())):
+            flag = f"{flag}/--no-{flag[2:]}"
+        option = typer.Option(flag, help=f"{field.description}{shown}")
+        annotation = Annotated[kind | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    function.__signature__ = signature.replace(parameters=parameters)
+    return function
+
+
+main = common.command(_with_options(train))
+
+if __name__ == "__main__":
+    main()

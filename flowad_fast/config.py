@@ -1,0 +1,164 @@
+"""Frozen, validated descriptions of a model; JSON in, JSON out.
+
+A missing defining field or an unknown key is an error, never a default: a wrong default would give plausible, wrong
+scores.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flowad_fast.errors import ConfigError, nearest
+
+MVTEC_CLASSES = (
+    "metal_nut", "tile", "screw", "zipper", "grid", "pill", "capsule", "transistor",
+    "toothbrush", "cable", "carpet", "wood", "bottle", "leather", "hazelnut",
+)  # fmt: skip
+"""Class order (index y) of the published MVTec AD models; it is not alphabetical."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3, (0.5,) * 3)}
+"""`transform_type` of a training configuration: (mean, std) of its normalisation."""
+
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+"""Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them."""
+
+
+class Frozen(BaseModel):
+    """Base of all configurations: immutable, unknown keys rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class VelocityConfig(Frozen):
+    """A DiT velocity field on (channels, height, width) feature maps.
+
+    `num_classes` is the number of rows of the class embedding, less the dropout row that exists when
+    `class_dropout_prob` > 0. `t_scale` multiplies t in [0, 1] before the sinusoid (1 for models that are fed integer
+    timesteps). `pred_type` says what the network outputs: velocity, data X1, noise X0, or (diffusion models) epsilon.
+    """
+
+    channels: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    patch_size: int = Field(default=1, gt=0)
+    num_classes: int = Field(default=1, gt=0)
+    class_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
+    use_class_labels: bool = False
+    t_scale: float = Field(default=1000.0, gt=0)
+    pred_type: Literal["velocity", "data", "noise", "epsilon"] = "velocity"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "VelocityConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.height % self.patch_size or self.width % self.patch_size:
+            raise ValueError(f"grid {self.height}x{self.width} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the transformer sees: (height / p) * (width / p)."""
+        return self.height * self.width // self.patch_size**2
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the class-embedding table."""
+        return self.num_classes + (self.class_dropout_prob > 0)
+
+
+class ImageConfig(Frozen):
+    """How a frame becomes the backbone's input: resize to size x size, /255, subtract mean, divide by std."""
+
+    size: int = Field(default=256, gt=0, multiple_of=32)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class ModelConfig(Frozen):
+    """A whole detector model: image, backbone, features and velocity field."""
+
+    schema_version: Literal[1] = 1
+    velocity: VelocityConfig
+    backbone: Literal["efficientnet-b4", "efficientnet-lite0"]
+    image: ImageConfig = ImageConfig()
+    feature_normalisation: bool = False
+    class_names: tuple[str, ...] = ()
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        v = self.velocity
+        if v.use_class_labels and self.class_names and len(self.class_names) != v.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {v.num_classes} classes")
+        if (v.height, v.width) != (self.image.size // 16,) * 2:
+            raise ValueError(f"a {self.image.size}-pixel image gives a {self.image.size // 16}² grid, "
+                             f"not {v.height}x{v.width}")  # fmt: skip
+        return self
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+_Made = TypeVar("_Made")
+
+
+def parse(model: type[_Model], data: Any, source: str) -> _Model:
+    """`data` validated as `model`; every problem in one ConfigError that names `source` and the nearest valid key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(model, e) for e in error.errors())) from None
+
+
+def validated(make: Callable[..., _Made], options: dict[str, Any], source: str) -> _Made:
+    """`make(**options)` for a pydantic dataclass; every problem in one ConfigError that names `source`."""
+    try:
+        return make(**options)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors())
+        raise ConfigError(f"{source}: {'; '.join(problems)}") from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {nearest(str(error['loc'][-1]), _fields_at(model, error['loc'][:-1]))}"
+    got = "" if error["type"] == "missing" else f" (got {error['input']!r:.80})"
+    return f"{where or model.__name__}: {error['msg']}{got}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; ConfigError when the file is missing, malformed, or holds something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML or JSON file") from None
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top level, got {type(data).__name__}")
+    return data

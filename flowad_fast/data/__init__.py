@@ -1,0 +1,1 @@
+"""Data sets as lists of samples, and image files as frames."""

@@ -1,0 +1,126 @@
+"""Image files as frames. What a file holds is either converted in a declared way or refused, never guessed."""
+
+import re
+import struct
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from flowad_fast.errors import ConfigError, FrameError, nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+"""Names that `find_images` collects, in any letter case."""
+
+# Others are left to nobody: some of Pillow's readers (EPS) start external programs.
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+_MODES = ("L", "RGB", "P", "RGBA", "LA", "PA")
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, TypeError, OverflowError)
+"""What Pillow's readers raise on damaged files."""
+_DEEP = re.compile(r"\b(?!BGR)[A-Za-z]+;16")
+"""A raw mode of 16 bits per channel; `BGR;16` is 5+6+5 bits of a BMP."""
+
+
+def read_frame(path: str | Path, channels: Literal["rgb", "bgr"] = "rgb") -> NDArray[np.uint8]:
+    """The image file at `path` as a frame (H, W, 3), uint8, with its channels in the order `channels`.
+
+    Declared conversions: 8-bit grey is replicated to three channels, a palette is looked up, an alpha channel that is
+    opaque everywhere is dropped, and an EXIF orientation is applied.
+
+    Raises:
+        FrameError: the file is missing, empty, damaged, not an image, larger than Pillow's decompression-bomb limit,
+            or holds several pages, 16-bit, floating-point, 1-bit, CMYK or see-through pixels.
+        ConfigError: `channels` is neither "rgb" nor "bgr".
+    """
+    if channels not in ("rgb", "bgr"):
+        raise ConfigError(f"unknown channel order {channels!r}; {nearest(channels, ('rgb', 'bgr'))}")
+    path = Path(path)
+    image, deep = _load(path)
+    if deep or image.mode not in _MODES:
+        raise FrameError(
+            f"{path}: found pixels of mode {image.mode}{' with 16 bits per channel' if deep else ''}, expected 8-bit "
+            "grey or RGB; convert the file first, by a known range (12- or 16-bit cameras) or colour profile (CMYK)"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        lowest, _ = image.getchannel("A").getextrema()
+        if lowest != 255:
+            raise FrameError(
+                f"{path}: found see-through pixels (alpha down to {lowest}), expected an opaque image; "
+                "flatten it onto its true background first"
+            )
+    frame = np.array(image.convert("RGB"))
+    return frame if channels == "rgb" else np.ascontiguousarray(frame[..., ::-1])
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All image files under `folder`, at any depth, sorted by path.
+
+    Raises:
+        FrameError: the folder is missing, or holds no file with one of `SUFFIXES`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FrameError(f"{folder}: no such folder; give a folder with image files")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}")
+    return found
+
+
+def read_mask(path: str | Path, size: int) -> NDArray[np.bool_]:
+    """The defect mask at `path`, resized to (size, size) by nearest neighbour; any value above 0 is defect.
+
+    For palette files the index counts, not its colour; an alpha channel is ignored.
+
+    Raises:
+        FrameError: the file cannot be read.
+    """
+    image, _ = _load(Path(path))
+    values = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
+    if values.ndim == 3:
+        colours = len([band for band in image.getbands() if band not in "Aa"])
+        return np.any(values[..., :colours], axis=-1)
+    return values > 0
+
+
+def _load(path: Path) -> tuple[Image.Image, bool]:
+    """The decoded, upright, single-page image at `path`, and whether its colours had 16 bits; or a FrameError."""
+    if not path.is_file():
+        raise FrameError(f"{path}: no such file; check the path")
+    if path.stat().st_size == 0:
+        raise FrameError(f"{path}: found an empty file (0 bytes), expected an image; copy it again")
+    try:
+        opened = Image.open(path, formats=_FORMATS)
+    except Image.UnidentifiedImageError as error:
+        with path.open("rb") as file:
+            start = file.read(24)
+        raise FrameError(
+            f"{path}: found a file starting with {start!r}, expected a {', '.join(_FORMATS)} image; "
+            "convert or download it again"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FrameError(f"{path}: {error}; expected a camera frame, crop or shrink it") from error
+    except _BROKEN as error:
+        raise FrameError(f"{path}: found a damaged image ({error}); copy or export it again") from error
+    with opened:
+        limit = Image.MAX_IMAGE_PIXELS
+        # Between the limit and twice the limit Pillow only warns; turning warnings into errors is not thread-safe.
+        if limit is not None and opened.width * opened.height > limit:
+            raise FrameError(
+                f"{path}: found {opened.width}×{opened.height} pixels, expected at most {limit} (decompression bomb?); "
+                "crop or shrink it"
+            )
+        # Pillow reads 16-bit colour as 8-bit RGB without a word; only the raw mode tells, and loading discards it.
+        deep = any(_DEEP.search(repr(tile)) for tile in opened.tile)
+        try:
+            pages = getattr(opened, "n_frames", 1)
+            if pages == 1:
+                image = ImageOps.exif_transpose(opened)
+        except _BROKEN as error:
+            raise FrameError(f"{path}: found a damaged image ({error}); copy or export it again") from error
+        if pages != 1:
+            raise FrameError(f"{path}: found {pages} pages, expected one image; split it into single files")
+        return image, deep

@@ -1,0 +1,172 @@
+"""Stage 7: maps to image scores, scores to verdicts, and the calibration on good parts that makes verdicts possible."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flowad_fast.config import Frozen
+from flowad_fast.errors import CalibrationError
+
+Aggregate = Literal["max", "mean", "sum", "diff", "diff+sum"]
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
+OUTLIER_MADS = 8.0
+"""A good part whose score is this many scaled median absolute deviations above the median is reported."""
+
+
+class Verdict(StrEnum):
+    """What the line is told about a frame; `invalid` means no verdict, and is the answer to every doubt."""
+
+    GOOD = "good"
+    ANOMALOUS = "anomalous"
+    INVALID = "invalid"
+
+
+def image_score(maps: Tensor, aggregate: Aggregate) -> Tensor:
+    """The named aggregate of upsampled maps (B, S, S): (B,), raw.
+
+    `diff` is max - min. `diff+sum` gives its two terms, (B, 2): they are scaled by ranges that were fitted on good
+    parts (`Calibration.ranges`) before they are added, which happens outside exported graphs.
+    """
+    flat = maps.flatten(1)
+    if aggregate == "max":
+        return flat.amax(1)
+    if aggregate == "mean":
+        return flat.mean(1)
+    if aggregate == "sum":
+        return flat.sum(1)
+    diff = flat.amax(1) - flat.amin(1)
+    return diff if aggregate == "diff" else torch.stack([diff, flat.sum(1)], 1)
+
+
+class Range(Frozen):
+    """Smallest and largest value of one term of `diff+sum` over good parts."""
+
+    low: float
+    high: float
+
+
+class ClassCalibration(Frozen):
+    """What good parts of one class said: the threshold, how many parts it rests on, and the ranges of `diff+sum`."""
+
+    threshold: float
+    parts: int = Field(gt=0)
+    ranges: tuple[Range, Range] | None = None
+
+
+class Calibration(Frozen):
+    """Per-class thresholds with a false-reject guarantee.
+
+    For a new good part, exchangeable with the calibration parts, P(score > threshold) <= alpha: the threshold is the
+    ceil((n + 1)(1 - alpha))-th smallest of n good scores (split conformal prediction).
+    """
+
+    alpha: float = Field(gt=0, lt=1)
+    classes: dict[str, ClassCalibration]
+    """By class name; the single key "" for unconditional models."""
+
+
+def parts_needed(alpha: float) -> int:
+    """The fewest good parts for a false-reject rate alpha: n >= 1/alpha - 1."""
+    return math.ceil(1 / alpha - 1 - 1e-9)
+
+
+def combine(raw: np.ndarray, ranges: tuple[Range, Range] | None) -> np.ndarray:
+    """Raw scores (n,), or the two terms of `diff+sum` (n, 2) with their ranges, to scores (n,).
+
+    Raises:
+        CalibrationError: two terms without ranges.
+    """
+    if raw.ndim == 1:
+        return raw
+    if ranges is None:
+        raise CalibrationError("the aggregate diff+sum needs ranges fitted on good parts; calibrate the model first")
+    low = np.array([r.low for r in ranges])
+    width = np.array([max(r.high - r.low, np.finfo(np.float32).tiny) for r in ranges])
+    return ((raw - low) / width).sum(1).astype(np.float32)
+
+
+def calibrate(
+    raw: np.ndarray, alpha: float, classes: Sequence[str] | None = None, labels: Sequence[str] | None = None
+) -> Calibration:
+    """Fit thresholds (and the ranges of `diff+sum`) on good parts.
+
+    `diff+sum` needs twice the parts: its ranges are fitted on every second part and the threshold on the others, so
+    that the guarantee holds.
+
+    Args:
+        raw: raw scores of good parts, (n,) or (n, 2).
+        alpha: accepted false-reject rate.
+        classes: the class of each part for conditional models.
+        labels: a name for each part (its file), used in warnings.
+
+    Raises:
+        CalibrationError: too few parts in a class for alpha, or a score that is not finite.
+
+    Warns:
+        UserWarning: parts whose score stands far above the others', which may not be good.
+    """
+    if not 0 < alpha < 1:
+        raise CalibrationError(f"alpha must lie between 0 and 1, got {alpha}")
+    raw = np.asarray(raw)
+    bad = np.flatnonzero(~np.isfinite(raw).reshape(len(raw), -1).all(1))
+    if len(bad):
+        raise CalibrationError(f"the scores of good parts {bad[:5].tolist()} are not finite; remove those frames")
+    names = np.asarray(classes if classes is not None else [""] * len(raw), dtype=object)
+    fitted = {}
+    for name in dict.fromkeys(names.tolist()):
+        index = np.flatnonzero(names == name)
+        ranges, rest = None, index
+        if raw.ndim == 2:
+            half, rest = raw[index[::2]], index[1::2]
+            if len(half):
+                low, high = half.min(0), half.max(0)
+                ranges = (Range(low=low[0], high=high[0]), Range(low=low[1], high=high[1]))
+        need = parts_needed(alpha)
+        if len(rest) < max(need, 1):
+            of = f" of class {name!r}" if name else ""
+            raise CalibrationError(
+                f"{len(index)} good parts{of} are too few for a false-reject rate of {alpha:g}: "
+                f"at least {need * (raw.ndim)} are needed, or a larger alpha"
+            )
+        scores = np.sort(combine(raw[rest], ranges))
+        _warn_outliers(combine(raw[index], ranges), index, labels, name)
+        rank = min(math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9), len(scores))
+        fitted[name] = ClassCalibration(threshold=float(scores[rank - 1]), parts=len(scores), ranges=ranges)
+    return Calibration(alpha=alpha, classes=fitted)
+
+
+def _warn_outliers(scores: np.ndarray, index: np.ndarray, labels: Sequence[str] | None, name: str) -> None:
+    median = np.median(scores)
+    spread = 1.4826 * np.median(np.abs(scores - median))
+    far = index[scores > median + OUTLIER_MADS * spread] if spread > 0 else index[:0]
+    if len(far):
+        shown = ", ".join(str(labels[i]) if labels is not None else f"part {i}" for i in far[:5])
+        warnings.warn(
+            f"{len(far)} of {len(scores)} calibration parts{f' of {name!r}' if name else ''} score far above the "
+            f"others and may be defective: {shown}",
+            stacklevel=3,
+        )
+
+
+def invalid_frames(frames: np.ndarray) -> list[str | None]:
+    """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture."""
+    reasons: list[str | None] = []
+    for frame in frames:
+        low, high = int(frame.min()), int(frame.max())
+        if high - low <= 2:
+            kind = "black" if high <= 16 else "saturated" if low >= 250 else "uniform"
+            reasons.append(f"the frame is {kind} (all pixels between {low} and {high})")
+        elif high <= 16:
+            reasons.append(f"the frame is black (brightest pixel {high})")
+        elif low >= 240:
+            reasons.append(f"the frame is saturated (darkest pixel {low})")
+        else:
+            reasons.append(None)
+    return reasons

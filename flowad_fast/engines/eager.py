@@ -1,0 +1,47 @@
+"""The eager torch engine: the scoring pipeline as it is, on CPU or GPU."""
+
+import numpy as np
+import torch
+
+from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.pipeline import ScoringPipeline
+
+
+def torch_device(device: str) -> torch.device:
+    """`auto` (CUDA where there is one, otherwise CPU), `cpu`, `cuda` or `cuda:N` as a device.
+
+    Raises:
+        EngineUnavailableError: a GPU was asked for and there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise EngineUnavailableError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise EngineUnavailableError(f"device {device!r} is not supported; expected auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise EngineUnavailableError(
+            f"device {device!r} was asked for, but torch {torch.__version__} finds no usable GPU or driver; "
+            "check nvidia-smi, or ask for device='cpu'"
+        )
+    return chosen
+
+
+class EagerEngine:
+    """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state."""
+
+    name = "eager"
+
+    def __init__(self, pipeline: ScoringPipeline, device: str = "auto") -> None:
+        self._device = torch_device(device)
+        self.device = str(self._device)
+        self.pipeline = pipeline.to(self._device).eval()
+
+    def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`."""
+        classes = None if y is None else torch.from_numpy(y).to(self._device)
+        with torch.inference_mode():
+            maps, scores = self.pipeline(torch.from_numpy(frames).to(self._device), classes)
+        return maps.cpu().numpy(), scores.cpu().numpy()

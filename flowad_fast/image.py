@@ -1,0 +1,37 @@
+"""Stage 1: uint8 frames to the backbone's normalised input."""
+
+import torch
+from torch import Tensor
+
+from flowad_fast.config import ImageConfig
+
+
+def resize_weights(source: int | torch.SymInt | Tensor, target: int, device: torch.device | None = None) -> Tensor:
+    """Antialiased bilinear resampling of one axis as a matrix, (target, source), rows summing to 1.
+
+    The triangle filter widens with the reduction, which is what PIL's bilinear resize does (and so what the training
+    code saw). As two matrix products the resize runs on every backend, at any frame size, inside an exported graph.
+    """
+    scale = source / target
+    support = max(scale, 1.0) if isinstance(scale, float) else torch.sym_max(scale, 1.0)
+    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
+    pixel = torch.arange(source, device=device, dtype=torch.float32) + 0.5  # type: ignore[arg-type]
+    weights = (1 - (pixel[None] - centre[:, None]).abs() / support).clamp_min(0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def normalise(frames: Tensor, config: ImageConfig) -> Tensor:
+    """Frames (B, H, W, 3) uint8 to the backbone's input (B, 3, size, size) float32.
+
+    Resize (bilinear, antialiased), /255, ImageNet-style normalisation; agrees with a PIL resize to about 1/255, the
+    rounding that PIL does between its passes.
+    """
+    x = frames.permute(0, 3, 1, 2).float()
+    height, width = x.shape[-2:]
+    if not isinstance(height, int) or height != config.size:  # a symbolic size stays general in an exported graph
+        x = resize_weights(height, config.size, x.device) @ x
+    if not isinstance(width, int) or width != config.size:
+        x = x @ resize_weights(width, config.size, x.device).T
+    mean = torch.tensor(config.mean, device=x.device)[:, None, None]
+    std = torch.tensor(config.std, device=x.device)[:, None, None]
+    return (x / 255 - mean) / std

@@ -1,0 +1,28 @@
+"""Anomaly maps drawn over their frames."""
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_COLOURS = "turbo"
+_OPACITY = 0.65
+"""Share of the heat colour where the heat is greatest; the part stays recognisable below it."""
+
+
+def overlay(frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vmax: float) -> NDArray[np.uint8]:
+    """The RGB frame (H, W, 3) uint8 with the map (h, w) as heat: none at `vmin` and below, most at `vmax` and above.
+
+    Images that are to be compared need the same `vmin` and `vmax`. The map is resized bilinearly to the frame.
+
+    Raises:
+        ValueError: `vmax` is not above `vmin`.
+    """
+    if not vmax > vmin:
+        raise ValueError(f"got vmin {vmin} and vmax {vmax}, expected vmax > vmin; a constant map has nothing to show")
+    height, width, _ = frame.shape
+    resized = Image.fromarray(np.asarray(map, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    heat = np.clip((np.asarray(resized) - vmin) / (vmax - vmin), 0, 1)
+    colour = matplotlib.colormaps[_COLOURS](heat)[..., :3] * 255
+    opacity = _OPACITY * heat[..., None]
+    return np.rint(frame * (1 - opacity) + colour * opacity).astype(np.uint8)
