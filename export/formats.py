@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from flowad_fast.checkpoint import save_checkpoint
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.export import onnx_graph
@@ -17,13 +18,20 @@ from flowad_fast.scorers import Scorer
 
 @dataclass(frozen=True)
 class Request:
-    """What is exported: a model with a scorer, for frames of one size or (None) of any."""
+    """What is exported: a model with a scorer, for frames of one size or (None) of any.
+
+    `batch` is the smallest, the usual and the largest batch; only TensorRT needs to know them. `workspace` is the memory
+    in MiB that a TensorRT builder may use as scratch, None for the library's own limit.
+    """
 
     model: FlowModel
     scorer: Scorer
     aggregate: Aggregate
     frame_size: tuple[int, int] | None
     opset: int
+    precision: Precision = "fp32"
+    batch: tuple[int, int, int] = (1, 8, 32)
+    workspace: int | None = None
 
 
 @dataclass(frozen=True)
