@@ -26,7 +26,10 @@ from flowad_fast.errors import BundleError
 from flowad_fast.scorers import Scorer
 
 MANIFEST = "manifest.json"
-ARTEFACT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")
+"""A plain relative path: no empty, hidden, `.` or `..` component, so nothing outside the folder can be named."""
+
+EngineName = Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor", "triton-server"]
 
 
 class Parity(Frozen):
@@ -50,13 +53,15 @@ class Parity(Frozen):
 class Artefact(Frozen):
     """One engine file (and its companions) of a bundle."""
 
-    engine: Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"]
+    engine: EngineName
     files: dict[str, str]
     """File name to SHA-256; the first is the one that the engine opens."""
     precision: Precision = "fp32"
     versions: dict[str, str] = {}
     build_seconds: float | None = None
     parity: Parity | None = None
+    unmeasured: str | None = None
+    """Why `parity` is missing: what the machine that exported this lacks to run it."""
     details: dict[str, Any] = {}
 
 
@@ -107,11 +112,16 @@ def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
 
 
 def verify_file(folder: Path, name: str, expected: str) -> Path:
-    """The path of a bundle's file, after checking that it is a plain file inside the folder with this SHA-256."""
-    path = folder / name
+    """The path of a bundle's file, after checking that it is a plain file inside the folder with this SHA-256.
+
+    Raises:
+        BundleError: a name that leads out of the folder, a file that is missing or a link, or another hash.
+    """
     if not ARTEFACT_FILE.fullmatch(name):
         raise BundleError(f"{folder}: the manifest names {name!r}, which is no plain file name")
-    if path.is_symlink() or not path.is_file():
+    path = folder / name
+    links = [part for part in (path, *path.parents[: name.count("/")]) if part.is_symlink()]
+    if links or not path.is_file():
         raise BundleError(f"{path}: missing, or not a plain file; export the bundle again")
     got = sha256(path)
     if got != expected:
