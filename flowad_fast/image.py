@@ -27,7 +27,7 @@ def normalise(frames: Tensor, config: ImageConfig) -> Tensor:
     Resize (bilinear, antialiased), /255, ImageNet-style normalisation; agrees with a PIL resize to about 1/255, the
     rounding that PIL does between its passes.
     """
-    x = frames.permute(0, 3, 1, 2).float()
+    x = frames.float().permute(0, 3, 1, 2)  # cast first: TensorRT accepts uint8 only as the input of a cast
     height, width = x.shape[-2:]
     if not isinstance(height, int) or height != config.size:  # a symbolic size stays general in an exported graph
         x = resize_weights(height, config.size, x.device) @ x

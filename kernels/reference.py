@@ -1,7 +1,9 @@
 """What every operator of the inference path computes, in plain torch: the specification.
 
 Shapes: B frames, N tokens, C feature channels, D hidden width, K tangents. Everything is token-major, channels
-contiguous. `*_dual` operators take a primal and K tangents that share it, (K, *primal.shape), and return both; the
+contiguous. Operators with a `dtype` compute in float32 (float64 stays) whatever they are given and round the result to
+`dtype`, by default that of x; a residual stream keeps its own. `*_fp8` forms return e4m3 rows with float32 scales, see
+`quantise_rows`. `*_dual` operators take a primal and K tangents that share it, (K, *primal.shape), and return both; the
 tangent rules are exact forward-mode derivatives, written out so that they compile, export and capture like any code.
 All functions are pure and accept any floating dtype; accumulation happens in that dtype or better.
 """
@@ -14,6 +16,10 @@ from torch import Tensor
 
 LN_EPS = 1e-6
 """LayerNorm epsilon of the DiT."""
+FP8_MAX = 448.0
+"""Largest finite e4m3 value."""
+FP8_TINY = 1e-12
+"""Smallest row maximum that a scale is made of, so that rows of zeros stay zeros."""
 
 
 def pyramid_gather(stages: list[Tensor]) -> Tensor:
@@ -46,34 +52,65 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=LN_EPS)
 
 
-def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., D) as e4m3 (..., D) with one float32 scale a row (..., 1): x ~ q * scale, scale = amax / 448."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(FP8_TINY) / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) * (1 + scale) + shift; x (B, N, D), shift and scale (B or 1, 1, D)."""
-    return layer_norm(x) * (1 + scale) + shift
+    return (layer_norm(_wide(x)) * (1 + scale) + shift).to(dtype or x.dtype)
 
 
-def ln_modulate_dual(x: Tensor, dx: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def ln_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`ln_modulate` as e4m3 rows and scales."""
+    return quantise_rows(ln_modulate(_wide(x), shift, scale))
+
+
+def ln_modulate_dual(
+    x: Tensor, dx: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """`ln_modulate` of x (B, N, D) with tangents dx (K, B, N, D); shift and scale carry no tangent."""
+    out = dtype or x.dtype
+    x, dx = _wide(x), _wide(dx)
     centred = x - x.mean(-1, keepdim=True)
     r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LN_EPS)
     y = centred * r
     dy = r * (dx - dx.mean(-1, keepdim=True) - y * (y * dx).mean(-1, keepdim=True))
-    return y * (1 + scale) + shift, dy * (1 + scale)
+    return (y * (1 + scale) + shift).to(out), (dy * (1 + scale)).to(out)
 
 
 def gate_residual_ln_modulate(
-    x: Tensor, o: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    x: Tensor, o: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate * o and LN(x') * (1 + scale) + shift; x and o (B, N, D); returns both, (B, N, D)."""
-    x = x + gate * o
-    return x, ln_modulate(x, shift, scale)
+    new = _wide(x) + gate * o
+    return new.to(x.dtype), ln_modulate(new, shift, scale, dtype or x.dtype)
+
+
+def gate_residual_ln_modulate_fp8(
+    x: Tensor, o: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate_residual_ln_modulate` with the second result as e4m3 rows and scales: x', q, scales."""
+    new = _wide(x) + gate * o
+    return new.to(x.dtype), *ln_modulate_fp8(new, shift, scale)
 
 
 def gate_residual_ln_modulate_dual(
-    x: Tensor, dx: Tensor, o: Tensor, do: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    x: Tensor,
+    dx: Tensor,
+    o: Tensor,
+    do: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gate_residual_ln_modulate` with tangents (K, B, N, D); returns x', dx', y, dy."""
-    x, dx = x + gate * o, dx + gate * do
-    return x, dx, *ln_modulate_dual(x, dx, shift, scale)
+    new, dnew = _wide(x) + gate * o, _wide(dx) + gate * do
+    return new.to(x.dtype), dnew.to(dx.dtype), *ln_modulate_dual(new, dnew, shift, scale, dtype or x.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -81,13 +118,20 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu_tanh` as e4m3 rows and scales."""
+    return quantise_rows(gelu_tanh(_wide(x)))
+
+
 def gelu_tanh_dual(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     """`gelu_tanh` of x (..., D) with tangents dx (K, ..., D); the derivative is evaluated once for all tangents."""
+    out = x.dtype
+    x, dx = _wide(x), _wide(dx)
     c, k = math.sqrt(2 / math.pi), 0.044715
     square = x * x
     tanh = torch.tanh(c * x * (1 + k * square))
     slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * k * square)
-    return 0.5 * x * (1 + tanh), dx * slope
+    return (0.5 * x * (1 + tanh)).to(out), (dx * slope).to(out)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,3 +175,8 @@ def affine_step_error(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | No
 def upsample(maps: Tensor, size: int) -> Tensor:
     """(B, h, w) to (B, size, size), bilinear, align_corners=False."""
     return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision to float32, where statistics and sums are kept; wider dtypes as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
