@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from flowad_fast.decision import Aggregate
@@ -21,17 +21,18 @@ OUTPUTS = ("map", "score")
 
 @dataclass(frozen=True)
 class Boundary:
-    """A scoring pipeline with example inputs and the names and dynamic axes of the exported graph."""
+    """A module with example inputs and the names and dynamic axes of the exported graph."""
 
-    pipeline: ScoringPipeline
+    module: nn.Module
     inputs: tuple[str, ...]
     example: tuple[Tensor, ...]
     dynamic_shapes: tuple[Any, ...]
+    outputs: tuple[str, ...] = OUTPUTS
 
     def trace(self) -> ExportedProgram:
-        """The pipeline as an ATen graph with symbolic batch (and frame size)."""
+        """The module as an ATen graph with symbolic batch (and frame size)."""
         with torch.no_grad():
-            return torch.export.export(self.pipeline, self.example, dynamic_shapes=self.dynamic_shapes)
+            return torch.export.export(self.module, self.example, dynamic_shapes=self.dynamic_shapes)
 
 
 def boundary(

@@ -1,15 +1,19 @@
-"""The scoring pipeline as ONNX, checked by ONNX's own checker and shape inference."""
+"""The scoring pipeline, or one step of its loop, as ONNX; checked by ONNX's own checker and shape inference."""
 
 import logging
 import warnings
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
 
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError
-from flowad_fast.export.graph import OUTPUTS, boundary
+from flowad_fast.export.graph import Boundary, boundary
 from flowad_fast.model import FlowModel
 from flowad_fast.scorers import Scorer
 
@@ -27,14 +31,20 @@ def write(
     frame_size: tuple[int, int] | None = None,
     opset: int = OPSET,
 ) -> int:
-    """Write `path`; returns the number of nodes.
+    """Write the whole boundary to `path`; returns the number of nodes. See `write_boundary`."""
+    return write_boundary(path, boundary(model, scorer, aggregate, frame_size), opset)
+
+
+def write_boundary(path: Path, edge: Boundary, opset: int = OPSET, inline_bytes: int = INLINE_BYTES) -> int:
+    """Write a boundary to `path`; returns the number of nodes.
+
+    Weights above `inline_bytes` lie in one file beside it, `path`.data, under a relative name.
 
     Raises:
         ConfigError: an opset that the exporter does not write.
     """
     if not 18 <= opset <= 25:
         raise ConfigError(f"opset {opset} is not supported; expected 18 to 25")
-    edge = boundary(model, scorer, aggregate, frame_size)
     # The exporter logs and warns about its own internals; what matters to the user is checked below.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -43,14 +53,29 @@ def write(
             edge.trace(),
             dynamo=True,
             input_names=list(edge.inputs),
-            output_names=list(OUTPUTS),
+            output_names=list(edge.outputs),
             opset_version=opset,
             optimize=False,
             verbose=False,
         )
     assert program is not None, "the dynamo exporter returns a program"
-    size = sum(tensor.nbytes for tensor in edge.pipeline.state_dict().values())
-    program.save(str(path), external_data=size > INLINE_BYTES)
+    _simplify(program.model)
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data" if size > inline_bytes else None)
     # By path, so that models above 2 GB are checked too.
     onnx.checker.check_model(str(path), full_check=True)
     return len(program.model.graph)
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """Inline, fold constants, drop what is unused: sequences become splits, which TensorRT's parser needs.
+
+    The exporter's own optimisation does this too, and takes ten times as long over fusions that engines do themselves.
+    """
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    for one in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass(),
+                passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+                passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(),
+                passes.NameFixPass()):  # fmt: skip
+        one(model)
