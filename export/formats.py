@@ -17,6 +17,7 @@ from flowad_fast.engines import Engine
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.export import aoti, onnx_graph, triton_server
 from flowad_fast.model import FlowModel
+from flowad_fast.precision import PRECISIONS
 from flowad_fast.scorers import Scorer
 
 AUTO = "auto"
@@ -55,7 +56,7 @@ class Built:
 
 
 def _start(folder: Path, manifest: Manifest, artefact: Artefact, device: str) -> Engine:
-    return start_engine(folder, manifest, artefact.engine, device)
+    return start_engine(folder, manifest, artefact.engine, device, artefact)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,14 @@ FORMATS = {
             _write_onnx,
             auto=True,
         ),
-        Format("eager", "eager", "weights for this project's torch engine, backbone included", _write_eager, auto=True),
+        Format(
+            "eager",
+            "eager",
+            "weights for this project's torch engine, backbone included",
+            _write_eager,
+            PRECISIONS,
+            auto=True,
+        ),
         Format("aoti", "inductor", "AOTInductor package: machine code, for Python and C++", _write_aoti),
         Format(
             "triton-server",
