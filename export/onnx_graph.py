@@ -10,6 +10,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError
 from flowad_fast.export.graph import Boundary, boundary

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flowad_fast.config import Precision
-from flowad_fast.engines.tensorrt import Flavour, Log, import_library
+from flowad_fast.engines.tensorrt import FLAVOURS, Flavour, Log, import_library
 from flowad_fast.errors import ConfigError, EngineUnavailableError, ExportError
 
 FRAME_SIDES = (32, 512, 1024)
@@ -104,9 +104,7 @@ def _parse(flavour: Flavour, library: ModuleType, network: Any, log: Log, path: 
     if parser.parse_from_file(str(path)):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    shown = [
-        f"node {e.node_name()!r} (operator {e.node_operator()}): {' '.join(e.desc().split())[:200]}" for e in errors
-    ]
+    shown = [f"node {e.node_name()!r} (operator {e.node_operator()}): {' '.join(e.desc().split())[:200]}" for e in errors]
     operators = sorted({e.node_operator() for e in errors})
     raise ExportError(
         f"{flavour.name} {library.__version__} does not take the graph: {'; '.join(shown[:3]) or log.last()}"
