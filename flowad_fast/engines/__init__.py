@@ -52,6 +52,12 @@ def _eager(pipeline: "ScoringPipeline", device: str) -> Engine:
     return EagerEngine(pipeline, device)
 
 
+def _cudagraph(pipeline: "ScoringPipeline", device: str) -> Engine:
+    from flowad_fast.engines.cudagraph import CudaGraphEngine
+
+    return CudaGraphEngine(pipeline, device)
+
+
 def _onnxruntime(path: Path, artefact: "Artefact", device: str) -> Engine:
     from flowad_fast.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -60,6 +66,7 @@ def _onnxruntime(path: Path, artefact: "Artefact", device: str) -> Engine:
 
 ENGINES: dict[str, Backend] = {
     "eager": Backend("torch, operator by operator", "eager", from_model=_eager),
+    "cudagraph": Backend("one CUDA graph from frames to score", "eager", from_model=_cudagraph),
     "onnxruntime": Backend("the exported ONNX graph in ONNX Runtime", "onnxruntime", from_artefact=_onnxruntime),
 }
 """Engines by name."""
