@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from flowad_fast.bundle import Artefact, EngineName, Manifest
 from flowad_fast.checkpoint import save_checkpoint
 from flowad_fast.config import Precision
@@ -13,7 +15,7 @@ from flowad_fast.decision import Aggregate
 from flowad_fast.detector import start_engine
 from flowad_fast.engines import Engine
 from flowad_fast.errors import ConfigError, nearest
-from flowad_fast.export import onnx_graph
+from flowad_fast.export import aoti, onnx_graph, triton_server
 from flowad_fast.model import FlowModel
 from flowad_fast.scorers import Scorer
 
@@ -102,6 +104,26 @@ def _write_eager(request: Request, folder: Path) -> Built:
     return Built(("model.safetensors", "model.json"), {"torch": version("torch")}, seconds, {})
 
 
+def _write_aoti(request: Request, folder: Path) -> Built:
+    start = time.perf_counter()
+    details = aoti.write(
+        folder / "model.pt2", request.model, request.scorer, request.aggregate, request.frame_size, request.device
+    )
+    return Built(("model.pt2",), {"torch": torch.__version__}, time.perf_counter() - start, details)
+
+
+def _write_triton_server(request: Request, folder: Path) -> Built:
+    start = time.perf_counter()
+    files = triton_server.write(
+        folder, request.model, request.scorer, request.aggregate, request.frame_size, request.opset, request.batch,
+        request.device,
+    )  # fmt: skip
+    packages = ("torch", "onnx", "onnxscript")
+    return Built(
+        files, {name: version(name) for name in packages}, time.perf_counter() - start, {"opset": request.opset}
+    )
+
+
 FORMATS = {
     f.name: f
     for f in (
@@ -113,6 +135,13 @@ FORMATS = {
             auto=True,
         ),
         Format("eager", "eager", "weights for this project's torch engine, backbone included", _write_eager, auto=True),
+        Format("aoti", "inductor", "AOTInductor package: machine code, for Python and C++", _write_aoti),
+        Format(
+            "triton-server",
+            "onnxruntime",
+            "model repository for NVIDIA Triton Inference Server, around an ONNX graph",
+            _write_triton_server,
+        ),
     )
 }
 

@@ -13,7 +13,8 @@ def resize_weights(source: int | torch.SymInt | Tensor, target: int, device: tor
     code saw). As two matrix products the resize runs on every backend, at any frame size, inside an exported graph.
     """
     scale = source / target
-    support = max(scale, 1.0) if isinstance(scale, float) else torch.sym_max(scale, 1.0)
+    # The maximum is taken of integers: Inductor truncates a symbolic maximum of floats to an integer.
+    support = torch.sym_max(source, target) / target
     centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
     pixel = torch.arange(source, device=device, dtype=torch.float32) + 0.5  # type: ignore[arg-type]
     weights = (1 - (pixel[None] - centre[:, None]).abs() / support).clamp_min(0)
