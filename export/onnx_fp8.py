@@ -1,7 +1,7 @@
 """fp8 in the graph: QuantizeLinear and DequantizeLinear (e4m3) around the velocity field's matrix products.
 
-Weights are stored in e4m3 with one scale an output channel; activations get one fixed scale a product, from its range on
-real frames, since engines fuse only scales that are constants. Scales have the dtype of what they scale.
+Weights are stored in e4m3 with one scale an output channel; activations get one fixed scale a product, from its range
+on real frames, since engines fuse only scales that are constants. Scales have the dtype of what they scale.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,10 @@ def quantise(model: onnx_ir.Model, ranges: dict[str, float]) -> None:
         q = onnx_ir.node("QuantizeLinear", [x, scale, zero], name=f"{node.name}.quantise")
         dq = onnx_ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{node.name}.dequantise")
         wq = onnx_ir.node(
-            "DequantizeLinear", list(weights[weight.name]), {"axis": 1}, name=f"{node.name}.weight"  # type: ignore[index]
+            "DequantizeLinear",
+            list(weights[weight.name]),
+            {"axis": 1},
+            name=f"{node.name}.weight",  # type: ignore[index]
         )
         graph.insert_before(node, [q, dq, wq])
         node.replace_input_with(0, dq.outputs[0])
@@ -65,9 +68,7 @@ def products(model: onnx_ir.Model, keep: tuple[str, ...]) -> Iterator[onnx_ir.No
             yield node
 
 
-def measure_ranges(
-    path: Path, nodes: list[onnx_ir.Node], frames: np.ndarray, y: np.ndarray | None
-) -> dict[str, float]:
+def measure_ranges(path: Path, nodes: list[onnx_ir.Node], frames: np.ndarray, y: np.ndarray | None) -> dict[str, float]:
     """Largest absolute input of each product over the frames, one at a time, by ONNX Runtime on the CPU.
 
     Args:
