@@ -38,7 +38,7 @@ def write(
     edge = boundary(model, scorer, aggregate, frame_size)
     if chosen.type != "cpu":
         # A copy moves: the pipeline shares its weights with the model, which stays where it is.
-        pipeline = copy.deepcopy(edge.pipeline).to(chosen)
+        pipeline = copy.deepcopy(edge.module).to(chosen)
         edge = replace(edge, pipeline=pipeline, example=tuple(tensor.to(chosen) for tensor in edge.example))
     facts = target(chosen)
     size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"
