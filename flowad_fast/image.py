@@ -13,7 +13,8 @@ def resize_weights(source: int | torch.SymInt | Tensor, target: int, device: tor
     code saw). As two matrix products the resize runs on every backend, at any frame size, inside an exported graph.
     """
     scale = source / target
-    support = max(scale, 1.0) if isinstance(scale, float) else torch.sym_max(scale, 1.0)
+    # The maximum is taken of integers: Inductor truncates a symbolic maximum of floats to an integer.
+    support = torch.sym_max(source, target) / target
     centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
     pixel = torch.arange(source, device=device, dtype=torch.float32) + 0.5  # type: ignore[arg-type]
     weights = (1 - (pixel[None] - centre[:, None]).abs() / support).clamp_min(0)
@@ -26,12 +27,15 @@ def normalise(frames: Tensor, config: ImageConfig) -> Tensor:
     Resize (bilinear, antialiased), /255, ImageNet-style normalisation; agrees with a PIL resize to about 1/255, the
     rounding that PIL does between its passes.
     """
-    x = frames.permute(0, 3, 1, 2).float()
+    x = frames.float().permute(0, 3, 1, 2)  # cast first: TensorRT accepts uint8 only as the input of a cast
     height, width = x.shape[-2:]
     if not isinstance(height, int) or height != config.size:  # a symbolic size stays general in an exported graph
         x = resize_weights(height, config.size, x.device) @ x
     if not isinstance(width, int) or width != config.size:
         x = x @ resize_weights(width, config.size, x.device).T
-    mean = torch.tensor(config.mean, device=x.device)[:, None, None]
-    std = torch.tensor(config.std, device=x.device)[:, None, None]
-    return (x / 255 - mean) / std
+    return (x / 255 - _channels(config.mean, x.device)) / _channels(config.std, x.device)
+
+
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), filled on the device: a copy from the host cannot be part of a captured CUDA graph."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
