@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from flowad_fast import bundle
 from flowad_fast.checkpoint import load_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, VelocityConfig, validated
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.features import BACKBONES, FeatureExtractor
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import SCORERS, Scorer
+from flowad_fast.scorers import SCORERS, Scorer, scorer_adapter
 from flowad_fast.velocity import DiT
 
 MODES = ("offline", "single-stream", "line")
@@ -79,8 +80,6 @@ def axes_of(preset: str, quick: bool = False) -> Preset:
     """The default axes of a preset, bundle or checkpoint; `quick` keeps one engine and one number of probes."""
     axes = PRESETS.get(preset)
     if axes is None and is_bundle(preset):
-        from flowad_fast import bundle
-
         manifest = bundle.read(preset)[1]
         found = tuple(dict.fromkeys(a.engine for a in manifest.artefacts.values()))
         axes = Preset("a bundle", manifest.model, (manifest.scorer.kind,), found)
@@ -147,21 +146,30 @@ def expand(
     preset: str, *, scorers: Sequence[str], engines: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
     steps: Sequence[int], probes: Sequence[int], modes: Sequence[str], **common: Any,
 ) -> list[Case]:  # fmt: skip
-    """All cases of the axes; single-stream and line run at batch 1 only, and probes concern density only."""
+    """All cases of the axes; single-stream and line run at batch 1 only, and probes concern density only.
+
+    A bundle has one scorer, with its own steps and probes.
+    """
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(f"unknown mode {mode!r}; {nearest(mode, MODES)}")
-    cases = []
-    for mode in modes:
-        for kind in scorers:
-            for nfe in steps:
-                for k in probes if kind == "density" else probes[:1]:
-                    options = scorer_options(kind, nfe, k)
-                    for batch in batches if mode == "offline" else (1,):
-                        for engine in engines:
-                            for precision in precisions if engine != REFERENCE else ("fp32",):
-                                cases.append(Case(preset, options, engine, precision, batch=batch, mode=mode, **common))
-    return cases
+    if is_bundle(preset):
+        options = [scorer_adapter.dump_python(bundle.read(preset)[1].scorer)]
+    else:
+        options = [
+            scorer_options(kind, nfe, k)
+            for kind in scorers
+            for nfe in steps
+            for k in (probes if kind == "density" else probes[:1])
+        ]
+    return [
+        Case(preset, one, engine, precision, batch=batch, mode=mode, **common)
+        for mode in modes
+        for one in options
+        for batch in (batches if mode == "offline" else (1,))
+        for engine in engines
+        for precision in (precisions if engine != REFERENCE else ("fp32",))
+    ]
 
 
 def reference_of(case: Case) -> Case:
@@ -180,8 +188,6 @@ def load_model(case: Case) -> FlowModel:
     if preset is not None and preset.spec is not None:
         return random_model(preset.spec)
     if is_bundle(case.preset):
-        from flowad_fast import bundle
-
         folder, manifest = bundle.read(case.preset)
         eager = manifest.artefacts.get("eager")
         if eager is None:

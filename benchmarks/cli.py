@@ -27,7 +27,7 @@ def _numbers(text: str, option: str) -> list[int]:
 @app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(help="demo, small, paper, invad; or a checkpoint, or a bundle.")] = "demo",
+    preset: Annotated[str, typer.Option(help="demo, small, paper, invad; a checkpoint; or bundles.")] = "demo",
     scorer: Annotated[str, typer.Option(help="density, inversion, reconstruction. [default: the preset's]")] = "",
     engine: Annotated[str, typer.Option(help="reference, eager, onnxruntime, … [default: the preset's]")] = "",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16, fp8.")] = "fp32",
@@ -60,23 +60,25 @@ def bench(
     from flowad_fast.benchmarks import harness, report
     from flowad_fast.benchmarks.cases import axes_of, expand
 
-    defaults = axes_of(preset, quick)
-    cases = expand(
-        preset,
-        scorers=_words(scorer) or defaults.scorers,
-        engines=_words(engine) or defaults.engines,
-        precisions=_words(precision),
-        batches=_numbers(batch, "--batch"),
-        steps=_numbers(steps, "--steps"),
-        probes=_numbers(probes, "--probes") if probes else defaults.probes,
-        modes=_words(mode),
-        ops=ops,
-        device=device,
-        frame_size=frame_size,
-        parity_frames=defaults.parity_frames,
-        config=None if config is None else str(config),
-        backbone_weights=None if backbone_weights is None else str(backbone_weights),
-    )
+    cases = []
+    for one in _words(preset):
+        defaults = axes_of(one, quick)
+        cases += expand(
+            one,
+            scorers=_words(scorer) or defaults.scorers,
+            engines=_words(engine) or defaults.engines,
+            precisions=_words(precision),
+            batches=_numbers(batch, "--batch"),
+            steps=_numbers(steps, "--steps"),
+            probes=_numbers(probes, "--probes") if probes else defaults.probes,
+            modes=_words(mode),
+            ops=ops,
+            device=device,
+            frame_size=frame_size,
+            parity_frames=defaults.parity_frames,
+            config=None if config is None else str(config),
+            backbone_weights=None if backbone_weights is None else str(backbone_weights),
+        )
     effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
     with common.err.status("measuring") as status:
         record = harness.run(cases, effort, lambda line: status.update(f"measuring · {line}"), rate)

@@ -1,6 +1,7 @@
 """Engines as rows: the product's own, and the reference path in the same clothes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,19 +9,20 @@ import torch
 import flowad_fast
 from flowad_fast.benchmarks.cases import REFERENCE, Case
 from flowad_fast.decision import image_score
-from flowad_fast.detector import Detector
-from flowad_fast.engines import Engine
+from flowad_fast.detector import Detector, operators
+from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.eager import EagerEngine, torch_device
-from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.errors import EngineUnavailableError, ParityError
+from flowad_fast.export.exporter import FAILED_PARITY, export_bundle
+from flowad_fast.export.formats import FORMATS
 from flowad_fast.image import normalise
 from flowad_fast.integration import from_tokens
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import arithmetic
 from flowad_fast.reference_path import reference_map
 from flowad_fast.scorers import Scorer
-
-FORMATS = {"onnxruntime": "onnx"}
-"""Engines that run an exported artefact, and the export format that makes it."""
 
 
 class ReferenceEngine:
@@ -51,6 +53,11 @@ class ReferenceEngine:
         return maps, image_score(maps, "max")
 
 
+def needs_artefact(engine: str) -> bool:
+    """Whether an engine runs exported artefacts only."""
+    return engine != REFERENCE and backend(engine).from_model is None
+
+
 def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | None) -> Detector:
     """The case's engine, from an artefact (a bundle) or from the model.
 
@@ -62,11 +69,15 @@ def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | N
     assert model is not None, "without an artefact there is a model"
     if case.engine == REFERENCE:
         return _around(ReferenceEngine(model, scorer, case.device), model)
-    if case.engine != "eager" or case.precision != "fp32" or case.ops != "reference":
-        raise EngineUnavailableError(
-            f"engine {case.engine} in {case.precision} with {case.ops} operators does not exist"
-        )
-    return Detector.from_model(model, scorer, device=case.device)
+    if case.engine == "cudagraph":
+        from flowad_fast.engines.cudagraph import CudaGraphEngine
+
+        # Only the row's own batch: other captures would count as its memory.
+        pipeline = ScoringPipeline(model, scorer, "max", case.precision, operators(case.ops))  # type: ignore[arg-type]
+        return _around(CudaGraphEngine(pipeline, case.device, (case.batch,)), model)
+    return Detector.from_model(
+        model, scorer, engine=case.engine, precision=case.precision, device=case.device, ops=case.ops  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _around(engine: Engine, model: FlowModel) -> Detector:
@@ -79,19 +90,36 @@ def _around(engine: Engine, model: FlowModel) -> Detector:
     )
 
 
-def export(case: Case, model: FlowModel, scorer: Scorer, frame: np.ndarray, folder: Path) -> str:
+def prepare(detector: Detector, frames: np.ndarray, conditional: bool) -> None:
+    """Compile or capture ahead of the first call, for engines that do so."""
+    engine: Any = detector._engine
+    if detector.engine.startswith("cudagraph"):
+        engine.prepare(*frames.shape[1:3])
+    elif hasattr(engine, "prepare"):
+        engine.prepare(frames.shape[1:3], 0 if conditional else None)
+
+
+def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, folder: Path) -> str:
     """A bundle with the artefact that the case's engine runs; returns its folder.
 
     Raises:
-        EngineUnavailableError: the format cannot be made here, or what it made disagrees with the reference.
+        EngineUnavailableError: the format cannot be made here.
+        ParityError: what was made disagrees with the reference.
     """
-    from flowad_fast.export.exporter import export_bundle
-
+    wanted = backend(case.engine).artefact
+    name = next((f.name for f in FORMATS.values() if f.engine == wanted), None)
+    if name is None:
+        raise EngineUnavailableError(f"no export format makes what the engine {case.engine} runs")
+    batch = (1, case.batch, case.batch)
     result = export_bundle(
-        model, scorer, folder / "bundle", formats=(FORMATS[case.engine],), frames=frame, quiet=True
+        model, scorer, folder / "bundle", formats=(name,), frames=frames, quiet=True, batch=batch,
+        precision=case.precision, device=case.device, frame_size=frames.shape[1:3],  # type: ignore[arg-type]
     )  # fmt: skip
-    if not result.ok:
-        raise EngineUnavailableError(f"the exported artefact fails its parity check: {result.status}")
+    outcome = result.outcomes[name]
+    if outcome.status == FAILED_PARITY:
+        raise ParityError(str(outcome))
+    if not outcome.ok:
+        raise EngineUnavailableError(str(outcome))
     return str(result.path)
 
 
@@ -100,20 +128,34 @@ def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | No
 
     Empty where the engine has no such entry (its frames always come from the host).
     """
-    engine = detector._engine
-    if isinstance(engine, ReferenceEngine):
-        call = engine.on_device
-    elif isinstance(engine, EagerEngine):
-        call = engine.pipeline
-    else:
-        return []
+    engine: Any = detector._engine
     device = torch.device(engine.device)
+    stream = torch.cuda.current_stream(device)
     x = torch.from_numpy(frames).to(device)
     y = None
     if classes is not None:
         y = torch.tensor([detector.class_names.index(name) for name in classes], device=device)
+    precision = "fp32"
+    if isinstance(engine, ReferenceEngine):
+        call = engine.on_device
+    elif isinstance(engine, EagerEngine):
+        call, precision = engine.pipeline, engine.pipeline.precision
+    elif detector.engine.startswith("compile"):
+        call, precision = engine._compiled, engine.pipeline.precision
+    elif detector.engine.startswith("cudagraph"):
+        step, stream = engine._captures[frames.shape[1:3]].steps[len(frames)], engine._streams.compute
+
+        def call(_x: torch.Tensor, _y: torch.Tensor | None) -> None:
+            step.replay()
+
+    else:
+        return []
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    with torch.inference_mode(not isinstance(engine, ReferenceEngine)):
+    with (
+        torch.inference_mode(not isinstance(engine, ReferenceEngine)),
+        torch.cuda.stream(stream),
+        arithmetic(precision, device),  # type: ignore[arg-type]
+    ):
         for begin, end in marks:
             begin.record()
             call(x, y)

@@ -18,10 +18,10 @@ from scipy.stats import spearmanr
 
 from flowad_fast.benchmarks import clock, roofs, worker
 from flowad_fast.benchmarks.cases import REFERENCE, Case, is_bundle, reference_of
-from flowad_fast.benchmarks.engines import FORMATS
+from flowad_fast.benchmarks.engines import needs_artefact
 from flowad_fast.benchmarks.environment import environment, moment
 from flowad_fast.benchmarks.memory import footprint
-from flowad_fast.config import Precision
+from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.export.verify import compare
 
 SCHEMA = 1
@@ -113,7 +113,7 @@ def run(cases: list[Case], effort: Effort, tell: Tell, line_rate: float | None =
         measured = _roofs(rows, folder, effort)
     return {
         "schema": SCHEMA,
-        "preset": cases[0].preset if cases else None,
+        "preset": ", ".join(dict.fromkeys(case.preset for case in cases)),
         "environment": {**environment(), "before": before, "after": moment(), "seconds": round(time.time() - begun, 1)},
         "cases": rows,
         "roofs": measured,
@@ -204,7 +204,11 @@ def _candidate(
 ) -> tuple[dict[str, Any], list[Turn]]:
     """A row without its parity, and the turns that it took with the reference."""
     artefact, export_s = None, None
-    if case.engine in FORMATS:
+    try:
+        exported = needs_artefact(case.engine)
+    except EngineUnavailableError as error:
+        return _row(case, {"status": "not available", "reason": str(error)}), []
+    if exported:
         if is_bundle(case.preset):
             artefact = case.preset
         else:
@@ -313,6 +317,7 @@ def _row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
         "ratio_to_reference": None,
         "load_s": answer.get("load_s"),
         "export_s": None,
+        "start_s": answer.get("start_s"),
         "compile_s": answer.get("compile_s"),
         "first_call_s": answer.get("first_call_s"),
         "roof": None,
@@ -340,19 +345,25 @@ def _judge(row: dict[str, Any], answer: dict[str, Any], output: Path, expected: 
         row |= {"status": "not checked", "reason": f"the parity reference is {answer['status']}: {answer['reason']}"}
     else:
         with np.load(output) as got, np.load(expected) as want:
-            precision: Precision = row["precision"]
-            parity = compare((got["maps"], got["raw"]), (want["maps"], want["raw"]), row["frames"], precision)
+            try:
+                parity = compare(
+                    (got["maps"], got["raw"]), (want["maps"], want["raw"]), row["frames"], row["precision"], row["ran"]
+                )
+            except ParityError as error:
+                row |= {"status": "failed parity", "reason": str(error)} | dict.fromkeys(MEASURED)
+                return
             row["parity"] = {
-                **parity.model_dump(),
+                **{k: None if v in (np.inf, -np.inf) or v != v else v for k, v in parity.model_dump().items()},
                 "map_spearman": _rank_correlation(got["maps"], want["maps"]),
             }
             if row["probes"] and independent.exists():
                 with np.load(independent) as other:
                     row["density"] = _density(row["probes"], want["cells"], other["cells"], other["errors"])
-        if not row["parity"]["passed"]:
+        if not parity.passed:
             row |= {
                 "status": "failed parity",
-                "reason": f"map error {parity.max_error:.2g} of the map's spread, limit {parity.tolerance:.2g}",
+                "reason": f"map error {parity.max_error:.2g} (RMS {parity.rms_error:.2g}) of the map's spread, limits "
+                f"{parity.tolerance:.2g} and {parity.rms_tolerance:.2g}",
             }
     if row["status"] != "ok":
         row |= dict.fromkeys(MEASURED)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flowad_fast.engines.eager import torch_device
+from flowad_fast.precision import arithmetic
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,15 +56,13 @@ def measure(
 
 def _gemms(shape: dict[str, int], m: int, precision: str, device: torch.device, seconds: float) -> dict[str, Any]:
     times, flops = {}, 0
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     for name, (k, n) in gemm_shapes(shape).items():
         x = torch.randn(m, k, device=device, dtype=DTYPES[precision])
         w = torch.randn(n, k, device=device, dtype=DTYPES[precision])
         b = torch.randn(n, device=device, dtype=DTYPES[precision])
-        times[name] = median_ms(lambda x=x, w=w, b=b: F.linear(x, w, b), device, seconds)  # type: ignore[misc]
+        with arithmetic(precision, device):  # type: ignore[arg-type]
+            times[name] = median_ms(lambda x=x, w=w, b=b: F.linear(x, w, b), device, seconds)  # type: ignore[misc]
         flops += 2 * m * k * n
-    torch.backends.cuda.matmul.allow_tf32 = before
     block = sum(times.values())
     return {
         "precision": precision,
