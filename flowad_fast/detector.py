@@ -17,22 +17,29 @@ What happens to a frame, and where to read about it:
 that was exported from it. Whatever ran, the detection says so.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from flowad_fast import bundle as bundles
 from flowad_fast.checkpoint import load_checkpoint
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine, invalid_frames
-from flowad_fast.engines import Engine
+from flowad_fast.engines import Engine, backend, start_from_model
 from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, FrameError, nearest
 from flowad_fast.model import FlowModel, class_indices
 from flowad_fast.scorers import Scorer
 
-ENGINES = ("eager", "onnxruntime")
+AUTO = {"cuda": ("eager", "onnxruntime"), "cpu": ("onnxruntime", "eager")}
+"""What `auto` prefers of the engines in a bundle, by device."""
+OPS = ("reference", "fused")
+"""Namespaces of operators: plain torch, or Triton kernels on the GPU (on the CPU they are plain torch as well)."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +148,35 @@ class Detector:
 
     @classmethod
     def from_model(
-        cls, model: FlowModel, scorer: Scorer, *, device: str = "auto", aggregate: Aggregate = "max"
+        cls,
+        model: FlowModel,
+        scorer: Scorer,
+        *,
+        engine: str = "eager",
+        precision: Precision = "fp32",
+        device: str = "auto",
+        aggregate: Aggregate = "max",
+        ops: str = "reference",
     ) -> "Detector":
-        """A detector on the eager engine, without a bundle and so without a calibration."""
-        from flowad_fast.engines.eager import EagerEngine
+        """A detector without a bundle and so without a calibration.
+
+        Args:
+            model: a trained model; it stays where it is.
+            scorer: what to compute.
+            engine: one that starts from a model, see `engines.ENGINES`.
+            precision: of the velocity field's matrix products.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            aggregate: map to image score.
+            ops: operators of the velocity field and the loop: `reference` (plain torch) or `fused` (Triton kernels).
+
+        Raises:
+            EngineUnavailableError: engine, precision or operators cannot run here; says what is missing.
+        """
         from flowad_fast.pipeline import ScoringPipeline
 
-        engine = EagerEngine(ScoringPipeline(model, scorer, aggregate), device)
+        pipeline = ScoringPipeline(model, scorer, aggregate, precision, operators(ops))
         return cls(
-            engine,
+            start_from_model(engine, pipeline, device),
             image_size=model.spec.image.size,
             aggregate=aggregate,
             class_names=model.class_names,
@@ -165,12 +192,10 @@ class Detector:
         *,
         config: str | Path | None = None,
         backbone_weights: str | Path | None = None,
-        device: str = "auto",
-        aggregate: Aggregate = "max",
+        **options: Any,
     ) -> "Detector":
-        """A detector on the eager engine, straight from a trained checkpoint; see `load_checkpoint`."""
-        model = load_checkpoint(path, config, backbone_weights)
-        return cls.from_model(model, scorer, device=device, aggregate=aggregate)
+        """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
+        return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)
 
     def __call__(
         self, frames: np.ndarray | Sequence[np.ndarray], classes: Sequence[str | int] | str | int | None = None
@@ -256,50 +281,104 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
     return np.require(array, requirements=["C", "W"])
 
 
-def load(bundle: str | Path, engine: str = "auto", device: str = "auto", *, reject_repeats: bool = False) -> Detector:
+def operators(name: str) -> ModuleType:
+    """The namespace of operators called `name`, see `OPS`.
+
+    Raises:
+        EngineUnavailableError: no such namespace, or it cannot be imported here.
+    """
+    if name not in OPS:
+        raise EngineUnavailableError(f"unknown operators {name!r}; {nearest(name, OPS)}")
+    try:
+        return importlib.import_module(f"flowad_fast.kernels.{name}")
+    except ImportError as error:
+        raise EngineUnavailableError(
+            f"the {name} operators cannot be imported ({error}); ask for ops='reference'"
+        ) from None
+
+
+def load(
+    bundle: str | Path,
+    engine: str = "auto",
+    device: str = "auto",
+    *,
+    precision: Precision | None = None,
+    ops: str = "reference",
+    reject_repeats: bool = False,
+) -> Detector:
     """A detector from an exported bundle, after verifying its files' hashes.
 
     Args:
         bundle: the bundle's folder.
-        engine: `eager`, `onnxruntime`, or `auto`: the fastest of the bundle's engines for the device (ONNX Runtime on
-            CPU, torch on GPU). What runs is in `Detector.engine`.
+        engine: a name in `engines.ENGINES`, or `auto`: of the bundle's engines, ONNX Runtime on CPU, torch on GPU. What
+            runs is in `Detector.engine`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: of engines that start from the bundle's weights; None is what the artefact was made for.
+        ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid (a frozen camera).
 
     Raises:
         BundleError: no bundle, another version, or an altered file.
         EngineUnavailableError: the engine is not in the bundle or cannot run here; says what to install.
     """
-    if engine != "auto" and engine not in ENGINES:
-        raise EngineUnavailableError(f"unknown engine {engine!r}; {nearest(engine, (*ENGINES, 'auto'))}")
+    if engine != "auto":
+        backend(engine)
     folder, manifest = bundles.read(bundle)
-    by_engine: dict[str, bundles.Artefact] = {a.engine: a for a in manifest.artefacts.values()}
+    has = {artefact.engine for artefact in manifest.artefacts.values()}
     if engine == "auto":
         from flowad_fast.engines.eager import torch_device
 
-        preferred = ENGINES if torch_device(device).type == "cuda" else ENGINES[::-1]
-        engine = next((name for name in preferred if name in by_engine), "none")
-    if engine not in by_engine:
-        has = ", ".join(by_engine) or "none"
+        engine = next((name for name in AUTO[torch_device(device).type] if name in has), "none")
+    if engine == "none" or backend(engine).artefact not in has:
         raise EngineUnavailableError(
-            f"{folder}: the bundle has no {engine} engine (it has: {has}); export it again with that --format"
+            f"{folder}: the bundle has nothing for the engine {engine} "
+            f"(it has: {', '.join(sorted(has)) or 'nothing'}); export it again with that --format"
         )
-    running = start_engine(folder, manifest, engine, device)
+    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops)
     return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats)
 
 
-def start_engine(folder: Path, manifest: bundles.Manifest, engine: str, device: str) -> Engine:
-    """Start one of a bundle's engines; the files' hashes have been checked by `bundle.read`."""
-    artefact = next(a for a in manifest.artefacts.values() if a.engine == engine)
-    path = folder / next(iter(artefact.files))
-    if engine == "onnxruntime":
-        from flowad_fast.engines.onnxruntime import OnnxRuntimeEngine
+def start_engine(
+    folder: Path,
+    manifest: bundles.Manifest,
+    engine: str,
+    device: str,
+    artefact: bundles.Artefact | None = None,
+    *,
+    precision: Precision | None = None,
+    ops: str = "reference",
+) -> Engine:
+    """Start an engine on one of a bundle's artefacts; the files' hashes have been checked by `bundle.read`.
 
-        return OnnxRuntimeEngine(path, device)
-    from flowad_fast.engines.eager import EagerEngine
+    Args:
+        folder: the bundle's folder.
+        manifest: its manifest.
+        engine: a name in `engines.ENGINES`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        artefact: which one, when several are for the same engine; None takes the first.
+        precision: see `load`.
+        ops: see `load`.
+
+    Raises:
+        EngineUnavailableError: the engine cannot run here, or a precision that the artefact was not built for.
+    """
+    chosen = backend(engine)
+    if artefact is None:
+        artefact = next(a for a in manifest.artefacts.values() if a.engine == chosen.artefact)
+    path = folder / next(iter(artefact.files))
+    if chosen.from_artefact is not None:
+        if precision not in (None, artefact.precision):
+            raise EngineUnavailableError(
+                f"{path}: built for precision {artefact.precision}, {precision} was asked for; export it again with "
+                f"--precision {precision}"
+            )
+        return chosen.from_artefact(path, artefact, device)
     from flowad_fast.pipeline import ScoringPipeline
 
     model = load_checkpoint(path)
     if model.spec != manifest.model:
         raise BundleError(f"{folder}: the weights' description differs from the manifest; export the bundle again")
-    return EagerEngine(ScoringPipeline(model, manifest.scorer, manifest.aggregate), device)
+    pipeline = ScoringPipeline(
+        model, manifest.scorer, manifest.aggregate, precision or artefact.precision, operators(ops)
+    )
+    return start_from_model(engine, pipeline, device)

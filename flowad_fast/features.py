@@ -1,13 +1,14 @@
 """Stage 2: a frozen timm backbone, the pyramid gather, and the optional feature normalisation: images to X1."""
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from flowad_fast.errors import CheckpointError
-from flowad_fast.kernels import reference as ops
+from flowad_fast.kernels import reference
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", torch.ones(channels))
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, images: Tensor, ops: ModuleType = reference) -> Tensor:
+        """See the class; `ops` is the namespace of operators."""
         tokens = ops.pyramid_gather(self.backbone(images))
         return (tokens - self.mean) / self.std if self.normalise else tokens
 

@@ -1,18 +1,24 @@
 """Stage 5: applying a schedule to a velocity field; the primal alone, and the primal with tangents for density."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
 from flowad_fast import schedule
-from flowad_fast.config import VelocityConfig
-from flowad_fast.kernels import reference as ops
+from flowad_fast.config import Precision, VelocityConfig
+from flowad_fast.kernels import reference
 from flowad_fast.schedule import Row
 
 
 class StepField(Protocol):
-    """A velocity field at fixed times: what a loop needs. Implemented by `TabledDiT`."""
+    """A velocity field at fixed times: what a loop needs. Implemented by `TabledDiT`.
+
+    `ops` is the namespace of operators that the field is built on, and so the loop around it.
+    """
+
+    ops: ModuleType
 
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None, /) -> Tensor:
         """Network output (B, N, C) at step `step`."""
@@ -26,14 +32,14 @@ class Field(Protocol):
 
     config: VelocityConfig
 
-    def at(self, times: tuple[float, ...]) -> StepField:
-        """The field at fixed times."""
+    def at(self, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference) -> StepField:
+        """The field at fixed times, its matrix products in `precision`, built on the operators `ops`."""
 
 
 def run(field: StepField, rows: Sequence[Row], x: Tensor, y: Tensor | None, first: int = 0) -> Tensor:
     """Apply all rows to the state x (B, N, C); row k is the field's step `first` + k."""
     for k, row in enumerate(rows, first):
-        x = ops.affine_step(x, field(x, k, y), row.a, row.b)
+        x = field.ops.affine_step(x, field(x, k, y), row.a, row.b)
     return x
 
 
@@ -43,7 +49,7 @@ def run_to_error(
     """As `run`, the last step fused with the squared-error map against `ref` (0 when None): (B, N)."""
     x = run(field, rows[:-1], x, y, first)
     last = first + len(rows) - 1
-    return ops.affine_step_error(x, field(x, last, y), rows[-1].a, rows[-1].b, ref)[1]
+    return field.ops.affine_step_error(x, field(x, last, y), rows[-1].a, rows[-1].b, ref)[1]
 
 
 def run_dual(
@@ -71,7 +77,7 @@ def run_dual(
         if row.a != 1:
             share = share + (row.a - 1) * probes.square().sum(-1)
         total = share if total is None else total + share
-        x = ops.affine_step(x, out, row.a, row.b)
+        x = field.ops.affine_step(x, out, row.a, row.b)
     assert total is not None, "a schedule has at least one row"
     return x, total
 

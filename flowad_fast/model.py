@@ -1,16 +1,18 @@
 """A trained model in memory: the velocity field, and the field with its backbone and preprocessing."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowad_fast.config import ModelConfig, VelocityConfig
+from flowad_fast.config import ModelConfig, Precision, VelocityConfig
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.features import FeatureExtractor
 from flowad_fast.image import normalise
 from flowad_fast.integration import from_tokens, to_tokens
+from flowad_fast.kernels import reference
 from flowad_fast.schedule import velocity_factors
 from flowad_fast.velocity import DiT, TabledDiT
 
@@ -21,7 +23,7 @@ class VelocityModel:
     def __init__(self, config: VelocityConfig, dit: DiT) -> None:
         self.config = config
         self.dit = dit.eval().requires_grad_(False)
-        self._tables: dict[tuple[float, ...], TabledDiT] = {}
+        self._tables: dict[tuple[tuple[float, ...], Precision, str], TabledDiT] = {}
 
     @property
     def device(self) -> torch.device:
@@ -48,13 +50,14 @@ class VelocityModel:
         alpha, beta = velocity_factors(self.config.pred_type, t)
         return beta * out if alpha == 0 else alpha * x + beta * out
 
-    def at(self, times: tuple[float, ...]) -> TabledDiT:
+    def at(self, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference) -> TabledDiT:
         """The inference form at fixed times; the last few are kept, as long as the weights stay where they are."""
-        table = self._tables.get(times)
+        key = (times, precision, ops.__name__)
+        table = self._tables.get(key)
         if table is None or table.table.device != self.device:
             while len(self._tables) >= 4:
                 self._tables.pop(next(iter(self._tables)))
-            table = self._tables[times] = TabledDiT(self.dit, times)
+            table = self._tables[key] = TabledDiT(self.dit, times, precision, ops)
         return table
 
     def check_classes(self, y: Tensor | None, batch: int) -> Tensor | None:

@@ -5,6 +5,7 @@ and exporters trace: tokens (B, N, C) and y (B,) in, map (B, N) out. Random draw
 streams never change, so a seed names the same probes on every machine and version.
 """
 
+from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,10 +15,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flowad_fast import schedule
-from flowad_fast.config import VelocityConfig
+from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.errors import ConfigError
 from flowad_fast.integration import Field as FlowField
 from flowad_fast.integration import StepField, run, run_dual, run_to_error, to_tokens
+from flowad_fast.kernels import reference
 from flowad_fast.schedule import Row
 
 _STRICT = ConfigDict(extra="forbid")
@@ -42,8 +44,14 @@ class MapModule(nn.Module):
 
 
 class _Scorer:
-    def prepare(self, model: FlowField) -> MapModule:
-        """Bind the scorer to a model."""
+    def prepare(
+        self,
+        model: FlowField,
+        precision: Precision = "fp32",
+        ops: ModuleType = reference,
+        probe_bytes: int = PROBE_BYTES,
+    ) -> MapModule:
+        """Bind the scorer to a model: precision of its matrix products, operators, memory of a chunk of probes."""
         raise NotImplementedError
 
     def map(self, model: FlowField, x1: Tensor, y: Tensor | None = None) -> Tensor:
@@ -68,10 +76,16 @@ class Inversion(_Scorer):
         """The schedule."""
         return schedule.inversion(config, self.steps)
 
-    def prepare(self, model: FlowField) -> MapModule:
-        """Bind to a model."""
+    def prepare(
+        self,
+        model: FlowField,
+        precision: Precision = "fp32",
+        ops: ModuleType = reference,
+        probe_bytes: int = PROBE_BYTES,
+    ) -> MapModule:
+        """See `_Scorer`."""
         rows = self.rows(model.config)
-        return _InversionMap(model.at(_times(rows)), rows, self.power)
+        return _InversionMap(model.at(_times(rows), precision, ops), rows, self.power)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -101,10 +115,16 @@ class Reconstruction(_Scorer):
         shape = (1, config.height * config.width, config.channels)
         return torch.from_numpy(np.random.RandomState(self.seed).standard_normal(shape).astype(np.float32))
 
-    def prepare(self, model: FlowField) -> MapModule:
-        """Bind to a model."""
+    def prepare(
+        self,
+        model: FlowField,
+        precision: Precision = "fp32",
+        ops: ModuleType = reference,
+        probe_bytes: int = PROBE_BYTES,
+    ) -> MapModule:
+        """See `_Scorer`."""
         down, up = self.rows(model.config)
-        field = model.at(_times(down + up))
+        field = model.at(_times(down + up), precision, ops)
         config = model.config
         noise = None
         if self.start == "noise":
@@ -143,11 +163,18 @@ class Density(_Scorer):
         signs = np.random.RandomState(self.seed).randint(0, 2, (self.probes, 1, n, c))
         return torch.from_numpy(signs.astype(np.float32) * 2 - 1)
 
-    def prepare(self, model: FlowField) -> "_DensityMap":
-        """Bind to a model."""
+    def prepare(
+        self,
+        model: FlowField,
+        precision: Precision = "fp32",
+        ops: ModuleType = reference,
+        probe_bytes: int = PROBE_BYTES,
+    ) -> "_DensityMap":
+        """See `_Scorer`."""
         rows = self.rows(model.config)
-        field = model.at(_times(rows))
-        return _DensityMap(field, rows, self.draw(model.config).to(_device(field)), model.config, self.exact)
+        field = model.at(_times(rows), precision, ops)
+        probes = self.draw(model.config).to(_device(field))
+        return _DensityMap(field, rows, probes, model.config, self.exact, probe_bytes)
 
     def map_with_error(self, model: FlowField, x1: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The map and its standard error over probes, both (B, h, w); needs at least two random probes.
@@ -205,16 +232,22 @@ class _DensityMap(MapModule):
     probes: Tensor
 
     def __init__(
-        self, field: StepField, rows: tuple[Row, ...], probes: Tensor, config: VelocityConfig, exact: bool
+        self,
+        field: StepField,
+        rows: tuple[Row, ...],
+        probes: Tensor,
+        config: VelocityConfig,
+        exact: bool,
+        probe_bytes: int,
     ) -> None:
         super().__init__(field)
-        self.rows, self.exact = rows, exact
+        self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
         self.register_buffer("probes", probes, persistent=False)
         self.bytes_each = 4 * config.tokens * max(config.mlp_hidden, config.num_heads * config.tokens)
 
     def chunks(self, batch: int) -> tuple[Tensor, ...]:
         """The probes in chunks that respect the memory budget."""
-        return self.probes.split(max(1, PROBE_BYTES // (self.bytes_each * batch)))
+        return self.probes.split(max(1, self.probe_bytes // (self.bytes_each * batch)))
 
     def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
         # An exported graph has one chunk: its batch is symbolic, and engines plan their own memory.

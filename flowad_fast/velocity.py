@@ -2,18 +2,21 @@
 
 `DiT` is what is trained; its parameter names are those of published checkpoints. `TabledDiT` is the same network once
 the timesteps are known: everything that depends only on (t, y) has become a table of modulations, which drops a third
-of the weights and all conditioning work from the loop. It also propagates tangents, for the density scorer.
+of the weights and all conditioning work from the loop. It also propagates tangents, for the density scorer, and takes
+the precision of its matrix products and the operators that it is built on.
 """
 
 import math
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowad_fast.config import VelocityConfig
-from flowad_fast.kernels import reference as ops
+from flowad_fast.config import Precision, VelocityConfig
+from flowad_fast.kernels import reference
+from flowad_fast.linear import AnyLinear, Quantised, make_linear
 
 
 class Attention(nn.Module):
@@ -27,18 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        return self.proj(_merge(ops.attention(*self._split(self.qkv(x)))))
-
-    def dual(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with tangents (K, B, N, D)."""
-        qkv, dqkv = linear_dual(self.qkv, x, dx)
-        out, dout = ops.attention_dual(*self._split(qkv), *self._split(dqkv))
-        return linear_dual(self.proj, _merge(out), _merge(dout))
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., N, 3D) to q, k, v of (..., heads, N, d)."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in x.chunk(3, -1))
-        return q, k, v
+        return self.proj(_merge(reference.attention(*_split(self.qkv(x), self.heads))))
 
 
 class Mlp(nn.Module):
@@ -51,11 +43,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        return self.fc2(ops.gelu_tanh(self.fc1(x)))
-
-    def dual(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with tangents (K, B, N, D)."""
-        return linear_dual(self.fc2, *ops.gelu_tanh_dual(*linear_dual(self.fc1, x, dx)))
+        return self.fc2(reference.gelu_tanh(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -70,8 +58,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Training form: x (B, N, D), conditioning c (B, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, -1)
-        x = x + gate_a * self.attn(ops.ln_modulate(x, shift_a, scale_a))
-        return x + gate_m * self.mlp(ops.ln_modulate(x, shift_m, scale_m))
+        x = x + gate_a * self.attn(reference.ln_modulate(x, shift_a, scale_a))
+        return x + gate_m * self.mlp(reference.ln_modulate(x, shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -85,7 +73,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Training form: x (B, N, D), conditioning c (B, D)."""
-        return self.linear(ops.ln_modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, -1)))
+        return self.linear(reference.ln_modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, -1)))
 
 
 class DiT(nn.Module):
@@ -138,27 +126,50 @@ class DiT(nn.Module):
         return _unpatchify(self.final_layer(x, c), self.config)
 
 
+class TabledBlock(nn.Module):
+    """The four linear layers of a block; what happens between them is `TabledDiT`'s."""
+
+    def __init__(self, block: Block, name: str, precision: Precision, keep_bf16: tuple[str, ...]) -> None:
+        super().__init__()
+
+        def make(part: str, linear: nn.Linear) -> AnyLinear:
+            return make_linear(f"{name}.{part}", linear.weight, linear.bias, precision, keep_bf16)
+
+        self.qkv, self.proj = make("qkv", block.attn.qkv), make("proj", block.attn.proj)
+        self.fc1, self.fc2 = make("fc1", block.mlp.fc1), make("fc2", block.mlp.fc2)
+
+
 class TabledDiT(nn.Module):
     """Inference form of a `DiT` at fixed times: step k of a loop looks its modulations up.
 
-    It shares the weights of the DiT that the loop needs and holds none of those that the table replaces. `table` is
-    (S, Y, depth, 6, D) and `final` (S, Y, 2, D) for S times and Y classes (1 for unconditional models). The result
-    equals the training form's to rounding.
+    It holds the weights of the DiT that the loop needs (in float32 it shares them) and none of those that the table
+    replaces. `table` is (S, Y, depth, 6, D) and `final` (S, Y, 2, D) for S times and Y classes (1 for unconditional
+    models). In float32 the result equals the training form's to rounding. In every precision the tokens, the table, the
+    residual stream, the statistics and the output are float32; `precision` is that of the matrix products and of the
+    activations between them.
+
+    `ops` is the namespace of operators: `kernels.reference`, or `kernels.fused` with the same names. The linear layers
+    are named embed, blocks.<i>.{qkv,proj,fc1,fc2} and head, which is what `VelocityConfig.keep_bf16` matches in fp8.
     """
 
-    weight: Tensor
     position: Tensor
     table: Tensor
     final: Tensor
 
     @torch.no_grad()
-    def __init__(self, dit: DiT, times: tuple[float, ...]) -> None:
+    def __init__(
+        self, dit: DiT, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference
+    ) -> None:
         super().__init__()
         self.config = config = dit.config
-        self.times = times
-        self.attn = nn.ModuleList(block.attn for block in dit.blocks)
-        self.mlp = nn.ModuleList(block.mlp for block in dit.blocks)
-        self.linear = dit.final_layer.linear
+        self.times, self.precision, self.ops = times, precision, ops
+        keep = config.keep_bf16
+        proj, last = dit.x_embedder["proj"], dit.final_layer.linear
+        self.embed = make_linear("embed", _token_weight(proj), None, precision, keep)
+        self.blocks = nn.ModuleList(
+            TabledBlock(block, f"blocks.{i}", precision, keep) for i, block in enumerate(dit.blocks)
+        )
+        self.head = make_linear("head", last.weight, last.bias, precision, keep)
         device = dit.pos_embed.device
         classes = config.num_classes if config.use_class_labels else 1
         t = torch.tensor(times, device=device, dtype=torch.float32).repeat_interleave(classes)
@@ -167,8 +178,6 @@ class TabledDiT(nn.Module):
         rows = torch.stack([block.adaLN_modulation(c) for block in dit.blocks], 1)
         table = rows.unflatten(-1, (6, -1)).unflatten(0, (len(times), classes))
         final = dit.final_layer.adaLN_modulation(c).unflatten(-1, (2, -1)).unflatten(0, (len(times), classes))
-        proj = dit.x_embedder["proj"]
-        self.register_buffer("weight", _token_weight(proj), persistent=False)
         self.register_buffer("position", proj.bias + dit.pos_embed, persistent=False)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("final", final, persistent=False)
@@ -179,47 +188,79 @@ class TabledDiT(nn.Module):
         return self.table[step][index].unsqueeze(-2), self.final[step][index].unsqueeze(-2)
 
     def forward(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
-        """The raw network output for tokens (B, h*w, C) at `times[step]`, classes y (B,): (B, h*w, C)."""
+        """The raw network output for tokens (B, h*w, C) at `times[step]`, classes y (B,): (B, h*w, C) float32."""
+        ops, heads = self.ops, self.config.num_heads
         table, final = self.modulations(step, y)
-        x = F.linear(_patchify(tokens, self.config), self.weight) + self.position
+        x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
         o: Tensor | None = None
         gate = None
-        for i, (attn, mlp) in enumerate(zip(self.attn, self.mlp, strict=True)):
+        for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
             if o is None:
-                h = ops.ln_modulate(x, shift_a, scale_a)
+                h = self._norm(block.qkv, x, shift_a, scale_a)
             else:
-                x, h = ops.gate_residual_ln_modulate(x, o, gate, shift_a, scale_a)
-            x, h = ops.gate_residual_ln_modulate(x, attn(h), gate_a, shift_m, scale_m)
-            o, gate = mlp(h), gate_m
-        _, h = ops.gate_residual_ln_modulate(x, o, gate, *final.unbind(1))
-        return _unpatchify(self.linear(h), self.config)
+                x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
+            o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
+            x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
+            o, gate = block.fc2(self._gelu(block.fc2, block.fc1(h))), gate_m
+        _, h = self._gate_norm(self.head, x, o, gate, *final.unbind(1))
+        return _unpatchify(self.head(h), self.config).to(tokens.dtype)
 
     def dual(self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Output and its Jacobian-vector products for tangents (K, B or 1, h*w, C): (B, h*w, C), (K, B, h*w, C)."""
+        ops, heads = self.ops, self.config.num_heads
         table, final = self.modulations(step, y)
-        x = F.linear(_patchify(tokens, self.config), self.weight) + self.position
-        dx = F.linear(_patchify(tangents, self.config), self.weight)
+        x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
+        dx = self._run(self.embed, _patchify(tangents, self.config)).to(x.dtype)
         if dx.shape[1] != x.shape[0]:
             dx = dx.expand(-1, x.shape[0], -1, -1)
         o = do = gate = None
-        for i, (attn, mlp) in enumerate(zip(self.attn, self.mlp, strict=True)):
+        for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
             if o is None:
-                h, dh = ops.ln_modulate_dual(x, dx, shift_a, scale_a)
+                h, dh = ops.ln_modulate_dual(x, dx, shift_a, scale_a, block.qkv.dtype)
             else:
-                x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift_a, scale_a)
-            o, do = attn.dual(h, dh)
-            x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate_a, shift_m, scale_m)
-            (o, do), gate = mlp.dual(h, dh), gate_m
-        *_, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, *final.unbind(1))
-        out, dout = linear_dual(self.linear, h, dh)
-        return _unpatchify(out, self.config), _unpatchify(dout, self.config)
+                x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift_a, scale_a, block.qkv.dtype)
+            qkv, dqkv = self._run_dual(block.qkv, h, dh)
+            o, do = ops.attention_dual(*_split(qkv, heads), *_split(dqkv, heads))
+            o, do = self._run_dual(block.proj, _merge(o), _merge(do))
+            x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate_a, shift_m, scale_m, block.fc1.dtype)
+            o, do = self._run_dual(block.fc2, *ops.gelu_tanh_dual(*self._run_dual(block.fc1, h, dh)))
+            gate = gate_m
+        *_, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, *final.unbind(1), self.head.dtype)
+        out, dout = self._run_dual(self.head, h, dh)
+        return tuple(_unpatchify(part, self.config).to(tokens.dtype) for part in (out, dout))  # type: ignore[return-value]
+
+    def _norm(self, consumer: AnyLinear, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Quantised:
+        """`ln_modulate` in what its consumer takes: quantised by the same operator in fp8."""
+        if consumer.quantised:
+            return self.ops.ln_modulate_fp8(x, shift, scale)
+        return self.ops.ln_modulate(x, shift, scale, consumer.dtype)
+
+    def _gate_norm(
+        self, consumer: AnyLinear, x: Tensor, o: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor | Quantised]:
+        if consumer.quantised:
+            x, q, scales = self.ops.gate_residual_ln_modulate_fp8(x, o, gate, shift, scale)
+            return x, (q, scales)
+        return self.ops.gate_residual_ln_modulate(x, o, gate, shift, scale, consumer.dtype)
+
+    def _gelu(self, consumer: AnyLinear, x: Tensor) -> Tensor | Quantised:
+        return self.ops.gelu_tanh_fp8(x) if consumer.quantised else self.ops.gelu_tanh(x)
+
+    def _run(self, linear: AnyLinear, x: Tensor) -> Tensor:
+        return linear(self.ops.quantise_rows(x) if linear.quantised else x)
+
+    def _run_dual(self, linear: AnyLinear, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        if linear.quantised:
+            return linear(self.ops.quantise_rows(x)), linear.tangent(self.ops.quantise_rows(dx))
+        return linear(x), linear.tangent(dx)
 
 
-def linear_dual(linear: nn.Linear, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear layer with tangents: the bias carries none."""
-    return linear(x), F.linear(dx, linear.weight)
+def _split(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., N, 3D) to q, k, v of (..., heads, N, d)."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in x.chunk(3, -1))
+    return q, k, v
 
 
 def _merge(x: Tensor) -> Tensor:

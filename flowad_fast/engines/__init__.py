@@ -1,8 +1,22 @@
-"""Backends: one file each, one protocol. An engine turns a batch of frames into maps and raw scores."""
+"""Backends: one file each, one protocol. An engine turns a batch of frames into maps and raw scores.
 
-from typing import Protocol
+`ENGINES` is the open registry. An engine starts from a model in memory, from an artefact of a bundle, or both; its
+module is imported when it is started, and one that cannot run here raises EngineUnavailableError, naming what is
+missing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from flowad_fast.errors import EngineUnavailableError, nearest
+
+if TYPE_CHECKING:
+    from flowad_fast.bundle import Artefact
+    from flowad_fast.pipeline import ScoringPipeline
 
 
 class Engine(Protocol):
@@ -13,3 +27,73 @@ class Engine(Protocol):
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Frames uint8 (B, H, W, 3), classes int64 (B,) or None: map (B, S, S) and raw score (B,) float32."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How an engine is started.
+
+    Attributes:
+        description: one line for help and tables.
+        from_model: starts it from a scoring pipeline and a device string (`auto`, `cpu`, `cuda`, `cuda:N`).
+        from_artefact: starts it from the first file of a bundle's artefact, the artefact, and a device string.
+        artefact: the `Artefact.engine` that it reads; engines that start from a model read the weights, "eager".
+    """
+
+    description: str
+    artefact: str
+    from_model: "Callable[[ScoringPipeline, str], Engine] | None" = None
+    from_artefact: "Callable[[Path, Artefact, str], Engine] | None" = None
+
+
+def _eager(pipeline: "ScoringPipeline", device: str) -> Engine:
+    from flowad_fast.engines.eager import EagerEngine
+
+    return EagerEngine(pipeline, device)
+
+
+def _cudagraph(pipeline: "ScoringPipeline", device: str) -> Engine:
+    from flowad_fast.engines.cudagraph import CudaGraphEngine
+
+    return CudaGraphEngine(pipeline, device)
+
+
+def _onnxruntime(path: Path, artefact: "Artefact", device: str) -> Engine:
+    from flowad_fast.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(path, device)
+
+
+ENGINES: dict[str, Backend] = {
+    "eager": Backend("torch, operator by operator", "eager", from_model=_eager),
+    "cudagraph": Backend("one CUDA graph from frames to score", "eager", from_model=_cudagraph),
+    "onnxruntime": Backend("the exported ONNX graph in ONNX Runtime", "onnxruntime", from_artefact=_onnxruntime),
+}
+"""Engines by name."""
+
+
+def backend(name: str) -> Backend:
+    """The registered engine `name`.
+
+    Raises:
+        EngineUnavailableError: no such engine; the message has the nearest name.
+    """
+    if name not in ENGINES:
+        raise EngineUnavailableError(f"unknown engine {name!r}; {nearest(name, (*ENGINES, 'auto'))}")
+    return ENGINES[name]
+
+
+def start_from_model(name: str, pipeline: "ScoringPipeline", device: str = "auto") -> Engine:
+    """Start the engine `name` on a scoring pipeline.
+
+    Raises:
+        EngineUnavailableError: the engine is unknown, cannot run here, or runs exported artefacts only.
+    """
+    start = backend(name).from_model
+    if start is None:
+        able = ", ".join(key for key, one in ENGINES.items() if one.from_model)
+        raise EngineUnavailableError(
+            f"the engine {name} runs exported bundles only; export the model with flowad-export and load the bundle, "
+            f"or ask for one of: {able}"
+        )
+    return start(pipeline, device)

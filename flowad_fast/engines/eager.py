@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
+from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import arithmetic, check_precision
 
 
 def torch_device(device: str) -> torch.device:
@@ -14,7 +16,7 @@ def torch_device(device: str) -> torch.device:
         EngineUnavailableError: a GPU was asked for and there is none.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -26,22 +28,32 @@ def torch_device(device: str) -> torch.device:
             f"device {device!r} was asked for, but torch {torch.__version__} finds no usable GPU or driver; "
             "check nvidia-smi, or ask for device='cpu'"
         )
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
 class EagerEngine:
-    """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state."""
+    """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state.
+
+    A batch that does not fit in GPU memory is split, see `BatchLimit`.
+    """
 
     name = "eager"
 
     def __init__(self, pipeline: ScoringPipeline, device: str = "auto") -> None:
         self._device = torch_device(device)
+        check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
-        self.pipeline = pipeline.to(self._device).eval()
+        self.pipeline = pipeline.on(self._device)
+        self._limit = BatchLimit()
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
+        return self._limit.run(self._run, frames, y)
+
+    def _run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         classes = None if y is None else torch.from_numpy(y).to(self._device)
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
             maps, scores = self.pipeline(torch.from_numpy(frames).to(self._device), classes)
         return maps.cpu().numpy(), scores.cpu().numpy()

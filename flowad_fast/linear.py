@@ -1,0 +1,109 @@
+"""Linear layers of the inference form, with their weights in the precision of the matrix product.
+
+A weight is cast or quantised once, when the layer is made. Both kinds take a tensor; `Fp8Linear` also takes rows that
+the producing operator has quantised already. `tangent` is the same map without the bias, which carries no tangent.
+"""
+
+from fnmatch import fnmatch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowad_fast.config import Precision
+from flowad_fast.kernels.reference import quantise_rows
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
+"""Dtype of activations between the matrix products, by precision; in fp8 it is that of layers kept in bf16, too."""
+FP8_MULTIPLE = 16
+"""The scaled matrix product needs both dimensions of a weight to be multiples of this; other layers stay in bf16."""
+
+Quantised = tuple[Tensor, Tensor]
+"""Rows in e4m3 (..., D) with their float32 scales (..., 1)."""
+
+
+class Linear(nn.Module):
+    """x W^T + b in the dtype of W; float32 layers share the parameters that they are made of."""
+
+    quantised = False
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.weight = _parameter(weight, dtype)
+        self.bias = None if bias is None else _parameter(bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) of any floating dtype to (..., out) in the layer's dtype."""
+        return F.linear(x.to(self.dtype), self.weight, self.bias)
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """As `forward`, without the bias."""
+        return F.linear(dx.to(self.dtype), self.weight)
+
+
+class Fp8Linear(nn.Module):
+    """x W^T + b with x and W in e4m3, one float32 scale a row of each; bfloat16 out.
+
+    On a GPU it is torch's scaled matrix product. torch has none with row scales on the CPU, so there the same quantised
+    values are multiplied in float32: the drift is that of fp8, the speed is not.
+    """
+
+    quantised = True
+    dtype = torch.bfloat16
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        q, scale = quantise_rows(weight)
+        self.weight = _parameter(q, q.dtype)
+        self.scale = _parameter(scale.T.contiguous(), torch.float32)
+        self.bias = None if bias is None else _parameter(bias, torch.bfloat16)
+
+    def forward(self, x: Tensor | Quantised) -> Tensor:
+        """(..., in), or rows that are quantised already, to (..., out) bfloat16."""
+        return self._product(x, self.bias)
+
+    def tangent(self, dx: Tensor | Quantised) -> Tensor:
+        """As `forward`, without the bias."""
+        return self._product(dx, None)
+
+    def _product(self, x: Tensor | Quantised, bias: Tensor | None) -> Tensor:
+        q, scale = x if isinstance(x, tuple) else quantise_rows(x)
+        if q.device.type == "cpu":
+            out = F.linear(q.float(), self.weight.float()) * (scale * self.scale)
+            return (out if bias is None else out + bias).bfloat16()
+        flat = torch._scaled_mm(
+            q.flatten(0, -2),
+            self.weight.t(),
+            scale_a=scale.flatten(0, -2),
+            scale_b=self.scale,
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return flat.unflatten(0, q.shape[:-1])
+
+
+AnyLinear = Linear | Fp8Linear
+
+
+def make_linear(
+    name: str, weight: Tensor, bias: Tensor | None, precision: Precision, keep_bf16: tuple[str, ...]
+) -> AnyLinear:
+    """The layer `name` in a precision; in fp8, names that match a pattern of `keep_bf16` stay in bf16."""
+    if precision == "fp8" and not any(fnmatch(name, pattern) for pattern in keep_bf16):
+        if all(size % FP8_MULTIPLE == 0 for size in weight.shape):
+            return Fp8Linear(weight, bias)
+    return Linear(weight, bias, weight.dtype if precision in ("fp32", "tf32") else DTYPES[precision])
+
+
+def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype:
+        return tensor
+    return nn.Parameter(tensor.detach().to(dtype), requires_grad=False)
