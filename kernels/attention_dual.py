@@ -6,6 +6,7 @@ O = P V; as whole rows are on chip, O itself is not needed. That is 5 matrix pro
 the scores is one; it lets every tangent be a program of its own, which fills the GPU at batch 1. The primal is
 torch's attention.
 """
+# mypy: allow-untyped-defs
 
 import math
 

@@ -1,4 +1,5 @@
 """GELU in its tanh form, also quantised to fp8 and with tangents, which share one evaluation of the derivative."""
+# mypy: allow-untyped-defs
 
 import math
 

@@ -3,6 +3,7 @@
 A registered operator runs its Triton kernel on GPU tensors and its reference everywhere else; nothing is tried and
 given up. Row operators take any batch and token strides, channels contiguous.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
