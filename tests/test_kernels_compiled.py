@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import identify_mutated_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -67,6 +68,13 @@ class Launch:
     kernel: triton.JITFunction
     arguments: tuple
     options: dict
+
+    def values(self) -> dict[str, object]:
+        """The kernel's arguments by name."""
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.arguments, strict=False)) | {k: v for k, v in self.options.items() if k in names}
+        assert set(values) == set(names)
+        return values
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -165,9 +173,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 def _compile(launch: Launch, chip: Chip) -> triton.compiler.CompiledKernel:
     """Compile a launch as Triton's own launcher would specialise it."""
     kernel = launch.kernel
-    names = kernel.arg_names
-    values = dict(zip(names, launch.arguments, strict=False)) | {k: v for k, v in launch.options.items() if k in names}
-    assert set(values) == set(names)
+    names, values = kernel.arg_names, launch.values()
     signature, constants, attributes = {}, {}, {}
     declared = {p.name for p in kernel.params if p.is_constexpr}
     for i, name in enumerate(names):
@@ -225,6 +231,26 @@ def test_compiles_without_spills(name: str, target: str, launches: list[Launch],
         assert used["STACK"] == used["LOCAL"] == 0, f"registers spill: {used}"
         assert shared <= chip.shared_each, "the program does not fit a multiprocessor's shared memory"
         assert occupancy > 0
+
+
+class _Driver:
+    """What Triton asks of a GPU driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compilers_see_what_a_kernel_writes(name: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's analysis finds exactly the results: it would copy whatever else it took for written."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    results = CALLS[name]()
+    stored = {t.untyped_storage()._cdata for t in (results if isinstance(results, tuple) else (results,))}
+    (launch,) = launches
+    values = launch.values()
+    written = [n for n, v in values.items() if isinstance(v, Tensor) and v.untyped_storage()._cdata in stored]
+    assert written
+    assert set(identify_mutated_tensors(launch.kernel, values, {})) == set(written)
 
 
 def test_every_operator_is_compiled() -> None:
