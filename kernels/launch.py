@@ -63,6 +63,18 @@ def check_same_shape(x: Tensor, other: Tensor) -> None:
         raise ValueError(f"got shapes {tuple(x.shape)} and {tuple(other.shape)}, which must be equal")
 
 
+def check_tangents(x: Tensor, dx: Tensor) -> None:
+    """Check that dx is (K, *x.shape).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if dx.shape[1:] != x.shape:
+        raise ValueError(
+            f"got tangents {tuple(dx.shape)} of {tuple(x.shape)}, expected (K, {', '.join(map(str, x.shape))})"
+        )
+
+
 def empty_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for x (..., D) quantised by rows: float8_e4m3fn (..., D) and float32 (..., 1)."""
     return x.new_empty(x.shape, dtype=reference.FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
