@@ -1,7 +1,8 @@
 """What launchers and kernels share: where Triton runs, launch sizes, argument checks, loading and storing of rows.
 
 A registered operator runs its Triton kernel on GPU tensors and its reference everywhere else; nothing is tried and
-given up. Row operators take any batch and token strides, channels contiguous.
+given up. Row operators take any batch and token strides, channels contiguous. Device functions carry no hints except
+constants: Triton infers the rest, and the type checker is told so at the top of each file.
 """
 # mypy: allow-untyped-defs
 

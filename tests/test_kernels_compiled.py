@@ -30,6 +30,7 @@ from flowad_fast.kernels import (
     quantise_rows,
     upsample_score,
 )
+from flowad_fast.kernels.attention_dual import MAX_KEYS
 
 MODULES = (
     affine_step,
@@ -85,8 +86,8 @@ def _mods(count: int) -> list[Tensor]:
     return list(_empty(B, 6, D).unsqueeze(-2).unbind(1)[:count])
 
 
-def _heads(*lead: int, heads: int = 8, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    parts = _empty(*lead, N, 3 * D, dtype=dtype).chunk(3, -1)
+def _heads(*lead: int, heads: int = 8, tokens: int = N) -> list[Tensor]:
+    parts = _empty(*lead, tokens, 3 * D).chunk(3, -1)
     return [part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in parts]
 
 
@@ -124,6 +125,9 @@ def _calls() -> dict[str, Callable[[], object]]:
         "affine_error_map": lambda: fused.affine_error_map(_empty(B, N, C, dtype=f32), _empty(B, N, C), 1.0, -1 / 3),
         "attention_dual": lambda: fused.attention_dual(*_heads(B), *_heads(K, B)),
         "attention_dual-d64": lambda: fused.attention_dual(*_heads(B, heads=32), *_heads(K, B, heads=32)),
+        "attention_dual-longest": lambda: fused.attention_dual(
+            *_heads(B, tokens=MAX_KEYS), *_heads(K, B, tokens=MAX_KEYS)
+        ),
         "quantise_rows": lambda: fused.quantise_rows(_stream()),
         "quantise_rows-mlp": lambda: fused.quantise_rows(_empty(B, N, 4 * D)),
         "pyramid_gather": lambda: fused.pyramid_gather(
