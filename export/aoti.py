@@ -1,6 +1,5 @@
 """The scoring pipeline as an AOTInductor package (`.pt2`): machine code that runs without Python, from C++ as well."""
 
-import copy
 import logging
 import tempfile
 from dataclasses import replace
@@ -13,6 +12,7 @@ from flowad_fast.decision import Aggregate
 from flowad_fast.engines.inductor import PORTABLE, cpp_compiler, target
 from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
+from flowad_fast.precision import arithmetic
 from flowad_fast.scorers import Scorer
 
 
@@ -36,10 +36,7 @@ def write(
     compiler = cpp_compiler()
     chosen = torch.device(device)
     edge = boundary(model, scorer, aggregate, frame_size)
-    if chosen.type != "cpu":
-        # A copy moves: the pipeline shares its weights with the model, which stays where it is.
-        pipeline = copy.deepcopy(edge.pipeline).to(chosen)
-        edge = replace(edge, pipeline=pipeline, example=tuple(tensor.to(chosen) for tensor in edge.example))
+    edge = replace(edge, module=edge.module.on(chosen), example=tuple(tensor.to(chosen) for tensor in edge.example))
     facts = target(chosen)
     size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"
     inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(model.config.num_classes)}
@@ -55,7 +52,8 @@ def write(
     with tempfile.TemporaryDirectory() as folder:
         if facts["cpu"] == PORTABLE:
             options |= _portable(compiler, Path(folder))
-        torch._inductor.aoti_compile_and_package(edge.trace(), package_path=str(path), inductor_configs=options)
+        with arithmetic("fp32", chosen):
+            torch._inductor.aoti_compile_and_package(edge.trace(), package_path=str(path), inductor_configs=options)
     return dict(facts)
 
 

@@ -104,7 +104,9 @@ def _parse(flavour: Flavour, library: ModuleType, network: Any, log: Log, path: 
     if parser.parse_from_file(str(path)):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    shown = [f"node {e.node_name()!r} (operator {e.node_operator()}): {' '.join(e.desc().split())[:200]}" for e in errors]
+    shown = [
+        f"node {e.node_name()!r} (operator {e.node_operator()}): {' '.join(e.desc().split())[:200]}" for e in errors
+    ]
     operators = sorted({e.node_operator() for e in errors})
     raise ExportError(
         f"{flavour.name} {library.__version__} does not take the graph: {'; '.join(shown[:3]) or log.last()}"

@@ -58,9 +58,23 @@ def _onnxruntime(path: Path, artefact: "Artefact", device: str) -> Engine:
     return OnnxRuntimeEngine(path, device)
 
 
+def _compile(pipeline: "ScoringPipeline", device: str) -> Engine:
+    from flowad_fast.engines.inductor import InductorEngine
+
+    return InductorEngine(pipeline, device)
+
+
+def _inductor(path: Path, artefact: "Artefact", device: str) -> Engine:
+    from flowad_fast.engines.inductor import AotInductorEngine
+
+    return AotInductorEngine(path, artefact, device)
+
+
 ENGINES: dict[str, Backend] = {
     "eager": Backend("torch, operator by operator", "eager", from_model=_eager),
     "onnxruntime": Backend("the exported ONNX graph in ONNX Runtime", "onnxruntime", from_artefact=_onnxruntime),
+    "compile": Backend("torch.compile of the pipeline, in this process", "eager", from_model=_compile),
+    "inductor": Backend("the package that AOTInductor has compiled", "inductor", from_artefact=_inductor),
 }
 """Engines by name."""
 
