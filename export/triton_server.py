@@ -2,8 +2,8 @@
 
     tritonserver --model-repository BUNDLE/triton-server
 
-Clients send `frames` (uint8, B x H x W x 3) and, for conditional models, `classes` (int64, B x 1), and get `map` and the
-raw `score`; thresholds are in the bundle's manifest. Frames of one request have one size.
+Clients send `frames` (uint8, B x H x W x 3) and, for conditional models, `classes` (int64, B x 1), and get `map` and
+the raw `score`; thresholds are in the bundle's manifest. Frames of one request have one size.
 """
 
 from pathlib import Path

@@ -24,8 +24,9 @@ PORTABLE = "x86-64-v3"
 class InductorEngine:
     """Runs a `ScoringPipeline` through torch.compile, with symbolic batch and frame size.
 
-    Safe from many threads: a lock lets one call in at a time, since the first call of a kind compiles. A batch of one is
-    a kind of its own. Compilation never falls back to eager: what cannot be compiled is an error.
+    Safe from many threads: a lock lets one call in at a time, since the first call of a kind compiles. A batch of one
+    is a kind of its own, and so are frames of the model's own size. Compilation never falls back to eager: what cannot
+    be compiled is an error.
     """
 
     name = "compile"
