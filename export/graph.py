@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
@@ -36,10 +37,14 @@ class Boundary:
 
 
 def boundary(
-    model: FlowModel, scorer: Scorer, aggregate: Aggregate, frame_size: tuple[int, int] | None = None
+    model: FlowModel,
+    scorer: Scorer,
+    aggregate: Aggregate,
+    frame_size: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
 ) -> Boundary:
     """The exported boundary of a model with a scorer; `frame_size` None accepts frames of any size."""
-    pipeline = ScoringPipeline(model, scorer, aggregate).eval()
+    pipeline = ScoringPipeline(model, scorer, aggregate, precision).eval()
     height, width = frame_size or (300, 280)
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)

@@ -33,6 +33,9 @@ def normalise(frames: Tensor, config: ImageConfig) -> Tensor:
         x = resize_weights(height, config.size, x.device) @ x
     if not isinstance(width, int) or width != config.size:
         x = x @ resize_weights(width, config.size, x.device).T
-    mean = torch.tensor(config.mean, device=x.device)[:, None, None]
-    std = torch.tensor(config.std, device=x.device)[:, None, None]
-    return (x / 255 - mean) / std
+    return (x / 255 - _channels(config.mean, x.device)) / _channels(config.std, x.device)
+
+
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), filled on the device: a copy from the host cannot be part of a captured CUDA graph."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])

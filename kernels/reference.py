@@ -1,11 +1,13 @@
 """What every operator of the inference path computes, in plain torch: the specification.
 
 Shapes: B frames, N tokens, C feature channels, D hidden width, K tangents. Everything is token-major, channels
-contiguous. Operators with a `dtype` compute in float32 (float64 stays) whatever they are given and round the result to
-`dtype`, by default that of x; a residual stream keeps its own. `*_fp8` forms return e4m3 rows with float32 scales, see
-`quantise_rows`. `*_dual` operators take a primal and K tangents that share it, (K, *primal.shape), and return both; the
+contiguous. `*_dual` operators take a primal and K tangents that share it, (K, *primal.shape), and return both; the
 tangent rules are exact forward-mode derivatives, written out so that they compile, export and capture like any code.
-All functions are pure and accept any floating dtype; accumulation happens in that dtype or better.
+
+All functions are pure and accept any floating dtype. Half inputs are widened to float32 on entry and rounded once on
+exit; only the matrix products of attention take half operands. `dtype` names the output's type where it may differ
+from the input's; a residual or a state keeps its own. `*_fp8` operators return what they compute as float8_e4m3fn
+(..., D) and one float32 scale a row, (..., 1), of which the value is the product.
 """
 
 import math
@@ -16,13 +18,14 @@ from torch import Tensor
 
 LN_EPS = 1e-6
 """LayerNorm epsilon of the DiT."""
+FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-"""Largest finite e4m3 value."""
+"""Largest finite float8_e4m3fn."""
 FP8_TINY = 1e-12
-"""Smallest row maximum that a scale is made of, so that rows of zeros stay zeros."""
+"""A row whose largest magnitude is below this is scaled as if it were this, so that rows of zeros stay zeros."""
 
 
-def pyramid_gather(stages: list[Tensor]) -> Tensor:
+def pyramid_gather(stages: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Backbone stage outputs brought to the grid of the last one, as tokens.
 
     Bilinear interpolation by 1/s (align_corners=False, no antialias) for even s is exactly the mean of the 2x2 pixels
@@ -30,6 +33,7 @@ def pyramid_gather(stages: list[Tensor]) -> Tensor:
 
     Args:
         stages: (B, C_i, s_i*h, s_i*w), s_i in {1, 2, 4, ...}; the last one has s = 1.
+        dtype: of the result; None keeps the stages'.
 
     Returns:
         (B, h*w, sum C_i), channels in stage order.
@@ -38,13 +42,14 @@ def pyramid_gather(stages: list[Tensor]) -> Tensor:
     cells = []
     for stage in stages:
         s = stage.shape[-1] // w
+        stage = _wide(stage)
         if s == 1:
             cells.append(stage)
             continue
         low = s // 2 - 1
         rows = stage[:, :, low::s] + stage[:, :, low + 1 :: s]
         cells.append((rows[..., low::s] + rows[..., low + 1 :: s]) * 0.25)
-    return torch.cat(cells, 1).flatten(2).transpose(1, 2)
+    return _cast(torch.cat(cells, 1).flatten(2).transpose(1, 2), dtype or stages[-1].dtype)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -53,49 +58,59 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., D) as e4m3 (..., D) with one float32 scale a row (..., 1): x ~ q * scale, scale = amax / 448."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(FP8_TINY) / FP8_MAX
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    """x (..., D) as float8_e4m3fn (..., D) and float32 row scales (..., 1): x = q * scale, |q| <= 448."""
+    x = _wide(x)
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=FP8_TINY) / FP8_MAX
+    # The largest element may come out one rounding above 448; it still rounds to 448, so nothing needs clamping.
+    return (x * scale.reciprocal()).to(FP8), scale.float()
 
 
 def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) * (1 + scale) + shift; x (B, N, D), shift and scale (B or 1, 1, D)."""
-    return (layer_norm(_wide(x)) * (1 + scale) + shift).to(dtype or x.dtype)
+    return _cast(layer_norm(_wide(x)) * (1 + _wide(scale)) + _wide(shift), dtype or x.dtype)
 
 
 def ln_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`ln_modulate` as e4m3 rows and scales."""
-    return quantise_rows(ln_modulate(_wide(x), shift, scale))
+    """`quantise_rows` of `ln_modulate`: (B, N, D) and (B, N, 1)."""
+    return quantise_rows(ln_modulate(x, shift, scale, _wide_dtype(x)))
 
 
 def ln_modulate_dual(
     x: Tensor, dx: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """`ln_modulate` of x (B, N, D) with tangents dx (K, B, N, D); shift and scale carry no tangent."""
-    out = dtype or x.dtype
-    x, dx = _wide(x), _wide(dx)
+    out, dout = dtype or x.dtype, dtype or dx.dtype
+    x, dx, shift, scale = _wide(x), _wide(dx), _wide(shift), _wide(scale)
     centred = x - x.mean(-1, keepdim=True)
     r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LN_EPS)
     y = centred * r
     dy = r * (dx - dx.mean(-1, keepdim=True) - y * (y * dx).mean(-1, keepdim=True))
-    return (y * (1 + scale) + shift).to(out), (dy * (1 + scale)).to(out)
+    return _cast(y * (1 + scale) + shift, out), _cast(dy * (1 + scale), dout)
+
+
+def ln_modulate_dual_fp8(x: Tensor, dx: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantise_rows` of both results of `ln_modulate_dual`: q, its scales, dq, its scales."""
+    y, dy = ln_modulate_dual(x, dx, shift, scale, _wide_dtype(x))
+    return *quantise_rows(y), *quantise_rows(dy)
 
 
 def gate_residual_ln_modulate(
     x: Tensor, o: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x' = x + gate * o and LN(x') * (1 + scale) + shift; x and o (B, N, D); returns both, (B, N, D)."""
-    new = _wide(x) + gate * o
-    return new.to(x.dtype), ln_modulate(new, shift, scale, dtype or x.dtype)
+    """x' = x + gate * o and LN(x') * (1 + scale) + shift; x and o (B, N, D); returns both, (B, N, D).
+
+    x' has the dtype of x and is what LN sees; `dtype` is that of the second result, None the same.
+    """
+    x = _residual(x, o, gate)
+    return x, ln_modulate(x, shift, scale, dtype)
 
 
 def gate_residual_ln_modulate_fp8(
     x: Tensor, o: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gate_residual_ln_modulate` with the second result as e4m3 rows and scales: x', q, scales."""
-    new = _wide(x) + gate * o
-    return new.to(x.dtype), *ln_modulate_fp8(new, shift, scale)
+    """`gate_residual_ln_modulate` with its second result quantised by rows: x', q, its scales."""
+    x = _residual(x, o, gate)
+    return x, *ln_modulate_fp8(x, shift, scale)
 
 
 def gate_residual_ln_modulate_dual(
@@ -109,29 +124,43 @@ def gate_residual_ln_modulate_dual(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gate_residual_ln_modulate` with tangents (K, B, N, D); returns x', dx', y, dy."""
-    new, dnew = _wide(x) + gate * o, _wide(dx) + gate * do
-    return new.to(x.dtype), dnew.to(dx.dtype), *ln_modulate_dual(new, dnew, shift, scale, dtype or x.dtype)
+    x, dx = _residual(x, o, gate), _residual(dx, do, gate)
+    return x, dx, *ln_modulate_dual(x, dx, shift, scale, dtype)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
+def gate_residual_ln_modulate_dual_fp8(
+    x: Tensor, dx: Tensor, o: Tensor, do: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`gate_residual_ln_modulate_dual` quantised by rows: x', dx', q, its scales, dq, its scales."""
+    x, dx = _residual(x, o, gate), _residual(dx, do, gate)
+    return x, dx, *ln_modulate_dual_fp8(x, dx, shift, scale)
+
+
+def gelu_tanh(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """GELU in its tanh form."""
-    return F.gelu(x, approximate="tanh")
+    return _cast(F.gelu(_wide(x), approximate="tanh"), dtype or x.dtype)
 
 
 def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu_tanh` as e4m3 rows and scales."""
-    return quantise_rows(gelu_tanh(_wide(x)))
+    """`quantise_rows` of `gelu_tanh`: (..., D) and (..., 1)."""
+    return quantise_rows(gelu_tanh(x, _wide_dtype(x)))
 
 
-def gelu_tanh_dual(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_tanh_dual(x: Tensor, dx: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """`gelu_tanh` of x (..., D) with tangents dx (K, ..., D); the derivative is evaluated once for all tangents."""
-    out = x.dtype
+    out, dout = dtype or x.dtype, dtype or dx.dtype
     x, dx = _wide(x), _wide(dx)
     c, k = math.sqrt(2 / math.pi), 0.044715
     square = x * x
     tanh = torch.tanh(c * x * (1 + k * square))
     slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * k * square)
-    return (0.5 * x * (1 + tanh)).to(out), (dx * slope).to(out)
+    return _cast(0.5 * x * (1 + tanh), out), _cast(dx * slope, dout)
+
+
+def gelu_tanh_dual_fp8(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantise_rows` of both results of `gelu_tanh_dual`: q, its scales, dq, its scales."""
+    y, dy = gelu_tanh_dual(x, dx, _wide_dtype(x))
+    return *quantise_rows(y), *quantise_rows(dy)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,16 +171,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     """`attention` of (B, heads, N, d) with tangents (K, B, heads, N, d): dO = P dV + H V - rowsum(H) O, H = P dS."""
     scale = 1 / math.sqrt(q.shape[-1])
-    p = torch.softmax((q * scale) @ k.transpose(-1, -2), -1)
-    o = p @ v
-    ds = (dq * scale) @ k.transpose(-1, -2) + (q * scale) @ dk.transpose(-1, -2)
+    p = torch.softmax(_wide((q * scale) @ k.transpose(-1, -2)), -1)
+    o = _cast(p, v.dtype) @ v
+    ds = _wide((dq * scale) @ k.transpose(-1, -2)) + _wide((q * scale) @ dk.transpose(-1, -2))
     h = p * ds
-    return o, p @ dv + h @ v - h.sum(-1, keepdim=True) * o
+    do = _wide(_cast(p, dv.dtype) @ dv) + _wide(_cast(h, v.dtype) @ v) - h.sum(-1, keepdim=True) * _wide(o)
+    return o, _cast(do, dq.dtype)
 
 
 def affine_step(x: Tensor, v: Tensor, a: float, b: float) -> Tensor:
-    """One integrator step x' = a x + b v; x and v (B, N, C)."""
-    return x + b * v if a == 1 else a * x + b * v
+    """One integrator step x' = a x + b v; x and v (B, N, C); x' has the dtype of x."""
+    wide, v = _wide(x), _wide(v)
+    return _cast(wide + b * v if a == 1 else a * wide + b * v, x.dtype)
 
 
 def affine_step_error(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -165,11 +196,16 @@ def affine_step_error(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | No
         ref: (B, N, C) or None.
 
     Returns:
-        x' (B, N, C) and the map (B, N).
+        x' (B, N, C) in the dtype of x, and the map (B, N), float32 or wider.
     """
     x = affine_step(x, v, a, b)
-    error = x if ref is None else x - ref
+    error = _wide(x) if ref is None else _wide(x) - _wide(ref)
     return x, error.square().sum(-1)
+
+
+def affine_error_map(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> Tensor:
+    """The map of `affine_step_error` alone, (B, N), for a last step whose x' nobody reads."""
+    return affine_step_error(x, v, a, b, ref)[1]
 
 
 def upsample(maps: Tensor, size: int) -> Tensor:
@@ -177,6 +213,25 @@ def upsample(maps: Tensor, size: int) -> Tensor:
     return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
+def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`upsample` of maps (B, h, w) and the maximum, minimum and sum of each result: (B, size, size), 3 x (B,)."""
+    large = upsample(maps, size)
+    flat = large.flatten(1)
+    return large, flat.amax(1), flat.amin(1), flat.sum(1)
+
+
+def _residual(x: Tensor, o: Tensor, gate: Tensor) -> Tensor:
+    return _cast(_wide(x) + _wide(gate) * _wide(o), x.dtype)
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _wide(x: Tensor) -> Tensor:
-    """Half precision to float32, where statistics and sums are kept; wider dtypes as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return _cast(x, _wide_dtype(x))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A cast to the same type would leave a node in exported graphs.
+    return x if x.dtype == dtype else x.to(dtype)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.precision import arithmetic, check_precision
@@ -33,7 +34,10 @@ def torch_device(device: str) -> torch.device:
 
 
 class EagerEngine:
-    """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state."""
+    """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state.
+
+    A batch that does not fit in GPU memory is split, see `BatchLimit`.
+    """
 
     name = "eager"
 
@@ -42,9 +46,13 @@ class EagerEngine:
         check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
         self.pipeline = pipeline.on(self._device)
+        self._limit = BatchLimit()
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
+        return self._limit.run(self._run, frames, y)
+
+    def _run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         classes = None if y is None else torch.from_numpy(y).to(self._device)
         with torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
             maps, scores = self.pipeline(torch.from_numpy(frames).to(self._device), classes)

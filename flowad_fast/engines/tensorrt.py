@@ -27,22 +27,26 @@ Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of the two libraries: the engine's and format's name, the Python module, and how one gets it."""
+    """One of the two libraries.
+
+    Attributes:
+        name: of the engine and of the format.
+        module: the Python module.
+        install: the command that installs it.
+        portable: whether engines are built for a list of GPUs instead of the GPU that builds them.
+    """
 
     name: str
     module: str
     install: str
+    portable: bool
 
 
 FLAVOURS = {
     f.name: f
     for f in (
-        Flavour(
-            "tensorrt",
-            "tensorrt",
-            "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
-        ),
-        Flavour("tensorrt-rtx", "tensorrt_rtx", "pip install tensorrt-rtx"),
+        Flavour("tensorrt", "tensorrt", 'pip install "flowad-fast[tensorrt]"', portable=False),
+        Flavour("tensorrt-rtx", "tensorrt_rtx", 'pip install "flowad-fast[tensorrt-rtx]"', portable=True),
     )
 }
 
@@ -157,14 +161,14 @@ class Session:
 
     @property
     def context(self) -> Any:
-        """This thread's context."""
+        """The calling thread's context."""
         if not hasattr(self._local, "context"):
             self._local.context = self.new_context()
         return self._local.context
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """This thread's stream. The default stream would make the library synchronise the whole device."""
+        """The calling thread's stream. The default stream would make the library synchronise the whole device."""
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self.device)
         return self._local.stream
@@ -212,7 +216,7 @@ class Session:
 
     @contextmanager
     def on_own_stream(self) -> Iterator[torch.cuda.Stream]:
-        """This thread's stream as the current one, ordered after and before what surrounds it."""
+        """The calling thread's stream as the current one, ordered after and before what surrounds it."""
         outer = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outer)
         with torch.cuda.stream(self.stream):

@@ -1,0 +1,104 @@
+"""What launchers and kernels share: where Triton runs, launch sizes, argument checks, loading and storing of rows.
+
+A registered operator runs its Triton kernel on GPU tensors and its reference everywhere else; nothing is tried and
+given up. Row operators take any batch and token strides, channels contiguous.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowad_fast.kernels import reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Element types that kernels read and write; float8_e4m3fn is only written."""
+
+_FP8_MAX = tl.constexpr(reference.FP8_MAX)
+_FP8_TINY = tl.constexpr(reference.FP8_TINY)
+_LN_EPS = tl.constexpr(reference.LN_EPS)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operator on x runs its Triton kernel: x is on a GPU."""
+    return x.is_cuda
+
+
+def warps(block: int) -> int:
+    """Warps of a program that holds `block` values in registers: 16 values a thread, 1 to 16 warps."""
+    return min(max(block // 512, 1), 16)
+
+
+def check_floats(*tensors: Tensor | None) -> None:
+    """Check element types.
+
+    Raises:
+        TypeError: a tensor of another type than float32, bfloat16 or float16.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"got {tensor.dtype}, but kernels take float32, bfloat16 and float16: convert it first")
+
+
+def check_rows(*tensors: Tensor) -> None:
+    """Check operands of row operators, see `check_floats`.
+
+    Raises:
+        ValueError: channels that are not contiguous.
+    """
+    check_floats(*tensors)
+    for tensor in tensors:
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"channels must be contiguous, got strides {tensor.stride()}: call .contiguous() first")
+
+
+def check_same_shape(x: Tensor, other: Tensor) -> None:
+    """Check that `other` has the shape of x.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if other.shape != x.shape:
+        raise ValueError(f"got shapes {tuple(x.shape)} and {tuple(other.shape)}, which must be equal")
+
+
+def empty_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for x (..., D) quantised by rows: float8_e4m3fn (..., D) and float32 (..., 1)."""
+    return x.new_empty(x.shape, dtype=reference.FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def modulation(row: Tensor, x: Tensor) -> Tensor:
+    """A modulation (B or 1, 1, D) seen as (B, 1, D), stride 0 where it is shared: no copy."""
+    return row.expand(x.shape[0], 1, x.shape[-1])
+
+
+@triton.jit
+def load_row(ptr, cols, mask):
+    """Values of a row whose channels are contiguous, as float32, 0 outside."""
+    return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, scale_ptr, row, y, cols, mask, D: tl.constexpr):
+    """Store row number `row` of a contiguous (rows, D) result; as e4m3 with its scale where `scale_ptr` is given."""
+    if scale_ptr is not None:
+        # Maxima drop NaN; as infinity it reaches the scale, so that the row cannot come back finite.
+        magnitude = tl.where(y == y, tl.abs(y), float("inf"))
+        scale = tl.maximum(tl.max(tl.where(mask, magnitude, 0.0), 0), _FP8_TINY) / _FP8_MAX
+        tl.store(scale_ptr + row, scale)
+        y = y * (1.0 / scale)
+    tl.store(ptr + row * D + cols, y.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalise_row(x, mask, D: tl.constexpr):
+    """LayerNorm of a row held in registers and its reciprocal standard deviation; two passes, so nothing cancels."""
+    centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+    r = tl.rsqrt(tl.sum(centred * centred, 0) / D + _LN_EPS)
+    return centred * r, r
+
+
+@triton.jit
+def normalise_tangent(dx, y, r, D: tl.constexpr):
+    """The tangent of `normalise_row` at dx, from its two results."""
+    return r * (dx - tl.sum(dx, 0) / D - y * (tl.sum(y * dx, 0) / D))

@@ -1,0 +1,103 @@
+"""Anomaly maps to frame size and their largest, smallest and summed value in the same pass."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from flowad_fast.kernels import reference
+from flowad_fast.kernels.launch import check_floats, runs_triton
+
+_PIXELS = 4096
+
+
+@triton.jit
+def _corners(pixel, ratio, LENGTH: tl.constexpr):
+    """The two source indices of an output index, and the weight of the second (align_corners=False)."""
+    source = tl.maximum((pixel.to(tl.float32) + 0.5) * ratio - 0.5, 0.0)
+    low = tl.minimum(source.to(tl.int32), LENGTH - 1)
+    return low, tl.minimum(low + 1, LENGTH - 1), source - low.to(tl.float32)
+
+
+@triton.jit
+def _kernel(
+    map_ptr,
+    out_ptr,
+    max_ptr,
+    min_ptr,
+    sum_ptr,
+    m_b,
+    m_y,
+    m_x,
+    ratio_y,
+    ratio_x,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    base = map_ptr + b * m_b
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
+    smallest = tl.full([BLOCK], float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE * SIZE, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        mask = pixel < SIZE * SIZE
+        y0, y1, wy = _corners(pixel // SIZE, ratio_y, H)
+        x0, x1, wx = _corners(pixel % SIZE, ratio_x, W)
+        top = (1.0 - wx) * tl.load(base + y0 * m_y + x0 * m_x, mask=mask, other=0.0).to(tl.float32)
+        top += wx * tl.load(base + y0 * m_y + x1 * m_x, mask=mask, other=0.0).to(tl.float32)
+        low = (1.0 - wx) * tl.load(base + y1 * m_y + x0 * m_x, mask=mask, other=0.0).to(tl.float32)
+        low += wx * tl.load(base + y1 * m_y + x1 * m_x, mask=mask, other=0.0).to(tl.float32)
+        value = ((1.0 - wy) * top + wy * low).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + b * SIZE * SIZE + pixel, value, mask=mask)
+        value = value.to(tl.float32)
+        # A map that is not finite must not get a finite score: comparisons would drop NaN.
+        largest = tl.maximum(largest, tl.where(mask, value, -float("inf")), propagate_nan=tl.PropagateNan.ALL)
+        smallest = tl.minimum(smallest, tl.where(mask, value, float("inf")), propagate_nan=tl.PropagateNan.ALL)
+        total += tl.where(mask, value, 0.0)
+    summed = tl.sum(total, 0)
+    nan = summed != summed
+    tl.store(max_ptr + b, tl.where(nan, summed, tl.max(largest, 0)))
+    tl.store(min_ptr + b, tl.where(nan, summed, tl.min(smallest, 0)))
+    tl.store(sum_ptr + b, summed)
+
+
+@triton_op("flowad::upsample_score", mutates_args=())
+def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """maps (B, h, w) to (B, size, size), bilinear, align_corners=False, with each result's maximum, minimum and sum.
+
+    Bytes moved: the map read out of cache, the result written once and not read again. One program an image, so the
+    sum has one order: scores repeat bit for bit.
+
+    Args:
+        maps: (B, h, w) float32, bfloat16 or float16.
+        size: S.
+
+    Returns:
+        (B, S, S) in the dtype of maps, then maximum, minimum and sum, (B,) in the same dtype.
+
+    Raises:
+        TypeError: another element type.
+    """
+    if not runs_triton(maps):
+        return reference.upsample_score(maps, size)
+    check_floats(maps)
+    batch, height, width = maps.shape
+    large = maps.new_empty(batch, size, size)
+    stats = [maps.new_empty(batch) for _ in range(3)]
+    wrap_triton(_kernel)[(batch,)](
+        maps,
+        large,
+        *stats,
+        *maps.stride(),
+        height / size,
+        width / size,
+        H=height,
+        W=width,
+        SIZE=size,
+        BLOCK=_PIXELS,
+        num_warps=8,
+    )
+    return large, *stats
