@@ -43,7 +43,7 @@ def write(
     facts = target(chosen)
     size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"
     inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(model.config.num_classes)}
-    metadata = facts | inputs | {"torch": torch.__version__}
+    metadata = facts | inputs | {"precision": precision, "torch": torch.__version__}
     options: dict[str, Any] = {
         # Otherwise the thread count of this machine is compiled in.
         "cpp.dynamic_threads": True,
