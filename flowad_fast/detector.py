@@ -36,7 +36,7 @@ from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableE
 from flowad_fast.model import FlowModel, class_indices
 from flowad_fast.scorers import Scorer
 
-AUTO = {"cuda": ("eager", "onnxruntime"), "cpu": ("onnxruntime", "eager")}
+AUTO = {"cuda": ("eager", "onnxruntime", "inductor"), "cpu": ("onnxruntime", "inductor", "eager")}
 """What `auto` prefers of the engines in a bundle, by device."""
 OPS = ("reference", "fused")
 """Namespaces of operators: plain torch, or Triton kernels on the GPU (on the CPU they are plain torch as well)."""
