@@ -28,7 +28,7 @@ EXACT_LIMIT = 4096
 PROBE_BYTES = 512 * 2**20
 """Memory that one chunk of probes may take for its widest activation; more probes are processed in turn."""
 
-Steps = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(gt=0, le=10_000)]
 
 
 class MapModule(nn.Module):
@@ -142,7 +142,7 @@ class Density(_Scorer):
     """
 
     steps: Steps = 3
-    probes: int = Field(default=10, gt=0)
+    probes: int = Field(default=10, gt=0, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     exact: bool = False
     kind: Literal["density"] = Field(default="density", repr=False)
