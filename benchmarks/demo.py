@@ -169,8 +169,8 @@ def export_bundles(
             model, scorer, folder / f"demo-{scorer.kind}", formats=("onnx", "eager"), frames=frames, good=good,
             alpha=ALPHA, tell=lambda line, kind=scorer.kind: tell(f"{kind} · {line}"),  # type: ignore[misc]
         )  # fmt: skip
-        if not result.ok:
-            raise ParityError(f"{scorer.kind}: {result.status}; kept as {result.path}")
+        if not result.ok or result.path is None:
+            raise ParityError(f"{scorer.kind}: {result.status}; kept as {result.rejected}")
         bundles[scorer.kind] = result.path
     return bundles
 
