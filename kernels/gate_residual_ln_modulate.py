@@ -3,6 +3,7 @@
 Four passes over a row instead of nine: x and o are read, x' and the modulated row are written; with tangents the same
 for each of them. x' is rounded to its stored type before LayerNorm sees it, so both results agree.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
@@ -71,13 +72,14 @@ def _kernel(
     gain = 1.0 + load_row(scale_ptr + b * scale_b, cols, mask)
     shift = load_row(shift_ptr + b * shift_b, cols, mask)
     store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
-    for k in range(K):
-        dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
-        dx += gate * load_row(do_ptr + k * do_k + b * do_b + n * do_n, cols, mask)
-        dstored = dx.to(dx_out_ptr.dtype.element_ty)
-        tl.store(dx_out_ptr + (k * rows + row) * D + cols, dstored, mask=mask)
-        dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
-        store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+    if dx_ptr is not None:
+        for k in range(K):
+            dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
+            dx += gate * load_row(do_ptr + k * do_k + b * do_b + n * do_n, cols, mask)
+            dstored = dx.to(dx_out_ptr.dtype.element_ty)
+            tl.store(dx_out_ptr + (k * rows + row) * D + cols, dstored, mask=mask)
+            dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
+            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
 
 
 def _launch(

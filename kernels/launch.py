@@ -3,6 +3,7 @@
 A registered operator runs its Triton kernel on GPU tensors and its reference everywhere else; nothing is tried and
 given up. Row operators take any batch and token strides, channels contiguous.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
@@ -82,7 +83,9 @@ def load_row(ptr, cols, mask):
 def store_row(ptr, scale_ptr, row, y, cols, mask, D: tl.constexpr):
     """Store row number `row` of a contiguous (rows, D) result; as e4m3 with its scale where `scale_ptr` is given."""
     if scale_ptr is not None:
-        scale = tl.maximum(tl.max(tl.where(mask, tl.abs(y), 0.0), 0), _FP8_TINY) / _FP8_MAX
+        # Maxima drop NaN; as infinity it reaches the scale, so that the row cannot come back finite.
+        magnitude = tl.where(y == y, tl.abs(y), float("inf"))
+        scale = tl.maximum(tl.max(tl.where(mask, magnitude, 0.0), 0), _FP8_TINY) / _FP8_MAX
         tl.store(scale_ptr + row, scale)
         y = y * (1.0 / scale)
     tl.store(ptr + row * D + cols, y.to(ptr.dtype.element_ty), mask=mask)

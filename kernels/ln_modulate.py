@@ -3,6 +3,7 @@
 One program a row; the row stays in registers between its statistics and its result, and with tangents the primal is
 read and normalised once for all of them.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
@@ -56,10 +57,11 @@ def _kernel(
     gain = 1.0 + load_row(scale_ptr + b * scale_b, cols, mask)
     shift = load_row(shift_ptr + b * shift_b, cols, mask)
     store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
-    for k in range(K):
-        dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
-        dy = normalise_tangent(dx, y, r, D) * gain
-        store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+    if dx_ptr is not None:
+        for k in range(K):
+            dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
+            dy = normalise_tangent(dx, y, r, D) * gain
+            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
 
 
 def _launch(
