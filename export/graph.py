@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
@@ -21,24 +22,29 @@ OUTPUTS = ("map", "score")
 
 @dataclass(frozen=True)
 class Boundary:
-    """A scoring pipeline with example inputs and the names and dynamic axes of the exported graph."""
+    """A module with example inputs and the names and dynamic axes of the exported graph."""
 
-    pipeline: ScoringPipeline
+    module: nn.Module
     inputs: tuple[str, ...]
     example: tuple[Tensor, ...]
     dynamic_shapes: tuple[Any, ...]
+    outputs: tuple[str, ...] = OUTPUTS
 
     def trace(self) -> ExportedProgram:
-        """The pipeline as an ATen graph with symbolic batch (and frame size)."""
+        """The module as an ATen graph with symbolic batch (and frame size)."""
         with torch.no_grad():
-            return torch.export.export(self.pipeline, self.example, dynamic_shapes=self.dynamic_shapes)
+            return torch.export.export(self.module, self.example, dynamic_shapes=self.dynamic_shapes)
 
 
 def boundary(
-    model: FlowModel, scorer: Scorer, aggregate: Aggregate, frame_size: tuple[int, int] | None = None
+    model: FlowModel,
+    scorer: Scorer,
+    aggregate: Aggregate,
+    frame_size: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
 ) -> Boundary:
     """The exported boundary of a model with a scorer; `frame_size` None accepts frames of any size."""
-    pipeline = ScoringPipeline(model, scorer, aggregate).eval()
+    pipeline = ScoringPipeline(model, scorer, aggregate, precision).eval()
     height, width = frame_size or (300, 280)
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
