@@ -19,6 +19,7 @@ from flowad_fast.engines.tensorrt import FLAVOURS
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.export import aoti, onnx_graph, tensorrt_engine, triton_server
 from flowad_fast.model import FlowModel
+from flowad_fast.precision import PRECISIONS
 from flowad_fast.scorers import Scorer
 
 AUTO = "auto"
@@ -59,7 +60,7 @@ class Built:
 
 
 def _start(folder: Path, manifest: Manifest, artefact: Artefact, device: str) -> Engine:
-    return start_engine(folder, manifest, artefact.engine, device)
+    return start_engine(folder, manifest, artefact.engine, device, artefact)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,14 @@ FORMATS = {
             ("fp32", "fp16", "bf16", "fp8"),
             auto=True,
         ),
-        Format("eager", "eager", "weights for this project's torch engine, backbone included", _write_eager, auto=True),
+        Format(
+            "eager",
+            "eager",
+            "weights for this project's torch engine, backbone included",
+            _write_eager,
+            PRECISIONS,
+            auto=True,
+        ),
         Format(
             "tensorrt",
             "tensorrt",
