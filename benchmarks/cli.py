@@ -170,7 +170,8 @@ def _show(record: dict[str, Any], output: Path | None, markdown: Path | None, fi
     if json:
         common.print_json(record)
         return
-    _console().print(report.table(record))
+    for table in report.tables(record):
+        _console().print(table)
     for line in report.remarks(record):
         common.out.print(line, markup=False, highlight=False)
 

@@ -105,8 +105,10 @@ def plan(preset: str, device: str, batches: tuple[int, ...], precisions: tuple[s
          effort: harness.Effort, engine: str = "cudagraph") -> list[Part]:  # fmt: skip
     """The parts, most important first."""
 
-    def bench(engines: list[str], scorers: list[str], precision: list[str], batch: list[int], mode: str, probes: list[int],
-              ops: str = "fused") -> Callable[[float], dict[str, Any]]:  # fmt: skip
+    def bench(
+        engines: list[str], scorers: list[str], precision: list[str], batch: list[int], mode: str, probes: list[int],
+        ops: str = "fused",
+    ) -> Callable[[float], dict[str, Any]]:  # fmt: skip
         def call(left: float) -> dict[str, Any]:
             cases = expand(
                 preset, scorers=scorers, engines=engines, precisions=precision, batches=batch, steps=[3], probes=probes,

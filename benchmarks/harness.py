@@ -337,6 +337,7 @@ def empty_row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
         "compile_s": answer.get("compile_s"),
         "first_call_s": answer.get("first_call_s"),
         "roof": None,
+        "prediction": None,
     }
 
 
@@ -349,7 +350,7 @@ def _fill(row: dict[str, Any], ours: list[float], device: list[float], memory: d
     row["fps"] = row["line"]["rate_fps"] if row["line"] else round(1e3 * row["batch"] * len(ours) / sum(ours), 4)
 
 
-MEASURED = ("latency_ms", "device_time_ms", "fps", "ratio_to_reference", "roof", "line")
+MEASURED = ("latency_ms", "device_time_ms", "fps", "ratio_to_reference", "line")
 
 
 def _judge(row: dict[str, Any], answer: dict[str, Any], output: Path, expected: Path, independent: Path) -> None:
@@ -379,7 +380,8 @@ def _judge(row: dict[str, Any], answer: dict[str, Any], output: Path, expected: 
             row |= {
                 "status": "failed parity",
                 "reason": f"map error {parity.max_error:.2g} (RMS {parity.rms_error:.2g}) of the map's spread, limits "
-                f"{parity.tolerance:.2g} and {parity.rms_tolerance:.2g}",
+                f"{parity.tolerance:.2g} and {parity.rms_tolerance:.2g}; score error {parity.score_error:.2g} of the "
+                "scores' spread",
             }
     if row["status"] != "ok":
         row |= dict.fromkeys(MEASURED)
@@ -406,6 +408,11 @@ def _density(probes: int, cells: np.ndarray, other: np.ndarray, errors: np.ndarr
     }
 
 
+def _products(precision: str) -> tuple[str, ...]:
+    """Precisions of a row's matrix products: beside fp8 some layers stay in bf16."""
+    return ("fp8", "bf16") if precision == "fp8" else (precision,)
+
+
 def _roofs(rows: list[dict[str, Any]], folder: Path, effort: Effort) -> dict[str, Any]:
     """Roofs for the matrix products of the measured rows; attached to them."""
     measured = [row for row in rows if row["status"] == "ok"]
@@ -416,7 +423,7 @@ def _roofs(rows: list[dict[str, Any]], folder: Path, effort: Effort) -> dict[str
             "roofs",
             shape=measured[0]["shape"],
             rows=sorted({roofs.rows_of(row) for row in measured}),
-            precisions=sorted({row["precision"] for row in measured}),
+            precisions=sorted({"fp32"} | {p for row in measured for p in _products(row["precision"])}),
             seconds=effort.roof_seconds,
         )
     if answer.pop("status") != "ok":

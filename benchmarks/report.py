@@ -11,8 +11,9 @@ from flowad_fast.benchmarks.record import read
 
 COLUMNS = (
     "scorer", "engine", "precision", "batch", "NFE", "K", "FPS", "p50 ms", "p99 ms", "device ms", "memory MB",
-    "× speed", "× memory", "map error", "rank corr.", "of GEMM roof", "paper FPS", "paper GB",
+    "× speed", "× memory", "paper FPS", "paper GB", "map error", "rank corr.", "of GEMM roof", "÷ predicted",
 )  # fmt: skip
+WHAT, SPEED, TRUST = range(6), range(6, 15), range(15, len(COLUMNS))
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -30,7 +31,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     reported = paper.FLOWAD.get(row["scorer"]) if row["preset"] != "invad" else paper.METHODS["InvAD"]
     right = [_text(reported.fps if reported else None), _text(reported.memory_gb if reported else None)]
     if row["status"] != "ok":
-        return [*left, row["status"], *[""] * (len(COLUMNS) - len(left) - 3), *right]
+        return [*left, row["status"], *[""] * 6, *right, *[""] * len(TRUST)]
     latency, device, ratio, parity = (
         row["latency_ms"], row["device_time_ms"], row["ratio_to_reference"], row["parity"] or {},
     )  # fmt: skip
@@ -43,22 +44,27 @@ def cells(row: dict[str, Any]) -> list[str]:
         _number(footprint(row["memory_mb"])),
         f"{ratio['speed']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio and ratio["pairs"] else "",
         f"{ratio['memory']:.2f}" if ratio and ratio["pairs"] and ratio["memory"] else "",
+        *right,
         f"{parity['max_error']:.1e}" if "max_error" in parity else "",
         f"{parity['map_spearman']:.4f}" if parity.get("map_spearman") is not None else "",
         f"{row['roof']['share']:.0%}" if row["roof"] else "",
-        *right,
+        f"{row['prediction']['measured_over_predicted']:.2f}" if row["prediction"] else "",
     ]
 
 
-def table(record: dict[str, Any]) -> Table:
-    """The record's rows for a terminal."""
-    result = Table(title=f"{record['preset']} · {where(record)}", title_justify="left")
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The record's rows for a terminal: speed and memory, then what makes them believable."""
     body = [cells(row) for row in record["cases"]]
-    used = [i for i in range(len(COLUMNS)) if any(line[i] for line in body)]
-    for i in used:
-        result.add_column(COLUMNS[i], justify="left" if i < 3 else "right")
-    for row, line in zip(record["cases"], body, strict=True):
-        result.add_row(*(line[i] for i in used), style=None if row["status"] == "ok" else "dim")
+    result = []
+    for title, group in ((f"{record['preset']} · {where(record)}", SPEED), ("parity and limits", TRUST)):
+        table = Table(title=title, title_justify="left")
+        used = [i for i in (*WHAT, *group) if any(line[i] for line in body)]
+        for i in used:
+            table.add_column(COLUMNS[i], justify="left" if i < 3 else "right", no_wrap=i in WHAT)
+        for row, line in zip(record["cases"], body, strict=True):
+            if group is SPEED or row["status"] == "ok":
+                table.add_row(*(line[i] for i in used), style=None if row["status"] == "ok" else "dim")
+        result.append(table)
     return result
 
 
