@@ -88,6 +88,7 @@ def _graph(edge: Boundary, opset: int) -> onnx_ir.Model:
         )
     assert program is not None, "the dynamo exporter returns a program"
     _simplify(program.model)
+    _name_axes(program.model, edge)
     return program.model
 
 
@@ -111,3 +112,16 @@ def _simplify(model: onnx_ir.Model) -> None:
                 passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(),
                 passes.NameFixPass()):  # fmt: skip
         one(model)
+
+
+def _name_axes(model: onnx_ir.Model, edge: Boundary) -> None:
+    """Give dynamic axes the boundary's names instead of the tracer's symbols, wherever they stand alone."""
+    names: dict[str, str] = {}
+    for value, axes in zip(model.graph.inputs, edge.dynamic_shapes, strict=True):
+        for axis, dim in axes.items():
+            names[str(value.shape[axis].value)] = dim.__name__  # type: ignore[index, union-attr]
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value in names:
+                value.shape[axis] = names[size.value]  # type: ignore[index]
