@@ -106,7 +106,8 @@ def _simplify(model: onnx_ir.Model) -> None:
     The exporter's own optimisation does this too, and takes ten times as long over fusions that engines do themselves.
     """
     optimizer.inline(model)
-    optimizer.fold_constants(model)
+    # Weights keep their names and their transposes, which engines fold themselves.
+    optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     for one in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass(),
                 passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
                 passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(),

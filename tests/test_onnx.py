@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 
@@ -70,16 +71,23 @@ def inversion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("scorer", SCORERS, ids=lambda s: s.kind)
-@pytest.mark.parametrize("precision", BOUNDS)
-def test_every_scorer_and_precision_agrees_with_eager_at_any_batch_and_size(
+CASES: tuple[tuple[Scorer, Precision], ...] = (
+    *((scorer, "fp32") for scorer in SCORERS), (SCORERS[2], "fp16"), (SCORERS[0], "fp8"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("scorer", "precision"), CASES, ids=lambda v: v if isinstance(v, str) else v.kind)
+def test_scorers_and_precisions_agree_with_eager_at_any_batch_and_size(
     scorer: Scorer, precision: Precision, tmp_path: Path
 ) -> None:
     model = tiny(classes=3)
     y = np.array([2, 0, 1, 2, 0])
     path = tmp_path / "model.onnx"
     nodes = onnx_graph.write(path, model, scorer, "max", precision=precision, frames=(photos(3, seed=9), y[:3]))
-    assert nodes == len(onnx.load(path).graph.node)
+    graph = onnx.load(path).graph
+    assert nodes == len(graph.node)
+    if precision == "fp8":
+        check_quantised(graph, model, scorer.steps)
     engine = OnnxRuntimeEngine(path, "cpu", threads=1)
     for frames in (photos(5), photos(1, 64, 64), photos(3, 130, 47)):
         expected = eager(model, scorer, frames, y[: len(frames)])
@@ -90,22 +98,21 @@ def test_every_scorer_and_precision_agrees_with_eager_at_any_batch_and_size(
         assert scores == pytest.approx(maps.max((1, 2)))
 
 
-def test_fp8_graphs_hold_e4m3_weights_and_quantise_every_product_of_the_field(tmp_path: Path) -> None:
-    model, path = tiny(), tmp_path / "model.onnx"
-    onnx_graph.write(path, model, SCORERS[0], "max", precision="fp8", frames=(photos(2), None))
-    graph = onnx.load(path).graph
+def check_quantised(graph: onnx.GraphProto, model: FlowModel, steps: int) -> None:
+    """Every product is quantised that the model does not keep, and each weight is stored once, whatever the steps."""
+    assert model.config.keep_bf16 == ("embed", "head")
     count = Counter(node.op_type for node in graph.node)
-    products = SCORERS[0].steps * (4 * model.config.depth + 2)
-    assert count["QuantizeLinear"] == products
-    stored = {t.name: t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT8E4M3FN and t.dims}
-    assert len(stored) == 4 * model.config.depth + 2, "weights are stored once, whatever the number of steps"
-    assert not [t.name for t in graph.initializer if t.name.startswith(onnx_fp8.FIELD) and t.name.endswith(".weight")]
-    # keep_bf16 names layers that fp8 hurts: here they stay in the graph's own precision.
-    kept = model.spec.model_copy(update={"velocity": model.config.model_copy(update={"keep_bf16": ("head", "*.fc?")})})
-    other = FlowModel(kept, model.dit, model.backbone)
-    onnx_graph.write(path, other, SCORERS[0], "max", precision="fp8", frames=(photos(2), None))
-    count = Counter(node.op_type for node in onnx.load(path).graph.node)
-    assert count["QuantizeLinear"] == SCORERS[0].steps * (2 * model.config.depth + 1)
+    products = 4 * model.config.depth
+    assert count["QuantizeLinear"] == steps * products
+    assert len([t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT8E4M3FN and t.dims]) == products
+    left = [t.name for t in graph.initializer if t.name.startswith(onnx_fp8.FIELD) and t.name.endswith(".weight")]
+    assert left == [f"{onnx_fp8.FIELD}{name}.weight" for name in model.config.keep_bf16]
+
+
+def test_fp8_leaves_layers_alone_that_the_model_keeps(inversion_file: Path) -> None:
+    graph, steps, depth = onnx_ir.load(inversion_file), SCORERS[0].steps, 2
+    assert len(list(onnx_fp8.products(graph, ()))) == steps * (4 * depth + 2)
+    assert len(list(onnx_fp8.products(graph, ("head", "*.fc?")))) == steps * (2 * depth + 1)
 
 
 def test_fp8_needs_frames_and_an_opset_that_has_it(tmp_path: Path) -> None:
@@ -122,7 +129,7 @@ def test_bf16_graphs_are_valid_and_refused_openly_by_the_cpu(tmp_path: Path) -> 
     onnx_graph.write(path, tiny(), SCORERS[0], "max", precision="bf16")
     kinds = Counter(t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith(".weight"))
     assert kinds[onnx.TensorProto.BFLOAT16] == 10
-    with pytest.raises(EngineUnavailableError, match=r"cannot run this graph on cpu.*MatMul"):
+    with pytest.raises(EngineUnavailableError, match=r"cannot run model.onnx on cpu.*MatMul"):
         OnnxRuntimeEngine(path, "cpu")
 
 
