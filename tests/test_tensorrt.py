@@ -464,13 +464,15 @@ def test_tensorrt_builds_on_and_for_its_gpu_strongly_typed_without_tf32(
     log: list[Any] = []
     monkeypatch.setitem(sys.modules, "tensorrt", fake_builder(log))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = {"batch": (1, 8, 64), "workspace": 3, "timing_cache": tmp_path / "cache"}
+    arguments = {"batch": (1, 8, 64), "workspace": 3, "device": "cuda:0", "timing_cache": tmp_path / "cache"}
     with pytest.raises(EngineUnavailableError, match="tensorrt builds only on the GPU that the engine is for"):
         build(TRT, tmp_path / "m.onnx", tmp_path / "e", **arguments)  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    with pytest.raises(EngineUnavailableError, match="builds on a GPU, the device is cpu; give --device cuda"):
+        build(TRT, tmp_path / "m.onnx", tmp_path / "e", **(arguments | {"device": "cpu"}))  # type: ignore[arg-type]
     built = build(TRT, tmp_path / "m.onnx", tmp_path / "e", **arguments)  # type: ignore[arg-type]
     assert (tmp_path / "e").read_bytes() == b"plan"
     assert built.versions == {"tensorrt": "11.2.0"} and built.capabilities == ("9.0",) and built.timing_cache == "new"
