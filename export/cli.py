@@ -1,20 +1,36 @@
 """`flowad-export`: checkpoint to bundle, and what one does with a bundle afterwards: inspect, verify, calibrate."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
+from flowad_fast import bundle
+from flowad_fast.bundle import Manifest
+from flowad_fast.checkpoint import DEMO, load_checkpoint, sha256
 from flowad_fast.cli import common
+from flowad_fast.config import ModelConfig, Precision, validated
+from flowad_fast.decision import AGGREGATES, require_parts
+from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import ConfigError, ParityError, nearest
+from flowad_fast.export.exporter import ExportResult, Outcome, check_bundle, export_bundle, recalibrate
+from flowad_fast.export.formats import FORMATS, parse_batch, parse_formats
+from flowad_fast.export.frames import good_parts, parity_frames, parse_size
+from flowad_fast.scorers import SCORERS, Scorer
+
+FORMAT_HELP = f"Comma-separated, or auto: {', '.join(f.name for f in FORMATS.values() if f.auto)}. " + " ".join(
+    f"{f.name}: {f.description}." for f in FORMATS.values()
+)
 
 
 def export(
     source: Annotated[str, typer.Argument(help="Checkpoint (.pth, .safetensors, or `demo`), or an existing bundle.")],
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
-    format: Annotated[str, typer.Option(help="Comma-separated: onnx, eager.")] = "onnx,eager",
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
+    precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
     scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
     steps: Annotated[int, typer.Option(help="Euler steps per unit time.")] = 3,
     probes: Annotated[int, typer.Option(help="Density: Rademacher probes.")] = 10,
@@ -24,8 +40,11 @@ def export(
     seed: Annotated[int, typer.Option(help="Seed of probes and noise.")] = 0,
     aggregate: Annotated[str, typer.Option(help="Image score: max, mean, sum, diff or diff+sum of the map.")] = "max",
     frame_size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames, or any.")] = "any",
-    data: Annotated[Path | None, typer.Option(help="Folder of real frames for the parity check.")] = None,
+    batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
+    device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
+    workspace: Annotated[int, typer.Option(help="Memory for engine builders, MiB.", min=1)] = 4096,
+    data: Annotated[str | None, typer.Option(help="Folder of real frames for the parity check.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Folder of good parts; also for an existing bundle.")] = None,
     alpha: Annotated[float, typer.Option(help="Accepted false-reject rate of the calibration.")] = 0.01,
     output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/NAME-SCORER]")] = None,
@@ -33,34 +52,80 @@ def export(
     inspect: Annotated[bool, typer.Option("--inspect", help="Show a bundle's manifest.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate everything, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Turn a trained checkpoint into a bundle that proves what it computes.
 
-    Every artefact is run against the fp32 reference on real frames. A bundle is published only if all of them agree; a
-    failing export is kept under a `.rejected` name and the exit code is 1.
+    Every artefact is run against the fp32 reference on real frames. Formats that agree are published together; failing
+    ones are kept under a `.rejected` name, and the exit code is 1 unless every format that was asked for is ok.
     """
     if verify or inspect:
-        _look(source, verify, data, json)
-    elif calibrate is not None and _is_bundle(source):
-        _recalibrate(source, calibrate, alpha, json)
-    elif _is_bundle(source):
-        raise ConfigError(f"{source} is a bundle already; give --inspect, --verify or --calibrate, or a checkpoint")
-    else:
-        chosen = _scorer(scorer, steps, probes, tau, start, power, seed)
-        _export(source, config, backbone_weights, format, chosen, aggregate, frame_size, data, opset, calibrate, alpha,
-                output, dry_run, json)  # fmt: skip
+        _look(source, verify, data, device, json)
+        return
+    if _is_bundle(source):
+        if calibrate is None:
+            raise ConfigError(f"{source} is a bundle already; give --inspect, --verify or --calibrate, or a checkpoint")
+        _recalibrate(source, calibrate, alpha, device, json)
+        return
+
+    chosen = _scorer(scorer, steps, probes, tau, start, power, seed)
+    formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
+    score = _one_of("aggregate", aggregate, AGGREGATES)
+    arithmetic = _one_of("precision", precision, get_args(Precision))
+    device = str(torch_device(device))
+    target = output or Path("bundles") / f"{Path(source).stem}-{chosen.kind}"
+    bundle.check_target(target)
+
+    with common.err.status("reading the checkpoint and the frames"):
+        model = load_checkpoint(source, config, backbone_weights)
+        chosen.rows(model.config)  # refuses scorers that the model cannot have
+        _ = model.backbone
+        frames = parity_frames(data)
+        good = None if calibrate is None else good_parts(calibrate, _classes(model.spec))
+        if good is not None:
+            require_parts(good.classes, alpha, score)
+    if dry_run:
+        plan = {
+            "target": str(target),
+            "formats": {
+                name: "ok" if precision in FORMATS[name].precisions else f"not available in {precision}"
+                for name in formats
+            },
+            "scorer": repr(chosen),
+            "device": device,
+            "parity_frames": frames.source,
+            "good_parts": None if good is None else len(good),
+        }
+        common.print_json(plan) if json else common.out.print(plan)
+        return
+    file = DEMO if source == "demo" else Path(source)
+    with common.err.status("exporting") as status:
+
+        def tell(line: str) -> None:
+            status.update(f"exporting · {line}")
+            if not common.err.is_terminal:  # where the status line is not shown
+                common.err.print(line, markup=False, highlight=False)
+
+        result = export_bundle(
+            model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
+            frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
+            source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
+            tell=tell,
+        )  # fmt: skip
+    _report(result, json)
 
 
 def _is_bundle(source: str) -> bool:
     return (Path(source) / "manifest.json").is_file()
 
 
-def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: int, seed: int) -> Any:
-    from flowad_fast.config import validated
-    from flowad_fast.scorers import SCORERS
+def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
+    if value not in valid:
+        raise ConfigError(f"unknown {name} {value!r}; {nearest(value, valid)}")
+    return value
 
-    if name not in SCORERS:
-        raise ConfigError(f"unknown scorer {name!r}; {nearest(name, SCORERS)}")
+
+def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: int, seed: int) -> Scorer:
+    _one_of("scorer", name, tuple(SCORERS))
     options: dict[str, dict[str, Any]] = {
         "density": {"probes": probes, "seed": seed},
         "inversion": {"power": power},
@@ -69,130 +134,134 @@ def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: i
     return validated(SCORERS[name], {"steps": steps, **options[name]}, f"--scorer {name}")
 
 
-def _export(
-    source: str, config: Path | None, backbone_weights: Path | None, format: str, scorer: Any, aggregate: str,
-    frame_size: str, data: Path | None, opset: int, calibrate: str | None, alpha: float, output: Path | None,
-    dry_run: bool, json: bool,
-) -> None:  # fmt: skip
-    from flowad_fast.decision import AGGREGATES, parts_needed
-    from flowad_fast.export.formats import parse_formats
-    from flowad_fast.export.frames import good_parts, parity_frames, parse_size
+def _classes(spec: ModelConfig) -> tuple[str, ...]:
+    """The names of the folders of good parts: the classes, or their numbers where a model has no names for them."""
+    if not spec.velocity.use_class_labels:
+        return ()
+    return spec.class_names or tuple(str(i) for i in range(spec.velocity.num_classes))
 
-    formats, size = parse_formats(format), parse_size(frame_size)
-    if aggregate not in AGGREGATES:
-        raise ConfigError(f"unknown aggregate {aggregate!r}; {nearest(aggregate, AGGREGATES)}")
-    if not 0 < alpha < 1:
-        raise ConfigError(f"--alpha must lie between 0 and 1, got {alpha}")
-    target = output or Path("bundles") / f"{Path(source).stem}-{scorer.kind}"
 
-    from flowad_fast.checkpoint import load_checkpoint
-    from flowad_fast.export.exporter import export_bundle
-
-    with common.err.status("reading the checkpoint and the frames"):
-        model = load_checkpoint(source, config, backbone_weights)
-        scorer.rows(model.config)  # refuses scorers that the model cannot have
-        _ = model.backbone
-        frames = parity_frames(data)
-        good = good_parts(calibrate, model.class_names) if calibrate is not None else None
-    if dry_run:
-        plan = {
-            "target": str(target),
-            "formats": list(formats),
-            "scorer": repr(scorer),
-            "parity_frames": frames.source,
-            "good_parts": None if good is None else len(good[0]),
-            "good_parts_needed": parts_needed(alpha),
-        }
-        common.print_json(plan) if json else common.out.print(plan)
-        return
-    with common.err.status("exporting") as status:
-        result = export_bundle(
-            model, scorer, target, formats=formats, aggregate=aggregate, frame_size=size, frames=frames, opset=opset,
-            good=good, alpha=alpha, tell=lambda line: status.update(f"exporting · {line}"),
-        )  # fmt: skip
+def _report(result: ExportResult, json: bool) -> None:
+    """Print what an export did; exit code 1 unless every format is ok."""
     if json:
-        common.print_json({"bundle": str(result.path), "status": result.status, **_facts(result.manifest)})
+        common.print_json(
+            {
+                "ok": result.ok,
+                "published": str(result.path) if result.published else None,
+                "rejected": None if result.rejected is None else str(result.rejected),
+                **_facts(result.manifest, result.outcomes),
+            }
+        )
     else:
-        common.out.print(_table(result.manifest, result.status, result.path))
-        common.out.print(f"{'bundle' if result.ok else 'rejected'}: {result.path}", highlight=False)
-    if not result.ok:
-        failed = ", ".join(name for name, verdict in result.status.items() if verdict != "ok")
-        raise ParityError(f"{failed}: does not agree with the fp32 reference; kept as {result.path}, nothing published")
+        common.out.print(_table(result.manifest, result.outcomes))
+        _print_reasons(result.outcomes)
+        if result.published:
+            common.out.print(f"bundle: {result.path}", highlight=False, soft_wrap=True)
+            _print_calibration(result.manifest)
+    failed = [name for name, outcome in result.outcomes.items() if not outcome.ok]
+    if failed:
+        kept = f"; kept as {result.rejected}" if result.rejected else ""
+        done = "the others are published" if result.published else "nothing is published"
+        common.err.print(f"[bold red]error:[/] not ok: {', '.join(failed)}{kept}; {done}", soft_wrap=True)
+        raise typer.Exit(common.EXIT_ERROR)
 
 
-def _look(source: str, verify: bool, data: Path | None, json: bool) -> None:
-    from flowad_fast import bundle
+def _look(source: str, verify: bool, data: str | None, device: str, json: bool) -> None:
 
     folder, manifest = bundle.read(source)
-    status = {name: "hashes ok" for name in manifest.artefacts}
-    if verify:
-        from flowad_fast.checkpoint import load_checkpoint
-        from flowad_fast.export.exporter import check_bundle
-        from flowad_fast.export.frames import parity_frames
-
+    outcomes = {
+        name: Outcome("hashes ok", "", artefact, sum((folder / file).stat().st_size for file in artefact.files))
+        for name, artefact in manifest.artefacts.items()
+    }
+    eager = manifest.artefacts.get("eager")
+    if verify and eager is not None:
         with common.err.status("verifying"):
-            eager = manifest.artefacts.get("eager")
-            model = load_checkpoint(folder / next(iter(eager.files))) if eager else None
-            frames = parity_frames(data) if model or data else None
-            status = check_bundle(source, model, frames)
+            model = load_checkpoint(folder / next(iter(eager.files)))
+            outcomes = check_bundle(source, model, parity_frames(data), device)
+    elif verify and data is not None:
+        raise ConfigError(f"{folder}: re-checking parity needs the model, which the format eager holds; omit --data")
+    failed = [name for name, outcome in outcomes.items() if not outcome.ok and outcome.status != "hashes ok"]
     if json:
-        common.print_json({"bundle": str(folder), "status": status, **_facts(manifest)})
+        common.print_json({"ok": not failed, "bundle": str(folder), **_facts(manifest, outcomes)})
     else:
-        common.out.print(_table(manifest, status, folder))
+        common.out.print(_table(manifest, outcomes))
+        _print_reasons(outcomes)
+        common.out.print(f"written by flowad-fast {manifest.project_version} on {manifest.created}", highlight=False)
+        if verify and eager is None:
+            common.out.print("parity: not re-checked, since the bundle has no format eager, which holds the model")
         _print_calibration(manifest)
-    if any("failed" in verdict for verdict in status.values()):
-        raise ParityError(f"{folder}: no longer agrees with the fp32 reference; export it again")
+    if failed:
+        raise ParityError(f"{folder}: {', '.join(failed)}: no longer agrees with the fp32 reference; export it again")
 
 
-def _recalibrate(source: str, calibrate: str, alpha: float, json: bool) -> None:
-    from flowad_fast import bundle
-    from flowad_fast.export.exporter import recalibrate
-    from flowad_fast.export.frames import good_parts
+def _recalibrate(source: str, calibrate: str, alpha: float, device: str, json: bool) -> None:
 
-    _, manifest = bundle.read(source)
-    names = manifest.model.class_names if manifest.model.velocity.use_class_labels else ()
+    _, manifest = bundle.read(source, verify=False)
     with common.err.status("calibrating"):
-        manifest = recalibrate(source, good_parts(calibrate, names), alpha)
+        manifest = recalibrate(source, good_parts(calibrate, _classes(manifest.model)), alpha, device)
     if json:
-        common.print_json({"bundle": source, **_facts(manifest)})
+        common.print_json({"bundle": source, "manifest": manifest.model_dump(mode="json")})
     else:
         _print_calibration(manifest)
 
 
-def _facts(manifest: Any) -> dict[str, Any]:
-    return {"manifest": manifest.model_dump(mode="json")}
+def _facts(manifest: Manifest, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    formats = {
+        name: {
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "bytes": outcome.bytes,
+            "artefact": None if outcome.artefact is None else outcome.artefact.model_dump(mode="json"),
+        }
+        for name, outcome in outcomes.items()
+    }
+    return {"formats": formats, "manifest": manifest.model_dump(mode="json")}
 
 
-def _table(manifest: Any, status: dict[str, str], folder: Path) -> Table:
-    table = Table(title=f"{folder.name} · {manifest.scorer!r} · {manifest.aggregate}", title_justify="left")
-    for column in ("format", "status", "file", "MB", "build s", "max map error", "RMS", "rank corr."):
-        table.add_column(column)
-    for name, artefact in manifest.artefacts.items():
+def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
+    table = Table(title=f"{manifest.scorer!r}, score: {manifest.aggregate}", title_justify="left")
+    for column in ("format", "status", "file", "MB", "build s", "map error", "RMS", "rank corr."):
+        table.add_column(column, overflow="fold")
+    for name, outcome in outcomes.items():
+        style = "green" if outcome.ok or outcome.status == "hashes ok" else "bold red"
+        status = f"[{style}]{outcome.status}[/]"
+        artefact = outcome.artefact
+        if artefact is None:
+            table.add_row(name, status)
+            continue
         parity = artefact.parity
-        size = sum((folder / file).stat().st_size for file in artefact.files) / 1e6
-        good = "failed" not in status[name]
         table.add_row(
             name,
-            f"[{'green' if good else 'bold red'}]{status[name]}[/]",
+            status,
             next(iter(artefact.files)),
-            f"{size:.1f}",
-            f"{artefact.build_seconds}",
-            f"{parity.max_error:.1e}" if parity else "not checked",
+            f"{outcome.bytes / 1e6:.1f}",
+            "" if artefact.build_seconds is None else f"{artefact.build_seconds:.1f}",
+            f"{parity.max_error:.1e}" if parity else "not measured",
             f"{parity.rms_error:.1e}" if parity else "",
             f"{parity.spearman:.4f}" if parity and parity.spearman is not None else "",
         )
     return table
 
 
-def _print_calibration(manifest: Any) -> None:
+def _print_reasons(outcomes: dict[str, Outcome]) -> None:
+    for name, outcome in outcomes.items():
+        if outcome.reason:
+            common.out.print(f"{name}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_calibration(manifest: Manifest) -> None:
     if manifest.calibration is None:
         common.out.print("calibration: none, so no verdicts; give --calibrate GOOD_FOLDER")
         return
     for name, one in manifest.calibration.classes.items():
         common.out.print(
             f"calibration: {name or 'all'}: threshold {one.threshold:.6g} from {one.parts} good parts, "
-            f"false-reject rate at most {manifest.calibration.alpha:g}"
+            f"false-reject rate at most {manifest.calibration.alpha:g}",
+            soft_wrap=True,
         )
 
 
 main = common.command(export)
+
+if __name__ == "__main__":
+    main()

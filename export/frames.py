@@ -1,13 +1,13 @@
 """Real frames for parity checks and calibration: from a folder, or from the demo's data set."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.data.layouts import read_dataset
-from flowad_fast.data.samples import Sample
 from flowad_fast.errors import CalibrationError, FrameError
 from flowad_fast.export.verify import ParityFrames
 
@@ -16,40 +16,87 @@ DEMO = "demo"
 PARITY_FRAMES = 16
 
 
+@dataclass(frozen=True)
+class GoodParts:
+    """Frames of good parts, a class name each ("" for unconditional models), and a label each for messages."""
+
+    frames: Sequence[np.ndarray]
+    classes: list[str]
+    labels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+class FrameFiles(Sequence[np.ndarray]):
+    """Image files as a sequence of frames that are read when asked for, since a camera's good parts fill memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return read_frame(self.paths[index])
+
+
 def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> ParityFrames:
-    """`count` frames of one size, spread evenly over a folder; the demo's labelled test cells when `source` is None."""
+    """`count` frames of one size, spread evenly over a folder; the demo's labelled test cells when `source` is None.
+
+    A folder with a sub-folder `good` beside others (`bottle/test` of MVTec AD) gives labelled frames.
+
+    Raises:
+        FrameError: no images, or one that cannot be read.
+    """
     if source is None or str(source) == DEMO:
         test = read_dataset("elpv", None).select("test")
-        half = count // 2
-        chosen = [s for label in (0, 1) for s in _spread([s for s in test if s.label == label], half)]
-        frames = np.stack([read_frame(s.path) for s in chosen])
-        return ParityFrames(frames, "ELPV monocrystalline test cells", np.array([s.label for s in chosen]))
-    paths = find_images(source)
-    first = read_frame(paths[0])
-    same = [f for f in (read_frame(p) for p in _spread(paths, 4 * count)) if f.shape == first.shape]
-    return ParityFrames(np.stack(same[:count] or [first]), "frames of a folder given by the user")
+        by_label = [[s.path for s in test if s.label == label] for label in (0, 1)]
+        described = "ELPV monocrystalline test cells"
+    else:
+        root = Path(source)
+        paths = find_images(root)
+        good = [path for path in paths if path.relative_to(root).parts[0] == "good"]
+        bad = [path for path in paths if path not in set(good) and path.parent != root]
+        by_label = [good, bad] if good and bad else [paths]
+        described = f"{'labelled ' if good and bad else ''}frames of the folder {root.name}"
+    first = read_frame(by_label[0][0])
+    frames: list[np.ndarray] = []
+    labels: list[int] = []
+    for label, paths in enumerate(by_label):
+        same = [f for f in map(read_frame, _spread(paths, 4 * count)) if f.shape == first.shape]
+        chosen = _spread(same, count // len(by_label))
+        frames += chosen
+        labels += [label] * len(chosen)
+    return ParityFrames(np.stack(frames), described, np.array(labels) if len(by_label) == 2 else None)
 
 
-def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """Frames of good parts, a class name each ("" for unconditional models), and a label each for messages.
+def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> GoodParts:
+    """Good parts to calibrate on.
 
     The folder holds images; for conditional models it holds one folder a class. `demo` is the demo's calibration split.
+
+    Raises:
+        CalibrationError: a conditional model, and no folder of one of its classes.
+        FrameError: no images.
     """
     if str(source) == DEMO:
-        samples: Sequence[Sample] = read_dataset("elpv", None).select("calibration")
-        return [read_frame(s.path) for s in samples], [""] * len(samples), [s.path.name for s in samples]
+        paths = [s.path for s in read_dataset("elpv", None).select("calibration")]
+        return GoodParts(FrameFiles(paths), [""] * len(paths), [path.name for path in paths])
     root = Path(source)
     if not class_names:
-        paths = find_images(root)
-        return [read_frame(p) for p in paths], [""] * len(paths), [p.relative_to(root).as_posix() for p in paths]
-    given = [name for name in class_names if (root / name).is_dir()]
-    if not given:
-        raise CalibrationError(
-            f"{root}: the model is conditional; expected one folder of good parts a class: {', '.join(class_names)}"
-        )
-    pairs = [(name, path) for name in given for path in find_images(root / name)]
-    frames = [read_frame(path) for _, path in pairs]
-    return frames, [name for name, _ in pairs], [path.relative_to(root).as_posix() for _, path in pairs]
+        pairs = [("", path) for path in find_images(root)]
+    else:
+        given = [name for name in class_names if (root / name).is_dir()]
+        if not given:
+            raise CalibrationError(
+                f"{root}: the model is conditional; expected one folder of good parts a class: {', '.join(class_names)}"
+            )
+        pairs = [(name, path) for name in given for path in find_images(root / name)]
+    paths = [path for _, path in pairs]
+    return GoodParts(
+        FrameFiles(paths), [name for name, _ in pairs], [path.relative_to(root).as_posix() for path in paths]
+    )
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

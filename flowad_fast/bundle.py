@@ -25,38 +25,47 @@ from flowad_fast.decision import Aggregate, Calibration
 from flowad_fast.errors import BundleError
 from flowad_fast.scorers import Scorer
 
-MANIFEST = "manifest.json"
-ARTEFACT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MANIFEST, REJECTED = "manifest.json", "rejected.json"
+ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")
+"""A plain relative path: no empty, hidden, `.` or `..` component, so nothing outside the folder can be named."""
+
+EngineName = Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor", "triton-server"]
 
 
 class Parity(Frozen):
     """One artefact against the fp32 reference on the same frames; errors are relative to the reference map's scale.
 
-    `scale` is the standard deviation of the reference map. The verdict compares with `tolerance` (of the maximum).
+    `scale` is the standard deviation of the reference map, `score_error` the largest error of a raw score relative to
+    the standard deviation of the reference scores. The verdict holds the maximum and RMS map errors against
+    `tolerance` and `rms_tolerance`.
     """
 
     passed: bool
     frames: int = Field(gt=0)
     source: str
+    device: str
     scale: float
     max_error: float
     rms_error: float
     spearman: float | None
     score_error: float
     tolerance: float
+    rms_tolerance: float
     auroc_difference: float | None = None
 
 
 class Artefact(Frozen):
     """One engine file (and its companions) of a bundle."""
 
-    engine: Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"]
+    engine: EngineName
     files: dict[str, str]
     """File name to SHA-256; the first is the one that the engine opens."""
     precision: Precision = "fp32"
     versions: dict[str, str] = {}
     build_seconds: float | None = None
     parity: Parity | None = None
+    unmeasured: str | None = None
+    """Why `parity` is missing: what the machine that exported this lacks to run it."""
     details: dict[str, Any] = {}
 
 
@@ -88,11 +97,13 @@ def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
 
     Raises:
         BundleError: no bundle there, a manifest of another version, or a file that is missing, a link, or altered.
+        ConfigError: a manifest that is no JSON or has an unknown, missing or impossible field.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
-        what = "a rejected export (it failed its parity check)" if folder.suffix == ".rejected" else "no bundle"
-        raise BundleError(f"{folder}: {what}: there is no {MANIFEST}; make one with flowad-export CHECKPOINT")
+        rejected = (folder / REJECTED).is_file()
+        what = "a rejected export, see its README.md" if rejected else f"no bundle: there is no {MANIFEST}"
+        raise BundleError(f"{folder}: {what}; make one with flowad-export CHECKPOINT")
     data = read_mapping(folder / MANIFEST)
     if data.get("schema_version") != 1:
         raise BundleError(
@@ -107,11 +118,16 @@ def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
 
 
 def verify_file(folder: Path, name: str, expected: str) -> Path:
-    """The path of a bundle's file, after checking that it is a plain file inside the folder with this SHA-256."""
-    path = folder / name
+    """The path of a bundle's file, after checking that it is a plain file inside the folder with this SHA-256.
+
+    Raises:
+        BundleError: a name that leads out of the folder, a file that is missing or a link, or another hash.
+    """
     if not ARTEFACT_FILE.fullmatch(name):
         raise BundleError(f"{folder}: the manifest names {name!r}, which is no plain file name")
-    if path.is_symlink() or not path.is_file():
+    path = folder / name
+    links = [part for part in (path, *path.parents[: name.count("/")]) if part.is_symlink()]
+    if links or not path.is_file():
         raise BundleError(f"{path}: missing, or not a plain file; export the bundle again")
     got = sha256(path)
     if got != expected:
@@ -124,22 +140,30 @@ def verify_file(folder: Path, name: str, expected: str) -> Path:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write or replace the manifest: aside, synced, renamed."""
-    aside = folder / (MANIFEST + ".part")
+    replace_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write or replace a text file, so that a crash at any moment leaves the old or the new one."""
+    aside = path.with_name(path.name + ".part")
     with aside.open("w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(folder / MANIFEST)
-    _sync(folder)
+    aside.replace(path)
+    _sync(path.parent)
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Exclude other writers of the bundle at `target`.
+def locked(target: str | Path) -> Iterator[Path]:
+    """Exclude other writers of the bundle at `target`; yields its real path, links followed.
+
+    The lock belongs to the process and goes with it, however it ends; its empty file stays.
 
     Raises:
-        BundleError: another export is writing it now.
+        BundleError: another process is writing it now.
     """
+    target = Path(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(target.parent / f".{target.name}.lock")
     try:
@@ -147,7 +171,7 @@ def locked(target: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise BundleError(f"{target}: another export is writing this bundle; wait for it or choose --output") from None
     try:
-        yield
+        yield target
     finally:
         lock.release()
 
@@ -156,43 +180,65 @@ def locked(target: Path) -> Iterator[None]:
 def writing(target: str | Path) -> Iterator[Path]:
     """A fresh folder beside `target`, under a lock; `publish` makes it the bundle, otherwise it vanishes at the end.
 
-    Left-overs of killed exports are swept first.
+    What killed exports left behind is put right first.
 
     Raises:
-        BundleError: another export is writing the same bundle, or `target` exists and is no bundle.
+        BundleError: another export is writing the same bundle, `target` exists and is no bundle, or the disk refuses.
+    """
+    check_target(target)
+    try:
+        with locked(target) as real:
+            _recover(real)
+            aside = real.parent / f".{real.name}.new-{os.getpid()}"
+            aside.mkdir()
+            try:
+                yield aside
+            finally:
+                if aside.exists():
+                    shutil.rmtree(aside)
+    except OSError as error:
+        raise BundleError(f"{target}: cannot be written ({error}); what was there is as it was") from error
+
+
+def check_target(target: str | Path) -> None:
+    """Refuse to write where something lies that is no bundle.
+
+    Raises:
+        BundleError: `target` exists and is neither a bundle nor an empty folder.
     """
     target = Path(target)
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise BundleError(f"{target}: exists and is no bundle; choose another --output")
-    with locked(target):
-        for leftover in target.parent.glob(f".{target.name}.new-*"):
-            shutil.rmtree(leftover)
-        aside = target.parent / f".{target.name}.new-{os.getpid()}"
-        aside.mkdir()
-        try:
-            yield aside
-        finally:
-            if aside.exists():
-                shutil.rmtree(aside)
 
 
 def publish(aside: Path, target: str | Path) -> None:
     """Make the finished folder `aside` the bundle at `target`, in one step that a crash cannot halve."""
-    target = Path(target)
-    for file in aside.iterdir():
-        _sync(file)
-    _sync(aside)
+    target = Path(target).resolve()
+    _sync_tree(aside)
     exchange(aside, target)
     _sync(target.parent)
 
 
-def reject(aside: Path, target: str | Path) -> Path:
-    """Keep a finished but failing export under a `.rejected` name, without touching the bundle at `target`."""
-    rejected = Path(target).with_name(Path(target).name + ".rejected")
+def rejected_path(target: str | Path) -> Path:
+    """Where the artefacts of an export to `target` go that did not pass."""
+    target = Path(target)
+    return target.with_name(target.name + ".rejected")
+
+
+def reject(folder: Path, target: str | Path) -> Path:
+    """Keep the failing artefacts in `folder` under a `.rejected` name, without touching the bundle at `target`.
+
+    Raises:
+        BundleError: something else than a rejected export lies there.
+    """
+    rejected = rejected_path(target)
     if rejected.exists():
+        if not (rejected / REJECTED).is_file():
+            raise BundleError(f"{rejected}: exists and is no rejected export; move it away")
         shutil.rmtree(rejected)
-    (aside / MANIFEST).rename(aside / "rejected.json")
-    aside.rename(rejected)
+    if (folder / MANIFEST).exists():
+        (folder / MANIFEST).rename(folder / REJECTED)
+    folder.rename(rejected)
     return rejected
 
 
@@ -202,13 +248,25 @@ def exchange(new: Path, target: Path) -> None:
         new.rename(target)
         return
     swap = _renameat2()
-    if swap is not None and swap(str(new).encode(), str(target).encode()):
+    if swap is not None and swap(bytes(new), bytes(target)):
         return
-    # Two renames: between them a reader finds no bundle, but never half of one.
-    old = target.with_name(f".{target.name}.new-old-{os.getpid()}")
+    # Two renames: between them a reader finds no bundle, but never half of one; `_recover` ends what a crash began.
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     target.rename(old)
     new.rename(target)
     shutil.rmtree(old)
+
+
+def _recover(target: Path) -> None:
+    """Sweep what killed exports of `target` left, and restore a bundle that was moved away and not yet replaced."""
+    left = {
+        kind: [p for p in target.parent.iterdir() if re.fullmatch(rf"\.{re.escape(target.name)}\.{kind}-\d+", p.name)]
+        for kind in ("old", "new")
+    }
+    if left["old"] and not target.exists():
+        left["old"].pop().rename(target)
+    for folder in left["old"] + left["new"]:
+        shutil.rmtree(folder)
 
 
 def _renameat2() -> Callable[[bytes, bytes], bool] | None:
@@ -229,6 +287,12 @@ def _renameat2() -> Callable[[bytes, bytes], bool] | None:
         raise OSError(code, os.strerror(code), a.decode())
 
     return swap
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.iterdir():
+        _sync_tree(path) if path.is_dir() else _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

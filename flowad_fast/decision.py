@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal, get_args
@@ -77,6 +78,27 @@ def parts_needed(alpha: float) -> int:
     return math.ceil(1 / alpha - 1 - 1e-9)
 
 
+def require_parts(names: Sequence[str], alpha: float, aggregate: Aggregate) -> None:
+    """Refuse good parts that are too few in one of their classes; `names` holds the class of each part.
+
+    Raises:
+        CalibrationError: an alpha outside (0, 1), no parts, or too few for it. `diff+sum` needs twice as many.
+    """
+    if not 0 < alpha < 1:
+        raise CalibrationError(f"alpha must lie between 0 and 1, got {alpha}")
+    terms = 2 if aggregate == "diff+sum" else 1
+    need = terms * max(parts_needed(alpha), 1)
+    counts = Counter(names) or Counter({"": 0})
+    for name, count in counts.items():
+        if count < need:
+            of = f" of class {name!r}" if name else ""
+            raise CalibrationError(
+                f"{count} good parts{of} are too few for a false-reject rate of {alpha:g}"
+                f"{' with the aggregate diff+sum' if terms == 2 else ''}: "
+                f"at least {need} are needed, or a larger alpha"
+            )
+
+
 def combine(raw: np.ndarray, ranges: tuple[Range, Range] | None) -> np.ndarray:
     """Raw scores (n,), or the two terms of `diff+sum` (n, 2) with their ranges, to scores (n,).
 
@@ -112,32 +134,24 @@ def calibrate(
     Warns:
         UserWarning: parts whose score stands far above the others', which may not be good.
     """
-    if not 0 < alpha < 1:
-        raise CalibrationError(f"alpha must lie between 0 and 1, got {alpha}")
     raw = np.asarray(raw)
+    names = np.asarray(classes if classes is not None else [""] * len(raw), dtype=object)
+    require_parts(names.tolist(), alpha, "diff+sum" if raw.ndim == 2 else "max")
     bad = np.flatnonzero(~np.isfinite(raw).reshape(len(raw), -1).all(1))
     if len(bad):
-        raise CalibrationError(f"the scores of good parts {bad[:5].tolist()} are not finite; remove those frames")
-    names = np.asarray(classes if classes is not None else [""] * len(raw), dtype=object)
+        shown = ", ".join(str(labels[i]) if labels is not None else f"part {i}" for i in bad[:5])
+        raise CalibrationError(f"the scores of {len(bad)} good parts are not finite: {shown}; remove those frames")
     fitted = {}
     for name in dict.fromkeys(names.tolist()):
         index = np.flatnonzero(names == name)
         ranges, rest = None, index
         if raw.ndim == 2:
             half, rest = raw[index[::2]], index[1::2]
-            if len(half):
-                low, high = half.min(0), half.max(0)
-                ranges = (Range(low=low[0], high=high[0]), Range(low=low[1], high=high[1]))
-        need = parts_needed(alpha)
-        if len(rest) < max(need, 1):
-            of = f" of class {name!r}" if name else ""
-            raise CalibrationError(
-                f"{len(index)} good parts{of} are too few for a false-reject rate of {alpha:g}: "
-                f"at least {need * (raw.ndim)} are needed, or a larger alpha"
-            )
+            low, high = half.min(0), half.max(0)
+            ranges = (Range(low=low[0], high=high[0]), Range(low=low[1], high=high[1]))
         scores = np.sort(combine(raw[rest], ranges))
         _warn_outliers(combine(raw[index], ranges), index, labels, name)
-        rank = min(math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9), len(scores))
+        rank = math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9)
         fitted[name] = ClassCalibration(threshold=float(scores[rank - 1]), parts=len(scores), ranges=ranges)
     return Calibration(alpha=alpha, classes=fitted)
 

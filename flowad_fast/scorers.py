@@ -5,7 +5,7 @@ and exporters trace: tokens (B, N, C) and y (B,) in, map (B, N) out. Random draw
 streams never change, so a seed names the same probes on every machine and version.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Annotated, Literal
 
@@ -31,7 +31,7 @@ PROBE_BYTES = 3 * 2**30
 WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Memory of one widest activation of the tangents: on the CPU what its cache holds, on a GPU what fills the machine."""
 
-Steps = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(gt=0, le=10_000)]
 
 
 class MapModule(nn.Module):
@@ -145,7 +145,7 @@ class Density(_Scorer):
     """
 
     steps: Steps = 3
-    probes: int = Field(default=10, gt=0)
+    probes: int = Field(default=10, gt=0, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     exact: bool = False
     kind: Literal["density"] = Field(default="density", repr=False)
@@ -194,7 +194,7 @@ class Density(_Scorer):
 
 
 Scorer = Density | Inversion | Reconstruction
-SCORERS: dict[str, type[Density] | type[Inversion] | type[Reconstruction]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {
     "density": Density,
     "inversion": Inversion,
     "reconstruction": Reconstruction,

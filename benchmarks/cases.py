@@ -1,0 +1,239 @@
+"""What is measured: presets (a model and its default axes), and the cases that the axes span."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flowad_fast import bundle
+from flowad_fast.checkpoint import load_checkpoint
+from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, VelocityConfig, validated
+from flowad_fast.engines.eager import torch_device
+from flowad_fast.errors import ConfigError, nearest
+from flowad_fast.features import BACKBONES, FeatureExtractor
+from flowad_fast.model import FlowModel
+from flowad_fast.scorers import SCORERS, Scorer, scorer_adapter
+from flowad_fast.velocity import DiT
+
+MODES = ("offline", "single-stream", "line")
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and the axes that are measured unless others are asked for.
+
+    `spec` None stands for the demo checkpoint; random presets have seeded, non-zero weights.
+    """
+
+    description: str
+    spec: ModelConfig | None
+    scorers: tuple[str, ...] = ("density", "inversion", "reconstruction")
+    engines: tuple[str, ...] = ("eager",)
+    probes: tuple[int, ...] = (10,)
+    parity_frames: int = 4
+
+
+def spec_of(
+    hidden: int, depth: int, heads: int, *, backbone: str = "efficientnet-b4", size: int = 256, invad: bool = False
+) -> ModelConfig:
+    """A model description; conditional on the MVTec classes as the paper's models are, InvAD's unconditional."""
+    velocity = VelocityConfig(
+        channels=sum(BACKBONES[backbone].channels),
+        height=size // 16,
+        width=size // 16,
+        hidden_size=hidden,
+        depth=depth,
+        num_heads=heads,
+        num_classes=len(MVTEC_CLASSES),
+        use_class_labels=not invad,
+        t_scale=1.0 if invad else 1000.0,
+        pred_type="epsilon" if invad else "velocity",
+    )
+    names = () if invad else MVTEC_CLASSES
+    return ModelConfig(velocity=velocity, backbone=backbone, image=ImageConfig(size=size), class_names=names)  # type: ignore[arg-type]
+
+
+PRESETS = {
+    "demo": Preset("the shipped checkpoint: Lite0, DiT 256x4", None, engines=("eager", "onnxruntime")),
+    "small": Preset("EfficientNet-B4, DiT 768x12x8, random weights", spec_of(768, 12, 8), probes=(10, 1, 2)),
+    "medium": Preset("EfficientNet-B4, DiT 1280x16x8, random weights", spec_of(1280, 16, 8), probes=(10, 1, 2)),
+    "paper": Preset(
+        "EfficientNet-B4, DiT 2048x16x8, random weights", spec_of(2048, 16, 8), probes=(10, 1, 2), parity_frames=2
+    ),
+    "invad": Preset(
+        "InvAD: EfficientNet-B4, DiT 2048x16x8 predicting noise, random weights",
+        spec_of(2048, 16, 8, invad=True),
+        scorers=("inversion",),
+        parity_frames=2,
+    ),
+    "tiny": Preset(
+        "for trying the harness: Lite0 at 64 pixels, DiT 32x2, random weights",
+        spec_of(32, 2, 2, backbone="efficientnet-lite0", size=64),
+    ),
+}  # fmt: skip
+
+
+def axes_of(preset: str, quick: bool = False) -> Preset:
+    """The default axes of a preset, bundle or checkpoint; `quick` keeps one engine and one number of probes."""
+    axes = PRESETS.get(preset)
+    if axes is None and is_bundle(preset):
+        manifest = bundle.read(preset)[1]
+        found = tuple(dict.fromkeys(a.engine for a in manifest.artefacts.values()))
+        axes = Preset("a bundle", manifest.model, (manifest.scorer.kind,), found)
+    axes = axes or Preset("a checkpoint", None)
+    return replace(axes, engines=axes.engines[-1:], probes=axes.probes[:1]) if quick else axes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a model with a scorer on an engine. Everything that a fresh process needs to measure it."""
+
+    preset: str
+    scorer: dict[str, Any]
+    engine: str
+    precision: str = "fp32"
+    ops: str = "reference"
+    batch: int = 1
+    mode: str = "offline"
+    device: str = "auto"
+    frame_size: int | None = None
+    parity_frames: int = 4
+    config: str | None = None
+    backbone_weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, unique in a run."""
+        probes = f"-K{self.scorer['probes']}" if "probes" in self.scorer else ""
+        kind = f"{self.scorer['kind']}{probes}-s{self.scorer['steps']}"
+        ops = "" if self.ops == "reference" else f"-{self.ops}"
+        return f"{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
+
+    def make_scorer(self) -> Scorer:
+        """The scorer that `scorer` describes."""
+        options = {k: v for k, v in self.scorer.items() if k != "kind"}
+        return validated(SCORERS[self.scorer["kind"]], options, f"scorer {self.scorer['kind']}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a process that measures it."""
+        return asdict(self)
+
+
+def scorer_options(kind: str, steps: int, probes: int) -> dict[str, Any]:
+    """A scorer's options for `steps` function evaluations along the integrated part of the path.
+
+    Reconstruction goes from tau = 0.5 to 1, so it takes twice as many steps per unit time.
+    """
+    if kind not in SCORERS:
+        raise ConfigError(f"unknown scorer {kind!r}; {nearest(kind, SCORERS)}")
+    if kind == "density":
+        return {"kind": kind, "steps": steps, "probes": probes}
+    if kind == "reconstruction":
+        return {"kind": kind, "steps": 2 * steps, "tau": 0.5, "start": "noise"}
+    return {"kind": kind, "steps": steps}
+
+
+def function_evaluations(scorer: Scorer, config: VelocityConfig) -> int:
+    """Evaluations of the velocity field an image (NFE); density's tangents are counted by its probes, not here."""
+    rows: Any = scorer.rows(config)
+    return sum(len(part) for part in rows) if rows and isinstance(rows[0], tuple) else len(rows)
+
+
+def expand(
+    preset: str, *, scorers: Sequence[str], engines: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
+    steps: Sequence[int], probes: Sequence[int], modes: Sequence[str], **common: Any,
+) -> list[Case]:  # fmt: skip
+    """All cases of the axes; single-stream and line run at batch 1 only, and probes concern density only.
+
+    A bundle has one scorer, with its own steps and probes.
+    """
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"unknown mode {mode!r}; {nearest(mode, MODES)}")
+    if is_bundle(preset):
+        options = [scorer_adapter.dump_python(bundle.read(preset)[1].scorer)]
+    else:
+        options = [
+            scorer_options(kind, nfe, k)
+            for kind in scorers
+            for nfe in steps
+            for k in (probes if kind == "density" else probes[:1])
+        ]
+    return [
+        Case(preset, one, engine, precision, batch=batch, mode=mode, **common)
+        for mode in modes
+        for one in options
+        for batch in (batches if mode == "offline" else (1,))
+        for engine in engines
+        for precision in (precisions if engine != REFERENCE else ("fp32",))
+    ]
+
+
+def reference_of(case: Case) -> Case:
+    """The reference path on the same work."""
+    return replace(case, engine=REFERENCE, precision="fp32", ops="reference")
+
+
+def is_bundle(preset: str) -> bool:
+    """Whether a preset names an exported bundle's folder."""
+    return (Path(preset) / "manifest.json").is_file()
+
+
+def load_model(case: Case) -> FlowModel:
+    """The case's model: a preset's (made on the case's device), a bundle's eager artefact, or a checkpoint's."""
+    preset = PRESETS.get(case.preset)
+    if preset is not None and preset.spec is not None:
+        return random_model(preset.spec, torch_device(case.device))
+    if is_bundle(case.preset):
+        folder, manifest = bundle.read(case.preset)
+        eager = manifest.artefacts.get("eager")
+        if eager is None:
+            raise ConfigError(f"{folder}: comparing needs the model; export the bundle with the format eager as well")
+        return load_checkpoint(folder / next(iter(eager.files)))
+    if preset is None and not Path(case.preset).is_file():
+        raise ConfigError(f"{case.preset!r} is no preset, bundle or checkpoint; {nearest(case.preset, PRESETS)}")
+    return load_checkpoint(case.preset, case.config, case.backbone_weights)
+
+
+def random_model(spec: ModelConfig, device: torch.device, seed: int = 0) -> FlowModel:
+    """A model with random, non-zero weights whose activations stay of order one.
+
+    The backbone's batch norms take the statistics of random frames, and the modulations' biases are wide enough for
+    every block to matter: otherwise a parity check would see only the first and the last layer.
+    """
+    torch.manual_seed(seed)
+    with device:
+        dit = DiT(spec.velocity).to(device)
+    for module in [*dit.blocks, dit.final_layer]:
+        nn.init.normal_(module.adaLN_modulation[1].bias, std=0.3)  # type: ignore[union-attr, operator, index]
+    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation).to(device)
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        backbone(torch.randn(2, 3, spec.image.size, spec.image.size, device=device))
+    backbone.eval()
+    return FlowModel(spec, dit, backbone)
+
+
+def make_frames(case: Case, count: int, image_size: int) -> tuple[np.ndarray, str]:
+    """`count` frames uint8 (n, H, W, 3) and where they come from: the demo's real cells, or random pictures."""
+    size = case.frame_size or image_size
+    if case.preset == "demo" and case.frame_size is None:
+        from flowad_fast.export.frames import parity_frames
+
+        real = parity_frames(None, count + count % 2)
+        return real.frames[:count], real.source
+    rng = np.random.default_rng(0)
+    coarse = rng.uniform(0, 255, (count, 8, 8, 3))
+    smooth = coarse.repeat(-(-size // 8), 1).repeat(-(-size // 8), 2)[:, :size, :size]
+    # Contrast rises from frame to frame: scores that are all alike would leave a score error nothing to be relative to.
+    contrast = np.linspace(0.3, 1, count)[:, None, None, None]
+    pictures = 128 + contrast * (smooth - 128 + rng.uniform(-40, 40, smooth.shape))
+    return pictures.clip(0, 255).astype(np.uint8), "random pictures"

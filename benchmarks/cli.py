@@ -1,0 +1,190 @@
+"""`flowad-bench`: speed and memory beside the reference path, each row behind a parity gate."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flowad_fast.cli import common
+from flowad_fast.errors import ConfigError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"{option} {text!r}: expected positive whole numbers, separated by commas")
+    return [int(word) for word in words]
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    preset: Annotated[str, typer.Option(help="demo, small, paper, invad; a checkpoint; or bundles.")] = "demo",
+    scorer: Annotated[str, typer.Option(help="density, inversion, reconstruction. [default: the preset's]")] = "",
+    engine: Annotated[str, typer.Option(help="reference, eager, onnxruntime, … [default: the preset's]")] = "",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16, fp8.")] = "fp32",
+    ops: Annotated[str, typer.Option(help="reference or fused operators.")] = "reference",
+    batch: Annotated[str, typer.Option(help="Frames a call.")] = "1",
+    steps: Annotated[str, typer.Option(help="Function evaluations along the path.")] = "3",
+    probes: Annotated[str, typer.Option(help="Density: probes. [default: the preset's]")] = "",
+    mode: Annotated[str, typer.Option(help="offline, single-stream, line.")] = "offline",
+    rate: Annotated[float | None, typer.Option(help="Line: frames a second. [default: 80 % of capacity]")] = None,
+    frame_size: Annotated[int | None, typer.Option(help="Height and width of frames. [default: the model's]")] = None,
+    config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
+    backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 15.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repeats, one engine: a first impression.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table (Markdown) here.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write figures (PNG) into this folder.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
+) -> None:
+    """Measure scorers on engines, in turn with the reference path, one fresh process a row.
+
+    Every option that names an axis takes a comma-separated list. A row whose map disagrees with the fp32 reference on
+    the same frames has no speed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from dataclasses import replace
+
+    from flowad_fast.benchmarks import harness
+    from flowad_fast.benchmarks.cases import axes_of, expand
+
+    cases = []
+    for one in _words(preset):
+        defaults = axes_of(one, quick)
+        cases += expand(
+            one,
+            scorers=_words(scorer) or defaults.scorers,
+            engines=_words(engine) or defaults.engines,
+            precisions=_words(precision),
+            batches=_numbers(batch, "--batch"),
+            steps=_numbers(steps, "--steps"),
+            probes=_numbers(probes, "--probes") if probes else defaults.probes,
+            modes=_words(mode),
+            ops=ops,
+            device=device,
+            frame_size=frame_size,
+            parity_frames=defaults.parity_frames,
+            config=None if config is None else str(config),
+            backbone_weights=None if backbone_weights is None else str(backbone_weights),
+        )
+    effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
+    with common.err.status("measuring") as status:
+        record = harness.run(cases, effort, lambda line: status.update(f"measuring · {line}"), rate)
+    _show(record, output, markdown, figures, json)
+
+
+@app.command()
+def ladder(
+    preset: Annotated[str, typer.Option(help="demo, small, paper, invad; or a checkpoint.")] = "small",
+    scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
+    batch: Annotated[int, typer.Option(help="Frames a call.")] = 1,
+    steps: Annotated[int, typer.Option(help="Function evaluations along the path.")] = 3,
+    probes: Annotated[int, typer.Option(help="Density: probes.")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 15.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repeats.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write figures (PNG) into this folder.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
+) -> None:
+    """One optimisation a row, each on top of those before: speed, memory and drift."""
+    from dataclasses import replace
+
+    from flowad_fast.benchmarks import harness
+    from flowad_fast.benchmarks import ladder as rungs
+    from flowad_fast.benchmarks.cases import Case, axes_of, scorer_options
+
+    frames = axes_of(preset).parity_frames
+    like = Case(
+        preset, scorer_options(scorer, steps, probes), "eager", batch=batch, device=device, parity_frames=frames
+    )  # fmt: skip
+    effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
+    with common.err.status("measuring") as status:
+        record = rungs.run(like, effort, lambda line: status.update(f"measuring · {line}"))
+    _show(record, output, None, figures, json)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A record.")],
+    new: Annotated[Path, typer.Argument(help="A later record.")],
+    json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
+) -> None:
+    """Say for each row of two records whether it became faster or slower, or whether noise hides any difference."""
+    from flowad_fast.benchmarks import record, report
+
+    lines = record.compare(record.read(old), record.read(new))
+    if not lines:
+        raise ConfigError(f"{old} and {new} have no row in common")
+    if json:
+        common.print_json(lines)
+    else:
+        _console().print(report.comparison(lines))
+
+
+@app.command("report")
+def make_report(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of records. [default: benchmarks/results]")] = None,
+    figures: Annotated[bool, typer.Option(help="Draw the records' figures as well.")] = True,
+) -> None:
+    """Write benchmarks/README.md and docs/scaling.md from the committed records."""
+    from flowad_fast.benchmarks import record, report, scaling
+
+    folder = folder or report.RESULTS
+    if figures:
+        from flowad_fast.benchmarks import figures as drawing
+
+        for path in sorted(folder.glob("*.json")):
+            one = record.read(path)
+            if one["kind"] != "peers":
+                drawing.draw(one, folder / "figures" / path.stem)
+    report.README.write_text(report.readme(folder), encoding="utf-8")
+    scaling.PAGE.parent.mkdir(exist_ok=True)
+    scaling.PAGE.write_text(scaling.page(folder), encoding="utf-8")
+    common.out.print(f"wrote {report.README} and {scaling.PAGE}", highlight=False)
+
+
+def _show(record: dict[str, Any], output: Path | None, markdown: Path | None, figures: Path | None, json: bool) -> None:
+    from flowad_fast.benchmarks import record as records
+    from flowad_fast.benchmarks import report
+
+    if output is not None:
+        records.write(record, output)
+    if markdown is not None:
+        markdown.write_text(report.markdown(record), encoding="utf-8")
+    if figures is not None:
+        from flowad_fast.benchmarks import figures as drawing
+
+        drawing.draw(record, figures)
+    if json:
+        common.print_json(record)
+        return
+    for table in report.tables(record):
+        _console().print(table)
+    for line in report.remarks(record):
+        common.out.print(line, markup=False, highlight=False)
+
+
+def _console() -> Console:
+    """A pipe has no width; a wide table is better there than a broken one."""
+    return common.out if common.out.is_terminal else Console(width=180)
+
+
+def main() -> None:
+    """Console-script entry point."""
+    common.run(app)
+
+
+if __name__ == "__main__":
+    main()

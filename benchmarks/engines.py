@@ -1,0 +1,167 @@
+"""Engines as rows: the product's own, and the reference path in the same clothes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import flowad_fast
+from flowad_fast.benchmarks.cases import REFERENCE, Case
+from flowad_fast.config import Precision
+from flowad_fast.decision import image_score
+from flowad_fast.detector import Detector, operators
+from flowad_fast.engines import Engine, backend
+from flowad_fast.engines.eager import EagerEngine, torch_device
+from flowad_fast.errors import EngineUnavailableError, ParityError
+from flowad_fast.export.exporter import FAILED_PARITY, export_bundle
+from flowad_fast.export.formats import FORMATS
+from flowad_fast.image import normalise
+from flowad_fast.integration import from_tokens
+from flowad_fast.kernels import reference as ops
+from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import arithmetic
+from flowad_fast.reference_path import reference_map
+from flowad_fast.scorers import Scorer
+
+
+class ReferenceEngine:
+    """The paper's cost model from frame to score: reference path, with the same image, backbone and score stages."""
+
+    name = REFERENCE
+
+    def __init__(self, model: FlowModel, scorer: Scorer, device: str) -> None:
+        self._device = torch_device(device)
+        self.device = str(self._device)
+        self.model, self.scorer = model.to(self._device), scorer
+        _ = self.model.backbone
+
+    def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`."""
+        maps, scores = self.on_device(
+            torch.from_numpy(frames).to(self._device), None if y is None else torch.from_numpy(y).to(self._device)
+        )
+        return maps.cpu().numpy(), scores.cpu().numpy()
+
+    def on_device(self, frames: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same on tensors of the engine's device."""
+        spec = self.model.spec
+        with torch.no_grad():
+            tokens = self.model.backbone(normalise(frames, spec.image))
+        x1 = from_tokens(tokens, spec.velocity.height, spec.velocity.width)
+        maps = ops.upsample(reference_map(self.model, self.scorer, x1, y), spec.image.size)
+        return maps, image_score(maps, "max")
+
+
+def needs_artefact(engine: str) -> bool:
+    """Whether an engine runs exported artefacts only."""
+    return engine != REFERENCE and backend(engine).from_model is None
+
+
+def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | None) -> Detector:
+    """The case's engine, from an artefact (a bundle) or from the model.
+
+    Raises:
+        EngineUnavailableError: what the engine, precision or operators need is not there.
+    """
+    if artefact is not None:
+        return flowad_fast.load(artefact, engine=case.engine, device=case.device)
+    assert model is not None, "without an artefact there is a model"
+    if case.engine == REFERENCE:
+        return _around(ReferenceEngine(model, scorer, case.device), model)
+    if case.engine == "cudagraph":
+        from flowad_fast.engines.cudagraph import CudaGraphEngine
+
+        # Only the row's own batch: other captures would count as its memory.
+        pipeline = ScoringPipeline(model, scorer, "max", case.precision, operators(case.ops))  # type: ignore[arg-type]
+        return _around(CudaGraphEngine(pipeline, case.device, (case.batch,)), model)
+    return Detector.from_model(
+        model, scorer, engine=case.engine, precision=case.precision, device=case.device, ops=case.ops  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _around(engine: Engine, model: FlowModel) -> Detector:
+    return Detector(
+        engine,
+        image_size=model.spec.image.size,
+        class_names=model.class_names,
+        num_classes=model.config.num_classes,
+        conditional=model.config.use_class_labels,
+    )
+
+
+def prepare(detector: Detector, frames: np.ndarray, conditional: bool) -> None:
+    """Compile or capture ahead of the first call, for engines that do so."""
+    engine: Any = detector._engine
+    if detector.engine.startswith("cudagraph"):
+        engine.prepare(*frames.shape[1:3])
+    elif hasattr(engine, "prepare"):
+        engine.prepare(frames.shape[1:3], 0 if conditional else None)
+
+
+def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, folder: Path) -> str:
+    """A bundle with the artefact that the case's engine runs; returns its folder.
+
+    Raises:
+        EngineUnavailableError: the format cannot be made here.
+        ParityError: what was made disagrees with the reference.
+    """
+    wanted = backend(case.engine).artefact
+    name = next((f.name for f in FORMATS.values() if f.engine == wanted), None)
+    if name is None:
+        raise EngineUnavailableError(f"no export format makes what the engine {case.engine} runs")
+    batch = (1, case.batch, case.batch)
+    result = export_bundle(
+        model, scorer, folder / "bundle", formats=(name,), frames=frames, quiet=True, batch=batch,
+        precision=case.precision, device=case.device, frame_size=frames.shape[1:3],  # type: ignore[arg-type]
+    )  # fmt: skip
+    outcome = result.outcomes[name]
+    if outcome.status == FAILED_PARITY:
+        raise ParityError(str(outcome))
+    if not outcome.ok:
+        raise EngineUnavailableError(str(outcome))
+    return str(result.path)
+
+
+def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | None, n: int) -> list[float]:
+    """Milliseconds on the GPU of `n` calls, frames already there and results left there, by events.
+
+    Empty where the engine has no such entry (its frames always come from the host).
+    """
+    engine: Any = detector._engine
+    device = torch.device(engine.device)
+    stream = torch.cuda.current_stream(device)
+    x = torch.from_numpy(frames).to(device)
+    y = None
+    if classes is not None:
+        y = torch.tensor([detector.class_names.index(name) for name in classes], device=device)
+    precision: Precision = "fp32"
+    call: Callable[[torch.Tensor, torch.Tensor | None], object]
+    if isinstance(engine, ReferenceEngine):
+        call = engine.on_device
+    elif isinstance(engine, EagerEngine):
+        call, precision = engine.pipeline, engine.pipeline.precision
+    elif detector.engine.startswith("compile"):
+        call, precision = engine._compiled, engine.pipeline.precision
+    elif detector.engine.startswith("cudagraph"):
+        step, stream = engine._captures[frames.shape[1:3]].steps[len(frames)], engine._streams.compute
+
+        def call(_x: torch.Tensor, _y: torch.Tensor | None) -> object:
+            return step.replay()
+
+    else:
+        return []
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+    with (
+        torch.inference_mode(not isinstance(engine, ReferenceEngine)),
+        torch.cuda.stream(stream),
+        arithmetic(precision, device),
+    ):
+        for begin, end in marks:
+            begin.record()
+            call(x, y)
+            end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in marks]

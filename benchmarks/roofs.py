@@ -1,0 +1,129 @@
+"""What this machine can do at most, measured beside the rows: copy bandwidth, and the model's own matrix products."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from flowad_fast.engines.eager import torch_device
+from flowad_fast.kernels.account import Roofs, VelocityShape, account, predicted_seconds
+from flowad_fast.precision import arithmetic
+
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gemm_shapes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """(K, N) of a block's four products: qkv, proj, fc1, fc2."""
+    d, mlp = shape["hidden"], shape["mlp"]
+    return {"qkv": (d, 3 * d), "proj": (d, d), "fc1": (d, mlp), "fc2": (mlp, d)}
+
+
+def measure(
+    shape: dict[str, int], rows: list[int], precisions: list[str], device: str = "auto", seconds: float = 1.0
+) -> dict[str, Any]:
+    """Copy bandwidth in GB/s, and for each precision and number of rows M the four products' median ms and TFLOP/s.
+
+    Args:
+        shape: the model's sizes.
+        rows: M, tokens times frames (times tangents) of the rows that are compared with it.
+        precisions: those that this device cannot multiply in are listed with the reason.
+        device: as everywhere.
+        seconds: time for each product.
+    """
+    where = torch_device(device)
+    source = torch.randn(COPY_BYTES[where.type] // 4, device=where)
+    target = torch.empty_like(source)
+    copy = median_ms(lambda: target.copy_(source), where, seconds)
+    result: dict[str, Any] = {
+        "device": str(where),
+        "copy_gb_s": round(2 * source.nbytes / copy / 1e6, 2),
+        "copy_bytes": source.nbytes,
+        "gemm": [],
+    }
+    for precision in precisions:
+        if precision in ("tf32", "fp8") and where.type == "cpu":
+            result["gemm"].append({"precision": precision, "reason": f"not measured: {precision} needs a GPU"})
+            continue
+        for m in rows:
+            result["gemm"].append(_gemms(shape, m, precision, where, seconds))
+    return result
+
+
+def _gemms(shape: dict[str, int], m: int, precision: str, device: torch.device, seconds: float) -> dict[str, Any]:
+    times, flops = {}, 0
+    for name, (k, n) in gemm_shapes(shape).items():
+        with arithmetic(precision, device):  # type: ignore[arg-type]
+            times[name] = median_ms(_product(m, k, n, precision, device), device, seconds)
+        flops += 2 * m * k * n
+    block = sum(times.values())
+    return {
+        "precision": precision,
+        "rows": m,
+        "ms": {name: round(ms, 4) for name, ms in times.items()},
+        "block_ms": round(block, 4),
+        "tflop_s": round(flops / block / 1e9, 4),
+    }
+
+
+def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> Callable[[], Any]:
+    """A linear layer of random operands, (m, k) to (m, n); in fp8 with scales a row, as the model's are."""
+    dtype = DTYPES.get(precision, torch.bfloat16)
+    x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+    if precision != "fp8":
+        b = torch.randn(n, device=device, dtype=dtype)
+        return lambda: F.linear(x, w, b)
+    xq, wq = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    xs, ws = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
+    return lambda: torch._scaled_mm(xq, wq.T, xs, ws, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def median_ms(call: Callable[[], Any], device: torch.device, seconds: float, least: int = 3, most: int = 200) -> float:
+    """The median time of `call` after a warm-up, each call synchronised."""
+    samples: list[float] = []
+    call()
+    end = time.perf_counter() + seconds
+    while len(samples) < least or (time.perf_counter() < end and len(samples) < most):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        samples.append((time.perf_counter() - start) * 1e3)
+    return sorted(samples)[len(samples) // 2]
+
+
+def attach(cases: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
+    """Give each measured row its share of the roof, and the time that the byte and operation account predicts.
+
+    The share is the model's own products alone over the row's whole time. The prediction uses the roofs of this run and
+    leaves the backbone out.
+    """
+    for row in cases:
+        if row["status"] != "ok":
+            continue
+        gemm = _find(roofs, row["precision"], rows_of(row))
+        fp32 = _find(roofs, "fp32", rows_of(row))
+        if gemm is None or fp32 is None:
+            continue
+        p50 = row["latency_ms"]["p50"]
+        alone = gemm["block_ms"] * row["shape"]["depth"] * row["nfe"]
+        row["roof"] = {"gemm_ms": round(alone, 3), "share": round(alone / p50, 4)}
+        flops = {g["precision"]: 1e12 * g["tflop_s"] for g in roofs["gemm"] if g.get("rows") == rows_of(row)}
+        limits = Roofs("this machine", "measured in the same run", 1e9 * roofs["copy_gb_s"], flops)
+        costs = account(VelocityShape(**row["shape"]), row["batch"], row["nfe"], row["probes"] or 0, row["precision"])
+        if all(cost.precision in flops for cost in costs):
+            predicted = 1e3 * predicted_seconds(costs, limits)
+            row["prediction"] = {"ms": round(predicted, 3), "measured_over_predicted": round(p50 / predicted, 3)}
+
+
+def _find(roofs: dict[str, Any], precision: str, rows: int) -> dict[str, Any] | None:
+    return next((g for g in roofs["gemm"] if g["precision"] == precision and g.get("rows") == rows), None)
+
+
+def rows_of(row: dict[str, Any]) -> int:
+    """Rows of the matrix products in a row's loop: tokens of all frames, and of all tangents beside the primal."""
+    return row["shape"]["tokens"] * row["batch"] * (1 + (row["probes"] or 0))
