@@ -20,7 +20,10 @@ from flowad_fast.model import FlowModel
 from flowad_fast.scorers import Scorer
 
 OPSET = 20
-"""Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1."""
+"""Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1.
+
+From 23 on attention is one operator, which TensorRT-RTX builds only where it has a kernel for the shape and dtype.
+"""
 INLINE_BYTES = 1_500_000_000
 """Weights above this go to one external file, since protobuf ends at 2 GB."""
 
