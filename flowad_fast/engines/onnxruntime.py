@@ -82,7 +82,7 @@ class OnnxRuntimeEngine:
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
                 "export it in fp32, fp16 or fp8, or use another engine"
             ) from None
-        except (RuntimeError, ValueError, *_failures(errors)) as error:
+        except (RuntimeError, ValueError, *_failures(errors)) as error:  # type: ignore[misc]
             raise BundleError(f"{path}: ONNX Runtime refuses the graph: {_line(error)}") from None
         got = self.session.get_providers()
         if provider not in got:
@@ -219,8 +219,9 @@ def _chain(kind: str, index: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _failures(errors: Any) -> tuple[type[Exception], ...]:
-    """ONNX Runtime's own exceptions, which share no base but Exception."""
-    return tuple(e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception))
+    """What a session raises: ONNX Runtime's own exceptions share no base but Exception."""
+    own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    return (RuntimeError, ValueError, *own)
 
 
 def _numpy_type(tensor: Tensor) -> type:
