@@ -72,7 +72,7 @@ class InductorEngine:
 class AotInductorEngine:
     """Runs `model.pt2` of a bundle, without this project's model code and without compiling.
 
-    Safe from many threads: a lock lets one call in at a time. The package's runtime has a lock of its own, but waits for
+    Safe from many threads: a lock lets one call in at a time. The package has a lock of its own, but waits for
     it while it holds Python's, so two threads would stop each other for ever.
     """
 
