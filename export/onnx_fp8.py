@@ -33,10 +33,10 @@ def quantise(model: onnx_ir.Model, ranges: dict[str, float]) -> None:
         if node.name not in ranges:
             continue
         x, weight = node.inputs[0], node.inputs[1].producer().inputs[0]  # type: ignore[union-attr]
-        assert x is not None and weight is not None and node.name is not None, "products() gives whole nodes"
+        assert x is not None and weight is not None and node.name and weight.name, "products() gives whole nodes"
         dtype = weight.dtype.numpy()  # type: ignore[union-attr]
         if weight.name not in weights:
-            weights[weight.name] = _stored(graph, weight.name, weight.const_value.numpy())  # type: ignore[index, union-attr, arg-type]
+            weights[weight.name] = _stored(graph, weight.name, weight.const_value.numpy())  # type: ignore[union-attr]
         scale = _constant(graph, f"{node.name}.scale", np.array(ranges[node.name] * HEADROOM / FP8_MAX, dtype))
         zero = _constant(graph, f"{node.name}.zero", np.array(0, ml_dtypes.float8_e4m3fn))
         q = onnx_ir.node("QuantizeLinear", [x, scale, zero], name=f"{node.name}.quantise")
@@ -45,7 +45,7 @@ def quantise(model: onnx_ir.Model, ranges: dict[str, float]) -> None:
             "DequantizeLinear",
             list(weights[weight.name]),
             {"axis": 1},
-            name=f"{node.name}.weight",  # type: ignore[index]
+            name=f"{node.name}.weight",
         )
         graph.insert_before(node, [q, dq, wq])
         node.replace_input_with(0, dq.outputs[0])

@@ -120,6 +120,8 @@ def test_invad_rows_are_those_of_its_grid() -> None:
 class Linear:
     """u(x, t) = A x at every location: X(t) = exp(A t) X(0), divergence tr A."""
 
+    ops = ops
+
     def __init__(self, matrix: Tensor) -> None:
         self.config = VelocityConfig(channels=len(matrix), height=2, width=2, hidden_size=4, depth=1, num_heads=1)
         self.matrix = matrix
@@ -133,7 +135,7 @@ class Linear:
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
         return tokens @ self.matrix.T
 
-    def dual(self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def dual(self, tokens: Tensor, tangents: Tensor, step: int, *_: object) -> tuple[Tensor, Tensor]:
         return self(tokens, step), (tangents @ self.matrix.T).expand(-1, len(tokens), -1, -1)
 
 
@@ -243,11 +245,11 @@ def test_the_position_of_patches(golden: Path) -> None:
     config = TINY.model_copy(update={"patch_size": 2})
     dit = DiT(config)
     x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(9))
-    expected = dit.x_embedder["proj"](x).flatten(2).transpose(1, 2)
+    expected = dit.x_embedder.proj(x).flatten(2).transpose(1, 2)
     from flowad_fast.velocity import _patchify, _token_weight, _unpatchify
 
     patches = _patchify(to_tokens(x), config)
-    got = patches @ _token_weight(dit.x_embedder["proj"]).T + dit.x_embedder["proj"].bias
+    got = patches @ _token_weight(dit.x_embedder.proj).T + dit.x_embedder.proj.bias
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(_unpatchify(patches, config), to_tokens(x), rtol=0, atol=0)
 

@@ -447,3 +447,6 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
 
 
 main = common.command(inspect)
+
+if __name__ == "__main__":
+    main()
