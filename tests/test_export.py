@@ -175,6 +175,9 @@ def test_a_failing_format_is_rejected_and_the_others_are_published(
     assert "RuntimeError: segment" in (tmp_path / "b.rejected" / "crashing.error.txt").read_text()
     refused = json.loads((tmp_path / "b.rejected" / "rejected.json").read_text())
     assert refused["artefacts"]["wrong"]["parity"]["passed"] is False
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| eager | eager | fp32 | passed on cpu, 5 frames (frames given by the caller) |" in card
+    assert "| elsewhere | eager | fp32 | not measured: needs a GPU of compute capability 9.0 |" in card
     assert "FAILED" in (tmp_path / "b.rejected" / "README.md").read_text()
 
 
