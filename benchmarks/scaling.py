@@ -7,13 +7,14 @@ from typing import Any
 
 from flowad_fast.benchmarks import report
 from flowad_fast.benchmarks.record import read
+from flowad_fast.config import Precision
 from flowad_fast.kernels.account import H100, VelocityShape, account, predicted_seconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 PAPER = VelocityShape()
 SMALL = VelocityShape(hidden=768, depth=12, mlp=3072)
 MEDIUM = VelocityShape(hidden=1280, depth=16, mlp=5120)
-PRECISION = "bf16"
+PRECISION: Precision = "bf16"
 
 
 def page(folder: Path = report.RESULTS) -> str:

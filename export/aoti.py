@@ -13,6 +13,7 @@ from flowad_fast.decision import Aggregate
 from flowad_fast.engines.inductor import PORTABLE, cpp_compiler, target
 from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.precision import arithmetic, check_precision
 from flowad_fast.scorers import Scorer
 
@@ -39,6 +40,7 @@ def write(
     chosen = torch.device(device)
     check_precision(precision, chosen)
     edge = boundary(model, scorer, aggregate, frame_size, precision)
+    assert isinstance(edge.module, ScoringPipeline), "the boundary of frames is a scoring pipeline"
     edge = replace(edge, module=edge.module.on(chosen), example=tuple(tensor.to(chosen) for tensor in edge.example))
     facts = target(chosen)
     size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"

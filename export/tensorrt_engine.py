@@ -71,7 +71,9 @@ def build(
         raise ConfigError(f"precision {precision} is not for {flavour.name}; expected {', '.join(LOWEST_CAPABILITY)}")
     library = check_available(flavour)
     log = Log(library)
-    gpu = None if flavour.portable else torch_device("cuda" if device == "auto" else device)
+    gpu = None if flavour.portable else torch_device(device)
+    if gpu is not None and gpu.type != "cuda":
+        raise EngineUnavailableError(f"{flavour.name} builds on a GPU, the device is {gpu}; give --device cuda")
     with nullcontext() if gpu is None else torch.cuda.device(gpu):
         builder = library.Builder(log.logger)
         network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

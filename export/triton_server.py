@@ -21,7 +21,7 @@ TIMEOUT_US = 1_000_000
 BATCHES_QUEUED = 4
 """Full batches that may wait; further requests are rejected at once."""
 
-_TYPES = {
+_TYPES: dict[int, str] = {
     onnx.TensorProto.UINT8: "TYPE_UINT8",
     onnx.TensorProto.INT64: "TYPE_INT64",
     onnx.TensorProto.FLOAT: "TYPE_FP32",

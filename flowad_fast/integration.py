@@ -38,6 +38,9 @@ class Field(Protocol):
     def at(self, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference) -> StepField:
         """The field at fixed times, its matrix products in `precision`, built on the operators `ops`."""
 
+    def check_classes(self, y: Tensor | None, batch: int) -> Tensor | None:
+        """`y` as class indices (B,) that fit the model, or a ConfigError."""
+
 
 def run(field: StepField, rows: Sequence[Row], x: Tensor, y: Tensor | None, first: int = 0) -> Tensor:
     """Apply all rows to the state x (B, N, C); row k is the field's step `first` + k."""

@@ -5,7 +5,7 @@ and exporters trace: tokens (B, N, C) and y (B,) in, map (B, N) out. Random draw
 streams never change, so a seed names the same probes on every machine and version.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Annotated, Literal
 
@@ -194,7 +194,7 @@ class Density(_Scorer):
 
 
 Scorer = Density | Inversion | Reconstruction
-SCORERS: dict[str, type[Density] | type[Inversion] | type[Reconstruction]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {
     "density": Density,
     "inversion": Inversion,
     "reconstruction": Reconstruction,

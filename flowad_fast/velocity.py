@@ -7,7 +7,9 @@ the precision of its matrix products and the operators that it is built on.
 """
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 import torch
@@ -76,36 +78,58 @@ class FinalLayer(nn.Module):
         return self.linear(reference.ln_modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, -1)))
 
 
+class PatchEmbedding(nn.Module):
+    """The patch convolution, C -> D; patch size 1 in published models."""
+
+    def __init__(self, config: VelocityConfig) -> None:
+        super().__init__()
+        p = config.patch_size
+        self.proj = nn.Conv2d(config.channels, config.hidden_size, p, stride=p)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear, SiLU, linear on a sinusoid of 256 dimensions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+
+class ClassEmbedding(nn.Module):
+    """One row a class, and the dropout row where there is one."""
+
+    def __init__(self, config: VelocityConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.embedding_rows, config.hidden_size)
+
+
 class DiT(nn.Module):
     """Training form: adaLN is computed from (t, y) at every call. Gradients flow through everything."""
+
+    blocks: Sequence[Block]
 
     def __init__(self, config: VelocityConfig) -> None:
         super().__init__()
         self.config = config
-        width, p = config.hidden_size, config.patch_size
         self.pos_embed = nn.Parameter(_sincos_positions(config), requires_grad=False)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, width, p, stride=p)})
-        self.t_embedder = nn.ModuleDict(
-            {"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))}
-        )
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.embedding_rows, width)})
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.x_embedder = PatchEmbedding(config)
+        self.t_embedder = TimeEmbedding(config.hidden_size)
+        self.y_embedder = ClassEmbedding(config)
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config) for _ in range(config.depth)))
         self.final_layer = FinalLayer(config)
 
     def initialise(self) -> "DiT":
         """adaLN-zero initialisation for training: the network starts as the zero field."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for embedder in (self.t_embedder["mlp"][0], self.t_embedder["mlp"][2], self.y_embedder["embedding_table"]):
-            nn.init.normal_(embedder.weight, std=0.02)
-        for head in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        linears = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        for linear in linears.values():
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for name, linear in linears.items():
+            if name.startswith("t_embedder"):
+                nn.init.normal_(linear.weight, std=0.02)
+            elif "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(linear.weight)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         return self
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -113,13 +137,13 @@ class DiT(nn.Module):
         half = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angles = (t.float() * self.config.t_scale)[:, None] * half
         sinusoid = torch.cat([angles.cos(), angles.sin()], -1)
-        c = self.t_embedder["mlp"](sinusoid.to(self.pos_embed.dtype))
-        return c if y is None else c + self.y_embedder["embedding_table"](y)
+        c = self.t_embedder.mlp(sinusoid.to(self.pos_embed.dtype))
+        return c if y is None else c + self.y_embedder.embedding_table(y)
 
     def forward(self, tokens: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The raw network output at x = tokens (B, h*w, C), t (B,) and y (B,): (B, h*w, C)."""
         c = self.condition(t, y)
-        proj = self.x_embedder["proj"]
+        proj = self.x_embedder.proj
         x = F.linear(_patchify(tokens, self.config), _token_weight(proj), proj.bias) + self.pos_embed
         for block in self.blocks:
             x = block(x, c)
@@ -155,6 +179,7 @@ class TabledDiT(nn.Module):
     position: Tensor
     table: Tensor
     final: Tensor
+    blocks: Sequence[TabledBlock]
 
     @torch.no_grad()
     def __init__(
@@ -164,11 +189,10 @@ class TabledDiT(nn.Module):
         self.config = config = dit.config
         self.times, self.precision, self.ops = times, precision, ops
         keep = config.keep_bf16
-        proj, last = dit.x_embedder["proj"], dit.final_layer.linear
+        proj, last = dit.x_embedder.proj, dit.final_layer.linear
         self.embed = make_linear("embed", _token_weight(proj), None, precision, keep)
-        self.blocks = nn.ModuleList(
-            TabledBlock(block, f"blocks.{i}", precision, keep) for i, block in enumerate(dit.blocks)
-        )
+        blocks = (TabledBlock(block, f"blocks.{i}", precision, keep) for i, block in enumerate(dit.blocks))
+        self.blocks = cast(Sequence[TabledBlock], nn.ModuleList(blocks))
         self.head = make_linear("head", last.weight, last.bias, precision, keep)
         device = dit.pos_embed.device
         classes = config.num_classes if config.use_class_labels else 1

@@ -243,11 +243,11 @@ def test_the_position_of_patches(golden: Path) -> None:
     config = TINY.model_copy(update={"patch_size": 2})
     dit = DiT(config)
     x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(9))
-    expected = dit.x_embedder["proj"](x).flatten(2).transpose(1, 2)
+    expected = dit.x_embedder.proj(x).flatten(2).transpose(1, 2)
     from flowad_fast.velocity import _patchify, _token_weight, _unpatchify
 
     patches = _patchify(to_tokens(x), config)
-    got = patches @ _token_weight(dit.x_embedder["proj"]).T + dit.x_embedder["proj"].bias
+    got = patches @ _token_weight(dit.x_embedder.proj).T + dit.x_embedder.proj.bias
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(_unpatchify(patches, config), to_tokens(x), rtol=0, atol=0)
 

@@ -30,7 +30,7 @@ def run(app: typer.Typer) -> None:
     An error gives exit code 1, a wrong use of options 2, Ctrl-C 130.
     """
     warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         app()
     except FlowADError as error:
@@ -77,4 +77,4 @@ def progress(description: str, total: int | None, quiet: bool = False) -> Iterat
     )
     with Progress(*columns, console=err, disable=quiet, transient=False) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda n=1: bar.update(task, advance=n)
+        yield lambda n: bar.update(task, advance=n)

@@ -132,8 +132,9 @@ class Session:
         self.log = Log(library)
         # The runtime must outlive the engine.
         self._runtime = library.Runtime(self.log.logger)
+        content = path.read_bytes()
         with torch.cuda.device(device):
-            self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            self.engine = self._runtime.deserialize_cuda_engine(content)
         if self.engine is None:
             raise BundleError(f"{path}: {library.__name__} {library.__version__} refuses the engine: {self.log.last()}")
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -275,8 +276,7 @@ class TensorRTEngine:
                 f"{'device cpu was asked for' if device == 'cpu' else f'torch {torch.__version__} finds none here'}; "
                 "choose engine='onnxruntime' for the CPU"
             )
-        chosen = torch_device(device)
-        self._device = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+        self._device = torch_device(device)
         major, minor = torch.cuda.get_device_capability(self._device)
         check_fits(
             path, flavour, library.__version__, artefact.versions.get(flavour.module),
