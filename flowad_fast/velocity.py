@@ -192,54 +192,61 @@ class TabledDiT(nn.Module):
         ops, heads = self.ops, self.config.num_heads
         table, final = self.modulations(step, y)
         x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
-        o: Tensor | None = None
-        gate = None
+        o = gate = None
         for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
-            if o is None:
-                h = self._norm(block.qkv, x, shift_a, scale_a)
-            else:
-                x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
+            x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
             o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
             x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
             o, gate = block.fc2(self._gelu(block.fc2, block.fc1(h))), gate_m
         _, h = self._gate_norm(self.head, x, o, gate, *final.unbind(1))
         return _unpatchify(self.head(h), self.config).to(tokens.dtype)
 
-    def dual(self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output and its Jacobian-vector products for tangents (K, B or 1, h*w, C): (B, h*w, C), (K, B, h*w, C)."""
+    def dual(
+        self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and its Jacobian-vector products for tangents (K, B or 1, h*w, C): (B, h*w, C), (K, B, h*w, C).
+
+        The wide activations of `chunk` tangents exist at a time (None: of all); the primal's linear layers run once.
+        """
         ops, heads = self.ops, self.config.num_heads
         table, final = self.modulations(step, y)
         x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
-        dx = self._run(self.embed, _patchify(tangents, self.config)).to(x.dtype)
+        dx = self._run_tangent(self.embed, _patchify(tangents, self.config)).to(x.dtype)
         if dx.shape[1] != x.shape[0]:
             dx = dx.expand(-1, x.shape[0], -1, -1)
-        o = do = gate = None
+        # Each part is a chunk's residual and what is to be gated into it.
+        parts: list[tuple[Tensor, Tensor | None]] = [(dx, None) for dx in dx.split(chunk or len(dx))]
+        o = gate = None
         for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
-            if o is None:
-                h, dh = ops.ln_modulate_dual(x, dx, shift_a, scale_a, block.qkv.dtype)
-            else:
-                x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift_a, scale_a, block.qkv.dtype)
-            qkv, dqkv = self._run_dual(block.qkv, h, dh)
-            o, do = ops.attention_dual(*_split(qkv, heads), *_split(dqkv, heads))
-            o, do = self._run_dual(block.proj, _merge(o), _merge(do))
-            x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate_a, shift_m, scale_m, block.fc1.dtype)
-            o, do = self._run_dual(block.fc2, *ops.gelu_tanh_dual(*self._run_dual(block.fc1, h, dh)))
-            gate = gate_m
-        *_, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, *final.unbind(1), self.head.dtype)
-        out, dout = self._run_dual(self.head, h, dh)
-        return tuple(_unpatchify(part, self.config).to(tokens.dtype) for part in (out, dout))  # type: ignore[return-value]
-
-    def _norm(self, consumer: AnyLinear, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Quantised:
-        """`ln_modulate` in what its consumer takes: quantised by the same operator in fp8."""
-        if consumer.quantised:
-            return self.ops.ln_modulate_fp8(x, shift, scale)
-        return self.ops.ln_modulate(x, shift, scale, consumer.dtype)
+            normed = [self._gate_norm_dual(block.qkv, x, dx, o, do, gate, shift_a, scale_a) for dx, do in parts]
+            x, _, h, _ = normed[0]
+            qkv, parts = _split(block.qkv(h), heads), []
+            for _, dx, _, dh in normed:
+                o, do = ops.attention_dual(*qkv, *_split(block.qkv.tangent(dh), heads))
+                parts.append((dx, self._run_tangent(block.proj, _merge(do))))
+            o = self._run(block.proj, _merge(o))
+            normed = [self._gate_norm_dual(block.fc1, x, dx, o, do, gate_a, shift_m, scale_m) for dx, do in parts]
+            x, _, h, _ = normed[0]
+            wide, parts = block.fc1(h), []
+            for _, dx, _, dh in normed:
+                h, dh = self._gelu_dual(block.fc2, wide, block.fc1.tangent(dh))
+                parts.append((dx, block.fc2.tangent(dh)))
+            o, gate = block.fc2(h), gate_m
+        normed = [self._gate_norm_dual(self.head, x, dx, o, do, gate, *final.unbind(1)) for dx, do in parts]
+        out = self.head(normed[0][2])
+        dout = torch.cat([self.head.tangent(dh) for *_, dh in normed])
+        return _unpatchify(out, self.config).to(tokens.dtype), _unpatchify(dout, self.config).to(tokens.dtype)
 
     def _gate_norm(
-        self, consumer: AnyLinear, x: Tensor, o: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor
+        self, consumer: AnyLinear, x: Tensor, o: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor | Quantised]:
+        """x' and its norm in what the consumer takes; before the first block nothing is gated in."""
+        if o is None:
+            if consumer.quantised:
+                return x, self.ops.ln_modulate_fp8(x, shift, scale)
+            return x, self.ops.ln_modulate(x, shift, scale, consumer.dtype)
         if consumer.quantised:
             x, q, scales = self.ops.gate_residual_ln_modulate_fp8(x, o, gate, shift, scale)
             return x, (q, scales)
@@ -248,13 +255,41 @@ class TabledDiT(nn.Module):
     def _gelu(self, consumer: AnyLinear, x: Tensor) -> Tensor | Quantised:
         return self.ops.gelu_tanh_fp8(x) if consumer.quantised else self.ops.gelu_tanh(x)
 
+    def _gate_norm_dual(
+        self,
+        consumer: AnyLinear,
+        x: Tensor,
+        dx: Tensor,
+        o: Tensor | None,
+        do: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | Quantised, Tensor | Quantised]:
+        """x', dx' and their norms in what the consumer takes; before the first block nothing is gated in."""
+        if o is None:
+            if consumer.quantised:
+                q, scales, dq, dscales = self.ops.ln_modulate_dual_fp8(x, dx, shift, scale)
+                return x, dx, (q, scales), (dq, dscales)
+            return x, dx, *self.ops.ln_modulate_dual(x, dx, shift, scale, consumer.dtype)
+        if consumer.quantised:
+            x, dx, q, scales, dq, dscales = self.ops.gate_residual_ln_modulate_dual_fp8(
+                x, dx, o, do, gate, shift, scale
+            )
+            return x, dx, (q, scales), (dq, dscales)
+        return self.ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift, scale, consumer.dtype)
+
+    def _gelu_dual(self, consumer: AnyLinear, x: Tensor, dx: Tensor) -> tuple[Tensor | Quantised, Tensor | Quantised]:
+        if consumer.quantised:
+            q, scales, dq, dscales = self.ops.gelu_tanh_dual_fp8(x, dx)
+            return (q, scales), (dq, dscales)
+        return self.ops.gelu_tanh_dual(x, dx)
+
     def _run(self, linear: AnyLinear, x: Tensor) -> Tensor:
         return linear(self.ops.quantise_rows(x) if linear.quantised else x)
 
-    def _run_dual(self, linear: AnyLinear, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        if linear.quantised:
-            return linear(self.ops.quantise_rows(x)), linear.tangent(self.ops.quantise_rows(dx))
-        return linear(x), linear.tangent(dx)
+    def _run_tangent(self, linear: AnyLinear, dx: Tensor) -> Tensor:
+        return linear.tangent(self.ops.quantise_rows(dx) if linear.quantised else dx)
 
 
 def _split(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
