@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_same_shape, runs_triton
+from flowad_fast.kernels.launch import check_same_shape, check_tangents, runs_triton
 
 MAX_KEYS = 512
 """Rows of scores longer than this do not stay in registers."""
@@ -145,7 +145,7 @@ def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: 
     for x, dx in ((q, dq), (k, dk), (v, dv)):
         check_same_shape(q, x)
         check_same_shape(dq, dx)
-    check_same_shape(q, dq[0])
+    check_tangents(q, dq)
     batch, heads, tokens, head = q.shape
     tangents = dq.shape[0]
     o = reference.attention(q, k, v)

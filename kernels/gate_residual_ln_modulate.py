@@ -15,6 +15,7 @@ from flowad_fast.kernels import reference
 from flowad_fast.kernels.launch import (
     check_rows,
     check_same_shape,
+    check_tangents,
     empty_fp8,
     load_row,
     modulation,
@@ -105,7 +106,7 @@ def _launch(
     if dx is not None and do is not None:
         check_rows(dx, do)
         check_same_shape(dx, do)
-        check_same_shape(x, dx[0])
+        check_tangents(x, dx)
         tangents = dx.shape[0]
     block = triton.next_power_of_2(width)
     wrap_triton(_kernel)[(batch * tokens,)](

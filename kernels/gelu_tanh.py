@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_rows, check_same_shape, empty_fp8, load_row, runs_triton, store_row, warps
+from flowad_fast.kernels.launch import check_rows, check_tangents, empty_fp8, load_row, runs_triton, store_row, warps
 
 _C = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _CUBIC = tl.constexpr(0.044715)
@@ -60,7 +60,7 @@ def _launch(
     check_rows(x_rows)
     dx_rows, tangents = None, 0
     if dx is not None:
-        check_same_shape(x, dx[0])
+        check_tangents(x, dx)
         tangents = dx.shape[0]
         dx_rows = dx.reshape(tangents, -1, width)
         check_rows(dx_rows)

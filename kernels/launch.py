@@ -1,7 +1,8 @@
 """What launchers and kernels share: where Triton runs, launch sizes, argument checks, loading and storing of rows.
 
 A registered operator runs its Triton kernel on GPU tensors and its reference everywhere else; nothing is tried and
-given up. Row operators take any batch and token strides, channels contiguous.
+given up. Row operators take any batch and token strides, channels contiguous. Device functions carry no hints except
+constants: Triton infers the rest, and the type checker is told so at the top of each file.
 """
 # mypy: allow-untyped-defs
 
@@ -61,6 +62,18 @@ def check_same_shape(x: Tensor, other: Tensor) -> None:
     """
     if other.shape != x.shape:
         raise ValueError(f"got shapes {tuple(x.shape)} and {tuple(other.shape)}, which must be equal")
+
+
+def check_tangents(x: Tensor, dx: Tensor) -> None:
+    """Check that dx is (K, *x.shape).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if dx.shape[1:] != x.shape:
+        raise ValueError(
+            f"got tangents {tuple(dx.shape)} of {tuple(x.shape)}, expected (K, {', '.join(map(str, x.shape))})"
+        )
 
 
 def empty_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

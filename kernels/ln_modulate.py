@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.launch import (
     check_rows,
-    check_same_shape,
+    check_tangents,
     empty_fp8,
     load_row,
     modulation,
@@ -80,7 +80,7 @@ def _launch(
     tangents = 0
     if dx is not None:
         check_rows(dx)
-        check_same_shape(x, dx[0])
+        check_tangents(x, dx)
         tangents = dx.shape[0]
     block = triton.next_power_of_2(width)
     wrap_triton(_kernel)[(batch * tokens,)](

@@ -80,6 +80,19 @@ def _ln(batch: int, tokens: int, width: int, shared: bool, tangents: int = 0, re
     return make
 
 
+def _mixed(tangents: int, residual: bool) -> Callable:
+    """A float32 residual stream, everything else in the case's type."""
+
+    def make(d: Draw) -> tuple:
+        wide = {"dtype": torch.float32}
+        streams = [d(3, 4, 192, **wide), *([d(tangents, 3, 4, 192, **wide)] if tangents else [])]
+        if residual:
+            streams += [d(3, 4, 192), *([d(tangents, 3, 4, 192)] if tangents else [])]
+        return (*streams, *d.table(3, 192)[0 if residual else 1 :], d.dtype)
+
+    return make
+
+
 def _attention(batch: int, heads: int, tokens: int, head: int, tangents: int, views: bool) -> Callable:
     def make(d: Draw) -> tuple:
         def split(x: Tensor) -> list[Tensor]:
@@ -128,6 +141,11 @@ def _cases() -> list[Case]:
             Case("gelu_tanh_dual" + suffix, "3x2500-k1", lambda d: (3 * d(3, 2500), d(1, 3, 2500))),
         ]
     cases += [
+        Case("ln_modulate", "mixed", _mixed(0, residual=False)),
+        Case("ln_modulate_dual", "mixed-k2", _mixed(2, residual=False)),
+        Case("gate_residual_ln_modulate", "mixed", _mixed(0, residual=True)),
+        Case("gate_residual_ln_modulate_dual", "mixed-k2", _mixed(2, residual=True)),
+        Case("gelu_tanh", "mixed", lambda d: (d(3, 192, dtype=torch.float32), d.dtype)),
         Case("quantise_rows", "3x5x272", lambda d: (d.half_rows(3, 5, 272) * d(3, 5, 1).exp(),)),
         Case("attention_dual", "1x2x40x24-k2", _attention(1, 2, 40, 24, 2, views=True)),
         Case("attention_dual", "3x1x70x32-k1-copied", _attention(3, 1, 70, 32, 1, views=False)),
@@ -141,6 +159,7 @@ def _cases() -> list[Case]:
         Case("pyramid_gather", "four", _stages((6, 10, 24, 40), (8, 4, 2, 1), last=False)),
         Case("pyramid_gather", "four-channels-last", _stages((6, 10, 24, 40), (8, 4, 2, 1), last=True)),
         Case("pyramid_gather", "two", _stages((3, 5), (4, 1), last=False)),
+        Case("pyramid_gather", "to-float32", lambda d: (*_stages((6, 24), (2, 1), False)(d), torch.float32)),
         Case("upsample_score", "16to64", lambda d: (d(3, 16, 16), 64)),
         Case("upsample_score", "5x7to33", lambda d: (d(2, 5, 14)[..., ::2] + 3, 33)),
     ]
@@ -188,12 +207,18 @@ def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _exact(operator: str, args: tuple) -> tuple[Tensor, ...]:
     """What the operator computes, in float64 and never quantised."""
-    wide = [
-        a.double() if isinstance(a, Tensor) else [s.double() for s in a] if isinstance(a, list) else a for a in args
-    ]
+    wide = [_widened(arg) for arg in args]
     if operator == "quantise_rows":
         return (wide[0],)
     return _tuple(getattr(reference, operator.removesuffix("_fp8"))(*wide))
+
+
+def _widened(arg: object) -> object:
+    if isinstance(arg, Tensor):
+        return arg.double()
+    if isinstance(arg, list):
+        return [stage.double() for stage in arg]
+    return torch.float64 if isinstance(arg, torch.dtype) else arg
 
 
 def _paired(got: tuple, torchs: tuple, exact: tuple) -> list[tuple]:

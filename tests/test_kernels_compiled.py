@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import identify_mutated_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +30,7 @@ from flowad_fast.kernels import (
     quantise_rows,
     upsample_score,
 )
+from flowad_fast.kernels.attention_dual import MAX_KEYS
 
 MODULES = (
     affine_step,
@@ -68,6 +70,13 @@ class Launch:
     arguments: tuple
     options: dict
 
+    def values(self) -> dict[str, object]:
+        """The kernel's arguments by name."""
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.arguments, strict=False)) | {k: v for k, v in self.options.items() if k in names}
+        assert set(values) == set(names)
+        return values
+
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -77,8 +86,8 @@ def _mods(count: int) -> list[Tensor]:
     return list(_empty(B, 6, D).unsqueeze(-2).unbind(1)[:count])
 
 
-def _heads(*lead: int, heads: int = 8, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    parts = _empty(*lead, N, 3 * D, dtype=dtype).chunk(3, -1)
+def _heads(*lead: int, heads: int = 8, tokens: int = N) -> list[Tensor]:
+    parts = _empty(*lead, tokens, 3 * D).chunk(3, -1)
     return [part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in parts]
 
 
@@ -116,6 +125,9 @@ def _calls() -> dict[str, Callable[[], object]]:
         "affine_error_map": lambda: fused.affine_error_map(_empty(B, N, C, dtype=f32), _empty(B, N, C), 1.0, -1 / 3),
         "attention_dual": lambda: fused.attention_dual(*_heads(B), *_heads(K, B)),
         "attention_dual-d64": lambda: fused.attention_dual(*_heads(B, heads=32), *_heads(K, B, heads=32)),
+        "attention_dual-longest": lambda: fused.attention_dual(
+            *_heads(B, tokens=MAX_KEYS), *_heads(K, B, tokens=MAX_KEYS)
+        ),
         "quantise_rows": lambda: fused.quantise_rows(_stream()),
         "quantise_rows-mlp": lambda: fused.quantise_rows(_empty(B, N, 4 * D)),
         "pyramid_gather": lambda: fused.pyramid_gather(
@@ -165,9 +177,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 def _compile(launch: Launch, chip: Chip) -> triton.compiler.CompiledKernel:
     """Compile a launch as Triton's own launcher would specialise it."""
     kernel = launch.kernel
-    names = kernel.arg_names
-    values = dict(zip(names, launch.arguments, strict=False)) | {k: v for k, v in launch.options.items() if k in names}
-    assert set(values) == set(names)
+    names, values = kernel.arg_names, launch.values()
     signature, constants, attributes = {}, {}, {}
     declared = {p.name for p in kernel.params if p.is_constexpr}
     for i, name in enumerate(names):
@@ -225,6 +235,26 @@ def test_compiles_without_spills(name: str, target: str, launches: list[Launch],
         assert used["STACK"] == used["LOCAL"] == 0, f"registers spill: {used}"
         assert shared <= chip.shared_each, "the program does not fit a multiprocessor's shared memory"
         assert occupancy > 0
+
+
+class _Driver:
+    """What Triton asks of a GPU driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compilers_see_what_a_kernel_writes(name: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's analysis finds exactly the results: it would copy whatever else it took for written."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    results = CALLS[name]()
+    stored = {t.untyped_storage()._cdata for t in (results if isinstance(results, tuple) else (results,))}
+    (launch,) = launches
+    values = launch.values()
+    written = [n for n, v in values.items() if isinstance(v, Tensor) and v.untyped_storage()._cdata in stored]
+    assert written
+    assert set(identify_mutated_tensors(launch.kernel, values, {})) == set(written)
 
 
 def test_every_operator_is_compiled() -> None:

@@ -130,6 +130,8 @@ def test_launchers_refuse_what_they_cannot_do() -> None:
         fused.ln_modulate(d(1, 24, 2).transpose(1, 2), shift, shift)
     with pytest.raises(ValueError, match="must be equal"):
         fused.affine_step(d(1, 2, 24), d(1, 3, 24), 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"tangents \(2, 3\) of \(1, 3\), expected \(K, 1, 3\)"):
+        fused.gelu_tanh_dual(d(1, 3), d(2, 3))
     with pytest.raises(ValueError, match="even multiple"):
         fused.pyramid_gather([d(1, 2, 9, 9), d(1, 2, 3, 3)])
     with pytest.raises(ValueError, match="at most 4"):
