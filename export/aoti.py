@@ -1,6 +1,5 @@
 """The scoring pipeline as an AOTInductor package (`.pt2`): machine code that runs without Python, from C++ as well."""
 
-import copy
 import logging
 import tempfile
 from dataclasses import replace
@@ -9,10 +8,12 @@ from typing import Any
 
 import torch
 
+from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.engines.inductor import PORTABLE, cpp_compiler, target
 from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
+from flowad_fast.precision import arithmetic, check_precision
 from flowad_fast.scorers import Scorer
 
 
@@ -22,6 +23,7 @@ def write(
     scorer: Scorer,
     aggregate: Aggregate,
     frame_size: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
     device: str = "cpu",
 ) -> dict[str, int | str]:
     """Compile to `path` (`.pt2`) for a device of this machine; batch and (with `frame_size` None) frame size stay free.
@@ -31,19 +33,17 @@ def write(
         inputs, is in the package's own metadata.
 
     Raises:
-        EngineUnavailableError: no C++ compiler.
+        EngineUnavailableError: no C++ compiler, or a precision that the device does not have.
     """
     compiler = cpp_compiler()
     chosen = torch.device(device)
-    edge = boundary(model, scorer, aggregate, frame_size)
-    if chosen.type != "cpu":
-        # A copy moves: the pipeline shares its weights with the model, which stays where it is.
-        pipeline = copy.deepcopy(edge.module).to(chosen)
-        edge = replace(edge, pipeline=pipeline, example=tuple(tensor.to(chosen) for tensor in edge.example))
+    check_precision(precision, chosen)
+    edge = boundary(model, scorer, aggregate, frame_size, precision)
+    edge = replace(edge, module=edge.module.on(chosen), example=tuple(tensor.to(chosen) for tensor in edge.example))
     facts = target(chosen)
     size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"
     inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(model.config.num_classes)}
-    metadata = facts | inputs | {"torch": torch.__version__}
+    metadata = facts | inputs | {"precision": precision, "torch": torch.__version__}
     options: dict[str, Any] = {
         # Otherwise the thread count of this machine is compiled in.
         "cpp.dynamic_threads": True,
@@ -55,7 +55,8 @@ def write(
     with tempfile.TemporaryDirectory() as folder:
         if facts["cpu"] == PORTABLE:
             options |= _portable(compiler, Path(folder))
-        torch._inductor.aoti_compile_and_package(edge.trace(), package_path=str(path), inductor_configs=options)
+        with arithmetic(precision, chosen):
+            torch._inductor.aoti_compile_and_package(edge.trace(), package_path=str(path), inductor_configs=options)
     return dict(facts)
 
 

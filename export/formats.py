@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -140,21 +141,19 @@ def _write_eager(request: Request, folder: Path) -> Built:
 def _write_aoti(request: Request, folder: Path) -> Built:
     start = time.perf_counter()
     details = aoti.write(
-        folder / "model.pt2", request.model, request.scorer, request.aggregate, request.frame_size, request.device
-    )
+        folder / "model.pt2", request.model, request.scorer, request.aggregate, request.frame_size, request.precision,
+        request.device,
+    )  # fmt: skip
     return Built(("model.pt2",), {"torch": torch.__version__}, time.perf_counter() - start, details)
 
 
 def _write_triton_server(request: Request, folder: Path) -> Built:
     start = time.perf_counter()
-    files = triton_server.write(
-        folder, request.model, request.scorer, request.aggregate, request.frame_size, request.opset, request.batch,
-        request.device,
-    )  # fmt: skip
+    size = request.frame_size or (request.model.spec.image.size,) * 2
+    files = triton_server.write(folder, partial(_onnx_graph, request), size, request.batch, request.device)
     packages = ("torch", "onnx", "onnxscript")
-    return Built(
-        files, {name: version(name) for name in packages}, time.perf_counter() - start, {"opset": request.opset}
-    )
+    seconds = time.perf_counter() - start
+    return Built(files, {name: version(name) for name in packages}, seconds, {"opset": request.opset})
 
 
 FORMATS = {
@@ -190,12 +189,19 @@ FORMATS = {
             _write_tensorrt("tensorrt-rtx"),
             ("fp32", "fp16", "bf16", "fp8"),
         ),
-        Format("aoti", "inductor", "AOTInductor package: machine code, for Python and C++", _write_aoti),
+        Format(
+            "aoti",
+            "inductor",
+            "AOTInductor package: machine code, for Python and C++",
+            _write_aoti,
+            ("fp32", "tf32", "fp16", "bf16"),
+        ),
         Format(
             "triton-server",
             "onnxruntime",
             "model repository for NVIDIA Triton Inference Server, around an ONNX graph",
             _write_triton_server,
+            ("fp32", "fp16", "bf16", "fp8"),
         ),
     )
 }

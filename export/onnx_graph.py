@@ -88,6 +88,7 @@ def _graph(edge: Boundary, opset: int) -> onnx_ir.Model:
         )
     assert program is not None, "the dynamo exporter returns a program"
     _simplify(program.model)
+    _name_axes(program.model, edge)
     return program.model
 
 
@@ -105,9 +106,23 @@ def _simplify(model: onnx_ir.Model) -> None:
     The exporter's own optimisation does this too, and takes ten times as long over fusions that engines do themselves.
     """
     optimizer.inline(model)
-    optimizer.fold_constants(model)
+    # Weights keep their names and their transposes, which engines fold themselves.
+    optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     for one in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass(),
                 passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
                 passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(),
                 passes.NameFixPass()):  # fmt: skip
         one(model)
+
+
+def _name_axes(model: onnx_ir.Model, edge: Boundary) -> None:
+    """Give dynamic axes the boundary's names instead of the tracer's symbols, wherever they stand alone."""
+    names: dict[str, str] = {}
+    for value, axes in zip(model.graph.inputs, edge.dynamic_shapes, strict=True):
+        for axis, dim in axes.items():
+            names[str(value.shape[axis].value)] = dim.__name__  # type: ignore[index, union-attr]
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value in names:
+                value.shape[axis] = names[size.value]  # type: ignore[index]

@@ -2,19 +2,16 @@
 
     tritonserver --model-repository BUNDLE/triton-server
 
-Clients send `frames` (uint8, B x H x W x 3) and, for conditional models, `classes` (int64, B x 1), and get `map` and the
-raw `score`; thresholds are in the bundle's manifest. Frames of one request have one size.
+Clients send `frames` (uint8, B x H x W x 3) and, for conditional models, `classes` (int64, B x 1), and get `map` and
+the raw `score`; thresholds are in the bundle's manifest. Frames of one request have one size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
-from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError
-from flowad_fast.export import onnx_graph
-from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Scorer
 
 REPOSITORY, MODEL = "triton-server", "flowad"
 QUEUE_DELAY_US = 2_000
@@ -34,11 +31,8 @@ _TYPES = {
 
 def write(
     folder: Path,
-    model: FlowModel,
-    scorer: Scorer,
-    aggregate: Aggregate,
-    frame_size: tuple[int, int] | None = None,
-    opset: int = onnx_graph.OPSET,
+    write_graph: Callable[[Path], object],
+    size: tuple[int, int],
     batch: tuple[int, int, int] = (1, 8, 64),
     device: str = "cpu",
 ) -> tuple[str, ...]:
@@ -46,19 +40,15 @@ def write(
 
     Args:
         folder: where the repository's own folder goes.
-        model: see `onnx_graph.write`.
-        scorer: see `onnx_graph.write`.
-        aggregate: see `onnx_graph.write`.
-        frame_size: height and width of the frames; None accepts any size, and warms up with the model's image size.
-        opset: of the graph.
+        write_graph: writes the ONNX graph to a path.
+        size: height and width of the warm-up frames.
         batch: smallest, usual and largest batch that the server forms.
         device: `cpu`, or `cuda` for one instance on every GPU of the server.
     """
     version = folder / REPOSITORY / MODEL / "1"
     version.mkdir(parents=True)
     graph = version / "model.onnx"
-    onnx_graph.write(graph, model, scorer, aggregate, frame_size, opset)
-    size = frame_size or (model.spec.image.size,) * 2
+    write_graph(graph)
     text = config(onnx.load(str(graph), load_external_data=False), size, batch, device)
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     files = sorted(path for path in (folder / REPOSITORY).rglob("*") if path.is_file())

@@ -10,6 +10,17 @@ _OPACITY = 0.65
 """Share of the heat colour where the heat is greatest; the part stays recognisable below it."""
 
 
+def heat_range(maps: NDArray[np.float32], threshold: float | None = None) -> tuple[float, float]:
+    """`vmin` and `vmax` for overlays that are to be compared, from typical maps (n, h, w) of one model and class.
+
+    No heat at the median. With the threshold of a map's maximum, the colour's middle is the threshold, so that heat
+    means the same on good and bad parts; without one, most heat is the largest value among the given maps.
+    """
+    low = float(np.median(maps))
+    high = float(maps.max()) if threshold is None else 2 * threshold - low
+    return (low, high) if high > low else (low, low + 1)  # constant maps: nothing to show
+
+
 def overlay(frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vmax: float) -> NDArray[np.uint8]:
     """The RGB frame (H, W, 3) uint8 with the map (h, w) as heat: none at `vmin` and below, most at `vmax` and above.
 

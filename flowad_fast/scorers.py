@@ -31,7 +31,7 @@ PROBE_BYTES = 3 * 2**30
 WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Memory of one widest activation of the tangents: on the CPU what its cache holds, on a GPU what fills the machine."""
 
-Steps = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(gt=0, le=10_000)]
 
 
 class MapModule(nn.Module):
@@ -145,7 +145,7 @@ class Density(_Scorer):
     """
 
     steps: Steps = 3
-    probes: int = Field(default=10, gt=0)
+    probes: int = Field(default=10, gt=0, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     exact: bool = False
     kind: Literal["density"] = Field(default="density", repr=False)

@@ -189,8 +189,11 @@ class TabledDiT(nn.Module):
 
     def forward(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
         """The raw network output for tokens (B, h*w, C) at `times[step]`, classes y (B,): (B, h*w, C) float32."""
+        return self.modulated(tokens, *self.modulations(step, y))
+
+    def modulated(self, tokens: Tensor, table: Tensor, final: Tensor) -> Tensor:
+        """As `forward`, with the rows of a step given; see `modulations`."""
         ops, heads = self.ops, self.config.num_heads
-        table, final = self.modulations(step, y)
         x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
         o = gate = None
         for i, block in enumerate(self.blocks):

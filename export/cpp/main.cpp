@@ -16,6 +16,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include <ATen/Context.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
@@ -154,6 +155,8 @@ void run(const std::string& package, const std::string& picture, const char* giv
   const Metadata metadata = AOTIModelPackageLoader::load_metadata_from_package(package, "model");
   check(metadata, image, given_class != nullptr);
   const at::Device device(fact(metadata, "device"));
+  // By default torch lets float32 convolutions run in TF32 on a GPU.
+  at::globalContext().setAllowTF32CuDNN(fact(metadata, "precision") == "tf32");
 
   const c10::InferenceMode guard;
   AOTIModelPackageLoader loader(package);

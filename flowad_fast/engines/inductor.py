@@ -15,6 +15,7 @@ from flowad_fast.bundle import Artefact
 from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import BundleError, EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import arithmetic, check_precision
 
 PORTABLE = "x86-64-v3"
 """Instruction set of packages for x86-64: AVX2 and FMA, every server and desktop processor since about 2015."""
@@ -23,11 +24,12 @@ PORTABLE = "x86-64-v3"
 class InductorEngine:
     """Runs a `ScoringPipeline` through torch.compile, with symbolic batch and frame size.
 
-    Safe from many threads: a lock lets one call in at a time, since the first call of a kind compiles. A batch of one is
-    a kind of its own. Compilation never falls back to eager: what cannot be compiled is an error.
+    Safe from many threads: a lock lets one call in at a time, since the first call of a kind compiles. A batch of one
+    is a kind of its own, and so are frames of the model's own size. Compilation never falls back to eager: what cannot
+    be compiled is an error.
     """
 
-    name = "torch.compile"
+    name = "compile"
 
     def __init__(
         self,
@@ -36,10 +38,11 @@ class InductorEngine:
         mode: Literal["default", "max-autotune-no-cudagraphs"] = "default",
     ) -> None:
         self._device = torch_device(device)
+        check_precision(pipeline.precision, self._device)
         if self._device.type == "cpu":
             cpp_compiler()
         self.device = str(self._device)
-        self.pipeline = pipeline.to(self._device).eval()
+        self.pipeline = pipeline.on(self._device)
         self._compiled = torch.compile(self.pipeline, dynamic=True, fullgraph=True, mode=mode)
         self._lock = threading.Lock()
 
@@ -61,7 +64,7 @@ class InductorEngine:
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
             maps, scores = self._compiled(*_inputs(frames, y, self._device))
         return maps.cpu().numpy(), scores.cpu().numpy()
 
@@ -78,18 +81,19 @@ class AotInductorEngine:
         built_for = str(artefact.details.get("device"))
         self._device = torch_device(built_for if device == "auto" else device)
         self.device = str(self._device)
+        self._precision = artefact.precision
         check_fit(path, artefact, self._device)
         index = self._device.index if self._device.index is not None else -1
         # torch's own aoti_load_package test-compiles C++ to compare processors, so it needs a compiler and seconds.
         try:
-            self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)  # type: ignore[attr-defined]
+            self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
         except RuntimeError as error:
             why = str(error).splitlines()[0][:300]
             raise BundleError(f"{path}: torch {torch.__version__} refuses the package: {why}") from None
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self._precision, self._device):
             maps, scores = self._package.boxed_run(list(_inputs(frames, y, self._device)))
         return maps.cpu().numpy(), scores.cpu().numpy()
 

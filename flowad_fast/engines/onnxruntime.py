@@ -79,7 +79,7 @@ class OnnxRuntimeEngine:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=_chain(kind, index))
         except errors.NotImplemented as error:
             raise EngineUnavailableError(
-                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot run this graph on {kind}: {_line(error)}; "
+                f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
                 "export it in fp32, fp16 or fp8, or use another engine"
             ) from None
         except (RuntimeError, ValueError, *_failures(errors)) as error:

@@ -45,7 +45,12 @@ class Flavour:
 FLAVOURS = {
     f.name: f
     for f in (
-        Flavour("tensorrt", "tensorrt", 'pip install "flowad-fast[tensorrt]"', portable=False),
+        Flavour(
+            "tensorrt",
+            "tensorrt",
+            'pip install "flowad-fast[tensorrt]" (its libraries come from NVIDIA)',
+            portable=False,
+        ),
         Flavour("tensorrt-rtx", "tensorrt_rtx", 'pip install "flowad-fast[tensorrt-rtx]"', portable=True),
     )
 }

@@ -1,0 +1,173 @@
+"""The demo's parts on a tiny model and a few real cells: bundles, verdicts, pictures, report; and its baseline."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowad_fast.benchmarks import demo, harness
+from flowad_fast.benchmarks.cases import Case, random_model, scorer_options, spec_of
+from flowad_fast.benchmarks.gaussian import SHRINKAGE, PositionGaussians
+from flowad_fast.cli.inspect import ResultFile, bundle_identity
+from flowad_fast.data.images import read_frame
+from flowad_fast.data.layouts import read_dataset
+from flowad_fast.scorers import Inversion
+
+
+@pytest.fixture(scope="module")
+def cells():
+    test = read_dataset("elpv", None).select("test")
+    return [s for label in (0, 1) for s in [s for s in test if s.label == label][:10]]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """One of a tiny model with random weights, as the demo exports its bundles: parity, calibration on real cells."""
+    model = random_model(spec_of(32, 1, 2, backbone="efficientnet-lite0", size=64, invad=True))
+    told = []
+    result = demo.export_bundles((Inversion(steps=2),), tmp_path_factory.mktemp("bundles"), told.append, model)
+    assert list(result) == ["inversion"] and all(line.startswith("inversion · ") for line in told)
+    return result
+
+
+@pytest.fixture(scope="module")
+def judged(bundles, cells, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results") / "inversion.csv"
+    return results, *demo.judge(bundles["inversion"], cells, results)
+
+
+def row(status="ok", **more):
+    """A benchmark row as the harness makes it."""
+    case = Case("demo", scorer_options("density", 3, 10), "eager")
+    answer = {"status": status, "reason": "a reason", "nfe": 3}
+    return harness._row(case, answer) | more
+
+
+def record():
+    """Two rows with everything that the report reads; figures are made up."""
+    measured = row(
+        latency_ms={"p50": 12.34, "p90": 13, "p99": 14.5, "n": 9},
+        fps=81.0,
+        memory_mb={"above_idle": 55.0, "peak": 100.0, "idle": 45.0},
+        ratio_to_reference={"speed": 1.7, "low": 1.5, "high": 1.9, "pairs": 3, "memory": 4.2},
+        parity={"passed": True, "max_error": 2e-6, "map_spearman": 0.9999},
+        stability={"verdict": "noisy", "spread": 0.3, "drift": 0.1},
+    )
+    environment = {"gpu": None, "cpu": "A <CPU> & more", "threads": 2, "packages": {"torch": "2.11.0"}, "commit": "abc"}
+    return {"preset": "demo", "environment": environment, "cases": [measured, row("not available")]}
+
+
+def test_judging_writes_the_rows_that_the_metrics_come_from(judged, cells, bundles):
+    results, outcome, scores = judged
+    with ResultFile(results, "csv", bundle_identity(bundles["inversion"]), "") as file:
+        rows = file.rows
+    assert [r["path"] for r in rows] == [str(s.path) for s in cells] and len(scores) == len(cells) == 20
+    np.testing.assert_allclose([float(r["score"]) for r in rows], scores, rtol=1e-6)
+    pairs = scores[10:, None] - scores[None, :10]
+    assert outcome.image_auroc == pytest.approx(np.mean((pairs > 0) + 0.5 * (pairs == 0)))
+    for label, part in (("good", slice(10)), ("defective", slice(10, 20))):
+        assert outcome.verdicts[label]["anomalous"] == np.sum(scores[part] > outcome.threshold)
+        assert sum(outcome.verdicts[label].values()) == 10
+    assert outcome.false_rejects == outcome.verdicts["good"]["anomalous"] / 10
+    assert outcome.engine == "onnxruntime on cpu" and "Inversion" in outcome.options
+
+
+def test_chosen_cells_are_the_ends_of_the_ranking_and_none_comes_twice(cells):
+    scores = np.random.RandomState(1).permutation(20).astype(float)
+    chosen = demo.choose(cells, scores)
+    of = {kind: [cells.index(s) for k, s in chosen if k == kind] for kind in demo._KINDS}
+    order = np.argsort(scores).tolist()
+    good, defective = [i for i in order if i < 10], [i for i in order if i >= 10]
+    assert of["false rejects"] == good[::-1][:3] and of["misses"] == defective[:3]
+    assert of["detections"] == defective[::-1][:3]
+    assert set(of["other defects"]) <= set(defective[3:-3]) and set(of["good"]) <= set(good[:-3])
+    everything = [i for index in of.values() for i in index]
+    assert len(set(everything)) == len(everything) == 15
+    assert demo.choose(cells, scores) == chosen
+
+
+def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bundles, tmp_path):
+    _, outcome, scores = judged
+    labels = np.array([s.label for s in cells])
+    both = {"inversion": scores, demo.BASELINE: scores[::-1].copy()}
+    baseline = demo._outcome(demo.BASELINE, "a test", "torch", cells, both[demo.BASELINE])
+    rows = demo.pictures(bundles, demo.choose(cells, scores), tmp_path / "pictures")
+    figures = {
+        "scores": demo.histograms(labels, both, {"inversion": outcome.threshold}),
+        "roc": demo.roc_curves(labels, both),
+    }
+    summary = {
+        "cells": {"train": 413, "calibration": 59, "test": 20},
+        "defective": 10,
+        "alpha": demo.ALPHA,
+        "seconds": {"in all": 1.5},
+    }
+    html = demo.render(summary, [outcome, baseline], record(), figures, rows, "inversion")
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 15
+    sources = re.findall(r'src="([^"]+)"', html)
+    assert len(sources) == 15 * 2 + 3 and all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"https?://|<script|<link|url\(", re.sub(r'src="[^"]+"', "", html))
+    for source in sources:
+        kind, data = source.split(";base64,")
+        if kind == "data:image/jpeg":
+            assert Image.open(io.BytesIO(base64.b64decode(data))).size in {(300, 300), (256, 12)}
+        else:
+            assert b"<svg" in base64.b64decode(data)
+    for text in (f"{outcome.image_auroc:.3f}", f"{baseline.image_auroc:.3f}", "not available", "a reason", "1.70 ("):
+        assert text in html
+    assert "A &lt;CPU&gt; &amp; more" in html
+    assert {kind: len(part) for kind, part in rows.items()} == dict.fromkeys(demo._KINDS, 3)
+
+
+def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tmp_path):
+    import flowad_fast
+    from flowad_fast.cli.inspect import heat_ranges, threshold
+    from flowad_fast.overlay import overlay
+
+    chosen = [("good", cells[0]), ("misses", cells[12])]
+    demo.pictures(bundles, chosen, tmp_path / "p")
+    detector = flowad_fast.load(bundles["inversion"], engine="onnxruntime")
+    (span,) = heat_ranges(detector, [s.path for _, s in chosen]).values()
+    assert sum(span) / 2 == pytest.approx(threshold(detector))
+    for file, (_, sample) in zip(sorted((tmp_path / "p").iterdir()), chosen, strict=True):
+        frame = read_frame(sample.path)
+        expected = overlay(frame, detector(frame).map[0], *span)
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - expected).max() <= 1
+
+
+def test_the_benchmark_runs_the_bundles_and_the_papers_probes(bundles, monkeypatch):
+    seen = []
+    monkeypatch.setattr(harness, "run", lambda cases, effort, tell: seen.extend(cases) or {"cases": []})
+    assert demo.benchmark(list(bundles.values()), lambda line: None) == {"cases": []}
+    one, paper = seen
+    assert (one.preset, one.engine, one.scorer["kind"]) == (str(bundles["inversion"]), "onnxruntime", "inversion")
+    assert (paper.preset, paper.scorer["kind"], paper.scorer["probes"]) == ("demo", "density", 10)
+
+
+def test_the_baseline_is_the_mahalanobis_distance_at_each_position():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 6, 2, 3, generator=generator) * torch.arange(1, 7)[:, None, None]
+    model = PositionGaussians.fit(features, channels=4, seed=1)
+    assert len(model.channels) == 4
+    new = torch.randn(5, 6, 2, 3, generator=generator)
+    got = model.map(new).numpy()
+    assert got.shape == (5, 2, 3)
+    fitted, variance = [], []
+    for i in range(2):
+        for j in range(3):
+            x = features[:, model.channels, i, j].double().numpy()
+            fitted.append((i, j, x.mean(0), np.cov(x.T)))
+            variance.append(np.diag(fitted[-1][3]).mean())
+    for i, j, mean, covariance in fitted:
+        inverse = np.linalg.inv(covariance + SHRINKAGE * np.mean(variance) * np.eye(4))
+        d = new[:, model.channels, i, j].double().numpy() - mean
+        np.testing.assert_allclose(got[:, i, j], np.sqrt(np.einsum("nc,cd,nd->n", d, inverse, d)), rtol=1e-4)
+
+
+def test_the_baseline_scores_every_cell(cells):
+    scores = demo.baseline_scores(cells[:6], cells[8:12])
+    assert scores.shape == (4,) and np.isfinite(scores).all() and (scores > 0).all()
