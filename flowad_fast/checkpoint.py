@@ -24,6 +24,7 @@ from torch import Tensor
 from flowad_fast.config import MVTEC_CLASSES, TRANSFORMS, ImageConfig, ModelConfig, VelocityConfig, parse, read_mapping
 from flowad_fast.errors import CheckpointError, ConfigError, nearest
 from flowad_fast.features import BACKBONES, STRIDES, FeatureExtractor, load_backbone_weights
+from flowad_fast.files import replacing
 from flowad_fast.model import FlowModel, VelocityModel
 from flowad_fast.velocity import DiT
 
@@ -57,7 +58,7 @@ def load_checkpoint(
         stats = {key: tensors.pop(f"features.{key}", None) for key in ("mean", "std")}
         own = {key.removeprefix("backbone."): tensors.pop(key) for key in list(tensors) if key.startswith("backbone.")}
         dit = _fill(DiT, spec.velocity, tensors, str(path))
-        return FlowModel(spec, dit, _backbone_loader(spec, backbone_weights, stats, str(path), own))
+        return FlowModel(spec, dit, backbone_loader(spec, backbone_weights, stats, str(path), own))
     state = _read_pickle(path)
     if config is None:
         raise ConfigError(f"{path}: a .pth checkpoint needs its training configuration; give config=FILE.yaml")
@@ -66,7 +67,7 @@ def load_checkpoint(
     spec = (_flowad_spec if family == "flowad" else _invad_spec)(settings, weights, str(config))
     spec = spec.model_copy(update={"provenance": {"source": path.name, "sha256": sha256(path), "format": family}})
     dit = _fill(DiT, spec.velocity, weights, str(path))
-    return FlowModel(spec, dit, _backbone_loader(spec, backbone_weights, {}, str(path)))
+    return FlowModel(spec, dit, backbone_loader(spec, backbone_weights, {}, str(path)))
 
 
 def load_velocity(path: str | Path, config: VelocityConfig) -> VelocityModel:
@@ -85,7 +86,7 @@ def load_velocity(path: str | Path, config: VelocityConfig) -> VelocityModel:
 def save_checkpoint(
     model: FlowModel, path: str | Path, dtype: torch.dtype = torch.float32, include_backbone: bool = False
 ) -> None:
-    """Write the project's own format: `path` (.safetensors) and its JSON beside it, both written aside and renamed.
+    """Write the project's own format: `path` (.safetensors) and its JSON beside it, both written whole or not at all.
 
     The backbone is stored by name, with its feature statistics; `include_backbone` stores its weights too (float32),
     so that the file stands alone.
@@ -104,9 +105,8 @@ def save_checkpoint(
         (path, safetensors.torch.save(tensors)),
         (path.with_suffix(".json"), json.dumps(model.spec.model_dump(mode="json"), indent=2).encode() + b"\n"),
     ):
-        aside = target.with_name(target.name + ".part")
-        aside.write_bytes(data)
-        aside.replace(target)
+        with replacing(target) as file:
+            file.write(data)
 
 
 def sha256(path: Path) -> str:
@@ -350,7 +350,7 @@ def _velocity_config(
     )
 
 
-def _backbone_loader(
+def backbone_loader(
     spec: ModelConfig,
     weights: str | Path | None,
     stats: Mapping[str, Tensor | None],

@@ -25,19 +25,13 @@ from flowad_fast.features import FeatureExtractor, load_backbone_weights
 from flowad_fast.image import normalise
 from flowad_fast.kernels.reference import pyramid_gather
 from flowad_fast.scorers import Inversion
-from flowad_fast.training import (
-    CHECKPOINT,
-    FLIPS,
-    LOG,
-    STATE,
+from flowad_fast.training import CHECKPOINT, LOG, STATE, DivergedError, TrainResult, train
+from flowad_fast.training_config import FLIPS, TrainConfig
+from flowad_fast.training_data import (
     DirectFeatures,
-    DivergedError,
-    TrainConfig,
-    TrainResult,
     cached_features,
     draw_batch,
     feature_statistics,
-    train,
     training_samples,
 )
 

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flowad_fast import training
 from flowad_fast.cli import common
 from flowad_fast.config import parse, read_mapping
+from flowad_fast.training_config import TrainConfig
 
 if TYPE_CHECKING:
-    from flowad_fast.training import Progress as Report
+    from flowad_fast.training_data import Progress as Report
 
 _OPTION_NAMES = {"root": "--data", "categories": "--category"}
 """Options that are not the field's name with dashes."""
@@ -44,7 +45,7 @@ def train(
     """
     given = {name: value for name, value in options.items() if value is not None}
     settings = parse(
-        training.TrainConfig,
+        TrainConfig,
         (read_mapping(config) if config is not None else {}) | given,
         str(config) if config is not None else "options",
     )
@@ -92,7 +93,7 @@ def _with_options(function: Any) -> Any:
     """`function` with one option for each field of TrainConfig in place of its **options; None where not given."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    for name, field in training.TrainConfig.model_fields.items():
+    for name, field in TrainConfig.model_fields.items():
         kind: Any = list[str] if name == "categories" else field.annotation
         default = field.get_default()
         shown = "" if field.is_required() or default in (None, ()) else f" [{default}]"

@@ -1,0 +1,164 @@
+"""What a training step sees: which images in which flip variants, and their features, computed or cached."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from flowad_fast.data.images import read_frame
+from flowad_fast.data.samples import Dataset, Sample
+from flowad_fast.errors import ConfigError, nearest
+from flowad_fast.features import FeatureExtractor
+from flowad_fast.files import digest, make_folder, replacing
+from flowad_fast.image import normalise
+from flowad_fast.training_config import FLIPS, TrainConfig
+
+Progress = Callable[[str, int, int, float | None], object]
+"""Called as progress(stage, done, total, loss) with stage "features" (images) or "training" (steps)."""
+
+
+def training_samples(config: TrainConfig, dataset: Dataset) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
+    """The categories in class order and their good training images.
+
+    Raises:
+        ConfigError: an unknown category, or one without good training images.
+    """
+    chosen = tuple(dict.fromkeys(config.categories or dataset.categories))
+    samples: list[Sample] = []
+    for category in chosen:
+        if category not in dataset.categories:
+            raise ConfigError(f"no category {category!r} in {dataset.name}; {nearest(category, dataset.categories)}")
+        found = dataset.select("train", category, 0)
+        if not found:
+            raise ConfigError(f"category {category!r} of {dataset.name} has no good training images")
+        samples += found
+    if not samples:
+        raise ConfigError(f"{dataset.name} has no images; check the data folder")
+    return chosen, tuple(samples)
+
+
+def draw_batch(config: TrainConfig, images: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image indices and flip variants (batch_size,) of a step: every epoch is one permutation of all images."""
+    epochs, places = np.divmod(np.arange(step * config.batch_size, (step + 1) * config.batch_size), images)
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        order = np.random.RandomState(seed_of(config.seed, 1, int(epoch))).permutation(images)
+        indices[epochs == epoch] = order[places[epochs == epoch]]
+    variants = np.random.RandomState(seed_of(config.seed, 2, step)).randint(0, len(FLIPS[config.flips]), len(indices))
+    return indices, variants
+
+
+def seed_of(*numbers: int) -> int:
+    """A 32-bit seed that mixes all numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class FeatureSource(Protocol):
+    """Raw (not normalised) features of training images, in a part for a reading thread and a part for the device."""
+
+    images: int
+
+    def load(self, indices: np.ndarray, variants: np.ndarray) -> Tensor:
+        """What the features of these images (B,) in these flip variants (B,) need, on the CPU; any thread."""
+
+    def finish(self, loaded: Tensor) -> Tensor:
+        """Features (B, h*w, C) float32 on the device, from what `load` gave."""
+
+
+class DirectFeatures:
+    """Features computed from the image files whenever they are asked for."""
+
+    def __init__(self, extractor: FeatureExtractor, paths: Sequence[Path], config: TrainConfig) -> None:
+        self.extractor, self.paths, self.images = extractor, paths, len(paths)
+        self.image, self.variants = config.image(), FLIPS[config.flips]
+        self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="flowad-read")
+
+    def read(self, index: int) -> Tensor:
+        """The backbone's input (3, size, size) for one image."""
+        return normalise(torch.from_numpy(read_frame(self.paths[index]))[None], self.image)[0]
+
+    def load(self, indices: np.ndarray, variants: np.ndarray) -> Tensor:
+        """Images (B, 3, size, size), flipped."""
+        images = self.pool.map(self.read, indices.tolist())
+        return torch.stack([i.flip(self.variants[v]) for i, v in zip(images, variants.tolist(), strict=True)])
+
+    @torch.no_grad()
+    def finish(self, loaded: Tensor) -> Tensor:
+        """Features of the images."""
+        return self.extractor(loaded.to(self.extractor.mean.device))
+
+
+class CachedFeatures:
+    """Features (images, variants, h*w, C) float32 read from a memory-mapped file."""
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        self.array, self.device, self.images = array, device, len(array)
+
+    def load(self, indices: np.ndarray, variants: np.ndarray) -> Tensor:
+        """Features from disk."""
+        return torch.from_numpy(self.array[indices, variants])
+
+    def finish(self, loaded: Tensor) -> Tensor:
+        """Features on the device."""
+        return loaded.to(self.device)
+
+
+def cached_features(
+    direct: DirectFeatures, folder: Path, backbone_sha256: str, progress: Progress | None = None
+) -> CachedFeatures:
+    """The features of all images and flip variants as a file in `folder`, computed if it is not there yet.
+
+    Its name is a hash of the images (path, size, time of change), the backbone's weights and the image configuration.
+
+    Raises:
+        ConfigError: the disk is full or the folder cannot be written.
+    """
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in direct.paths]
+    key = digest([files, backbone_sha256, direct.image.model_dump(mode="json"), direct.variants])
+    make_folder(folder)
+    path = folder / f"features-{key[:20]}.npy"
+    # Processes of one training, and other trainings, wait here for the one that computes.
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            with replacing(path) as file:
+                _write_features(direct, file, progress)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ConfigError(f"{path}: a damaged feature cache ({error}); delete it") from None
+    return CachedFeatures(array, direct.extractor.mean.device)
+
+
+def _write_features(direct: DirectFeatures, file: BinaryIO, progress: Progress | None) -> None:
+    for start in range(0, direct.images, 8):
+        rows = np.arange(start, min(start + 8, direct.images))
+        images = direct.load(rows, np.zeros_like(rows))
+        block = torch.stack([direct.finish(images.flip(axes)) for axes in direct.variants], 1).cpu().numpy()
+        if start == 0:
+            shape = (direct.images, *block.shape[1:])
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        # Written in order rather than through a memory map: a full disk is then an error, not a bus error.
+        file.write(block.astype("<f4").tobytes())
+        if progress is not None:
+            progress("features", int(rows[-1]) + 1, direct.images, None)
+
+
+def feature_statistics(source: FeatureSource) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) float32 of each channel, over all images (not flipped) and locations."""
+    total = square = torch.zeros(())
+    count = 0
+    for start in range(0, source.images, 8):
+        rows = np.arange(start, min(start + 8, source.images))
+        x = source.finish(source.load(rows, np.zeros_like(rows))).double().flatten(0, 1)
+        total, square, count = total.to(x.device) + x.sum(0), square.to(x.device) + x.square().sum(0), count + len(x)
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    # A channel that never varies on good parts would magnify its first change without bound.
+    return mean.float(), std.clamp_min(1e-4 * float(std.max())).float()
