@@ -82,7 +82,7 @@ class OnnxRuntimeEngine:
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
                 "export it in fp32, fp16 or fp8, or use another engine"
             ) from None
-        except (RuntimeError, ValueError, *_failures(errors)) as error:  # type: ignore[misc]
+        except _failures(errors) as error:
             raise BundleError(f"{path}: ONNX Runtime refuses the graph: {_line(error)}") from None
         got = self.session.get_providers()
         if provider not in got:
