@@ -95,7 +95,9 @@ class OnnxRuntimeEngine:
 
     def _check_placement(self, provider: str, kind: str) -> None:
         """Refuse a session that would run the expensive operators somewhere else than asked."""
-        allowed = {name for name, _ in _chain(kind, "")} if kind != "cpu" else {provider}
+        allowed = {name for name, _ in _chain(kind, "")}
+        if not hasattr(self.session, "get_provider_graph_assignment_info"):  # older releases cannot say
+            return
         for part in self.session.get_provider_graph_assignment_info():
             strays = [node.op_type for node in part.get_nodes() if node.op_type in HEAVY]
             if strays and part.ep_name not in allowed:
