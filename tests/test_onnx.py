@@ -340,4 +340,5 @@ def test_the_paper_scale_model_exports_within_memory_and_agrees(tmp_path: Path) 
     maps, _ = engine.run(np.load(tmp_path / "frames.npy"), None)
     found = error(maps, np.load(tmp_path / "expected.npy"))
     print(f"largest map error {found:.1e}")
+    data.unlink()  # pytest would keep gigabytes for three runs
     assert found < 1e-3

@@ -69,7 +69,9 @@ def test_a_bundle_with_an_rtx_engine_says_what_was_not_measured(demo: FlowModel,
 
 
 @needs_rtx
-@pytest.mark.parametrize("scorer", (Reconstruction(steps=6), Density(probes=1)), ids=lambda scorer: scorer.kind)
+@pytest.mark.parametrize(
+    "scorer", (Reconstruction(steps=4), Density(steps=2, probes=1)), ids=lambda scorer: scorer.kind
+)
 def test_rtx_engines_are_built_from_the_other_scorers_of_the_demo(
     demo: FlowModel, scorer: Scorer, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ class OnnxRuntimeEngine:
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
                 "export it in fp32, fp16 or fp8, or use another engine"
             ) from None
-        except (RuntimeError, ValueError, *_failures(errors)) as error:  # type: ignore[misc]
+        except _failures(errors) as error:
             raise BundleError(f"{path}: ONNX Runtime refuses the graph: {_line(error)}") from None
         got = self.session.get_providers()
         if provider not in got:
@@ -95,7 +95,9 @@ class OnnxRuntimeEngine:
 
     def _check_placement(self, provider: str, kind: str) -> None:
         """Refuse a session that would run the expensive operators somewhere else than asked."""
-        allowed = {name for name, _ in _chain(kind, "")} if kind != "cpu" else {provider}
+        allowed = {name for name, _ in _chain(kind, "")}
+        if not hasattr(self.session, "get_provider_graph_assignment_info"):  # older releases cannot say
+            return
         for part in self.session.get_provider_graph_assignment_info():
             strays = [node.op_type for node in part.get_nodes() if node.op_type in HEAVY]
             if strays and part.ep_name not in allowed:
