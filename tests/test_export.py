@@ -37,6 +37,9 @@ from flowad_fast.model import FlowModel
 from flowad_fast.scorers import Density, Inversion, Reconstruction, Scorer
 from flowad_fast.velocity import DiT
 
+# Here, since the server may be started by a test of another file, and takes no more imports then.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["flowad_fast.export.exporter"])
+
 
 def tiny(classes: int = 0) -> FlowModel:
     """A model of random weights on 64-pixel images, conditional when `classes` > 0."""
@@ -229,7 +232,6 @@ def test_kill_9_at_ten_random_moments_never_damages_the_bundle(tmp_path: Path, m
     target = tmp_path / "b"
     export(model, target, "eager", scorer=Reconstruction(steps=2, seed=0))
     context = multiprocessing.get_context("forkserver")  # processes of their own, without importing torch each time
-    context.set_forkserver_preload(["flowad_fast.export.exporter", "flowad_fast.features"])
     moments, caught = random.Random(0), 0
     for _ in range(10):
         ready = context.Event()
