@@ -32,14 +32,17 @@ CPP = Path(__file__).parents[1] / "export" / "cpp"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ (Debian: apt-get install g++)")
 
 
-class Means(nn.Module):
+class Means(FeatureExtractor):
     """Stands in for the backbone: mean colours of 16x16 patches, repeated to the backbone's 192 channels."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
     def forward(self, images: Tensor, ops: object = None) -> Tensor:
         return nn.functional.avg_pool2d(images, 16).repeat(1, 64, 1, 1).flatten(2).transpose(1, 2)
 
 
-def make_model(backbone: nn.Module, conditional: bool) -> FlowModel:
+def make_model(backbone: FeatureExtractor, conditional: bool) -> FlowModel:
     torch.manual_seed(0)
     velocity = VelocityConfig(
         channels=192, height=4, width=4, hidden_size=32, depth=1, num_heads=2, num_classes=2 if conditional else 1,
@@ -50,7 +53,7 @@ def make_model(backbone: nn.Module, conditional: bool) -> FlowModel:
         nn.init.normal_(parameter, std=0.1)
     names = ("bolt", "nut") if conditional else ()
     spec = ModelConfig(velocity=velocity, backbone="efficientnet-lite0", image=ImageConfig(size=64), class_names=names)
-    return FlowModel(spec, dit, backbone)  # type: ignore[arg-type]
+    return FlowModel(spec, dit, backbone)
 
 
 def random_frames(count: int, height: int = 64, width: int = 64) -> np.ndarray:
@@ -246,7 +249,7 @@ def test_compile_engine_agrees_with_torch() -> None:
     model = make_model(Means(), conditional=False)
     detector = Detector.from_model(model, Inversion(), engine="compile", device="cpu")
     assert detector.engine == "compile on cpu"
-    for count in (3, 5):  # one graph serves both
+    for count in (2, 5):  # one graph serves both
         frames = random_frames(count)
         with torch.no_grad():
             expected, _ = ScoringPipeline(model, Inversion())(torch.from_numpy(frames))

@@ -16,6 +16,7 @@ from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError
 from flowad_fast.export import onnx_graph, triton_server
 from flowad_fast.export.exporter import export_bundle
+from flowad_fast.features import FeatureExtractor
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.scorers import Inversion
@@ -25,8 +26,11 @@ pytestmark = pytest.mark.timeout(300)
 NUMPY = {"TYPE_UINT8": np.uint8, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
 
 
-class Means(nn.Module):
+class Means(FeatureExtractor):
     """Stands in for the backbone: mean colours of 16x16 patches, repeated to the backbone's 192 channels."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
     def forward(self, images: Tensor, ops: ModuleType | None = None) -> Tensor:
         return nn.functional.avg_pool2d(images, 16).repeat(1, 64, 1, 1).flatten(2).transpose(1, 2)
@@ -43,7 +47,7 @@ def make_model(conditional: bool) -> FlowModel:
         nn.init.normal_(parameter, std=0.1)
     names = ("bolt", "nut") if conditional else ()
     spec = ModelConfig(velocity=velocity, backbone="efficientnet-lite0", image=ImageConfig(size=64), class_names=names)
-    return FlowModel(spec, dit, Means())  # type: ignore[arg-type]
+    return FlowModel(spec, dit, Means())
 
 
 def random_frames(count: int, height: int = 64, width: int = 64) -> np.ndarray:

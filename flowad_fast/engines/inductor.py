@@ -57,7 +57,7 @@ class InductorEngine:
             Seconds that it took.
         """
         start = time.perf_counter()
-        for batch in (1, 2):
+        for batch in (1, 2):  # a first batch of 3 would be taken for the three colours, and get a graph of its own
             frames = np.random.RandomState(0).randint(0, 256, (batch, *size, 3)).astype(np.uint8)
             self.run(frames, None if y is None else np.full(batch, y))
         return time.perf_counter() - start
