@@ -116,6 +116,10 @@ class PackedLinear(nn.Module):
         """As `forward`, without the bias."""
         return torch.ops.mkldnn._linear_pointwise(dx, self._packed, None, "none", [], "")
 
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """`forward` and the tanh form of GELU in one pass."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "tanh")
+
 
 def can_pack() -> bool:
     """Whether this build of torch has oneDNN's packed product for this CPU."""
