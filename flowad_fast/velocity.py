@@ -202,6 +202,7 @@ class TabledDiT(nn.Module):
         rows = torch.stack([block.adaLN_modulation(c) for block in dit.blocks], 1)
         table = rows.unflatten(-1, (6, -1)).unflatten(0, (len(times), classes))
         final = dit.final_layer.adaLN_modulation(c).unflatten(-1, (2, -1)).unflatten(0, (len(times), classes))
+        assert proj.bias is not None, "the patch embedding has a bias"
         self.register_buffer("position", proj.bias + dit.pos_embed, persistent=False)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("final", final, persistent=False)
@@ -248,16 +249,17 @@ class TabledDiT(nn.Module):
             dx = dx.expand(-1, x.shape[0], -1, -1)
         # Each part is a chunk's residual and what is to be gated into it.
         parts: list[tuple[Tensor, Tensor | None]] = [(dx, None) for dx in dx.split(chunk or len(dx))]
-        o = gate = None
+        o: Tensor | None = None
+        gate: Tensor | None = None
         for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
             normed = [self._gate_norm_dual(block.qkv, x, dx, o, do, gate, shift_a, scale_a) for dx, do in parts]
             x, _, h, _ = normed[0]
             qkv, parts = _split(block.qkv(h), heads), []
             for _, dx, _, dh in normed:
-                o, do = ops.attention_dual(*qkv, *_split(block.qkv.tangent(dh), heads))
+                mixed, do = ops.attention_dual(*qkv, *_split(block.qkv.tangent(dh), heads))
                 parts.append((dx, self._run_tangent(block.proj, _merge(do))))
-            o = self._run(block.proj, _merge(o))
+            o = self._run(block.proj, _merge(mixed))
             normed = [self._gate_norm_dual(block.fc1, x, dx, o, do, gate_a, shift_m, scale_m) for dx, do in parts]
             x, _, h, _ = normed[0]
             wide, parts = block.fc1(h), []

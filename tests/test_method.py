@@ -120,6 +120,8 @@ def test_invad_rows_are_those_of_its_grid() -> None:
 class Linear:
     """u(x, t) = A x at every location: X(t) = exp(A t) X(0), divergence tr A."""
 
+    ops = ops
+
     def __init__(self, matrix: Tensor) -> None:
         self.config = VelocityConfig(channels=len(matrix), height=2, width=2, hidden_size=4, depth=1, num_heads=1)
         self.matrix = matrix
@@ -133,7 +135,7 @@ class Linear:
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
         return tokens @ self.matrix.T
 
-    def dual(self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def dual(self, tokens: Tensor, tangents: Tensor, step: int, *_: object) -> tuple[Tensor, Tensor]:
         return self(tokens, step), (tangents @ self.matrix.T).expand(-1, len(tokens), -1, -1)
 
 
