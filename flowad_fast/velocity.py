@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import reference
-from flowad_fast.linear import AnyLinear, Quantised, make_linear
+from flowad_fast.linear import AnyLinear, PackedLinear, Quantised, make_linear
 
 
 class Attention(nn.Module):
@@ -226,7 +226,11 @@ class TabledDiT(nn.Module):
             x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
             o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
             x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
-            o, gate = block.fc2(self._gelu(block.fc2, block.fc1(h))), gate_m
+            if isinstance(block.fc1, PackedLinear):
+                h = block.fc1.gelu_tanh(h)
+            else:
+                h = self._gelu(block.fc2, block.fc1(h))
+            o, gate = block.fc2(h), gate_m
         _, h = self._gate_norm(self.head, x, o, gate, *final.unbind(1))
         return _unpatchify(self.head(h), self.config).to(tokens.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowad_fast.config import VelocityConfig
 from flowad_fast.integration import run_dual, to_tokens
 from flowad_fast.kernels import fused, reference
-from flowad_fast.linear import Fp8Linear, Linear, make_linear
+from flowad_fast.linear import Fp8Linear, Linear, PackedLinear, can_pack, make_linear, pack
 from flowad_fast.model import VelocityModel
 from flowad_fast.reference_path import reference_map
 from flowad_fast.scorers import Density, Inversion, Reconstruction
@@ -240,3 +240,17 @@ def test_keep_rules_change_what_a_scorer_computes() -> None:
     fp8, bf16 = random_model(channels=16, hidden_size=64, std=0.1).at(TIMES, "fp8"), kept.at(TIMES, "fp8")
     expected = random_model(channels=16, hidden_size=64, std=0.1).at(TIMES)(x, 0)
     assert relative(bf16(x, 0), expected) < 0.5 * relative(fp8(x, 0), expected)
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN's packed product exists on x86 CPUs only")
+def test_packed_linears_compute_the_same_and_share_what_is_not_packed() -> None:
+    model = random_model()
+    x = tokens(model, 2)
+    for scorer in (Inversion(), Density(probes=3)):
+        plain = scorer.prepare(model)
+        packed = pack(plain, keep=(reference,))
+        kinds = {type(layer) for layer in packed.modules() if hasattr(layer, "quantised")}
+        assert kinds == {PackedLinear} and packed.field.table is plain.field.table  # type: ignore[attr-defined]
+        assert not any(isinstance(layer, PackedLinear) for layer in plain.modules()), "the original stays"
+        with torch.inference_mode():
+            assert relative(packed(x), plain(x)) < 1e-5
