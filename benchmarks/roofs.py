@@ -61,6 +61,7 @@ def _gemms(shape: dict[str, int], m: int, precision: str, device: torch.device, 
     block = sum(times.values())
     return {
         "precision": precision,
+        "model": [shape["hidden"], shape["mlp"]],
         "rows": m,
         "ms": {name: round(ms, 4) for name, ms in times.items()},
         "block_ms": round(block, 4),
@@ -105,14 +106,14 @@ def attach(cases: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
     for row in cases:
         if row["status"] != "ok":
             continue
-        gemm = _find(roofs, row["precision"], rows_of(row))
-        fp32 = _find(roofs, "fp32", rows_of(row))
-        if gemm is None or fp32 is None:
+        fitting = {g["precision"]: g for g in roofs["gemm"] if _fits(g, row)}
+        gemm = fitting.get(row["precision"])
+        if gemm is None:
             continue
         p50 = row["latency_ms"]["p50"]
         alone = gemm["block_ms"] * row["shape"]["depth"] * row["nfe"]
         row["roof"] = {"gemm_ms": round(alone, 3), "share": round(alone / p50, 4)}
-        flops = {g["precision"]: 1e12 * g["tflop_s"] for g in roofs["gemm"] if g.get("rows") == rows_of(row)}
+        flops = {precision: 1e12 * g["tflop_s"] for precision, g in fitting.items()}
         limits = Roofs("this machine", "measured in the same run", 1e9 * roofs["copy_gb_s"], flops)
         costs = account(VelocityShape(**row["shape"]), row["batch"], row["nfe"], row["probes"] or 0, row["precision"])
         if all(cost.precision in flops for cost in costs):
@@ -125,8 +126,9 @@ def attach(cases: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
             }
 
 
-def _find(roofs: dict[str, Any], precision: str, rows: int) -> dict[str, Any] | None:
-    return next((g for g in roofs["gemm"] if g["precision"] == precision and g.get("rows") == rows), None)
+def _fits(gemm: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether products were measured at a row's sizes."""
+    return gemm.get("model") == [row["shape"]["hidden"], row["shape"]["mlp"]] and gemm["rows"] == rows_of(row)
 
 
 def rows_of(row: dict[str, Any]) -> int:
