@@ -12,6 +12,7 @@ from torch import nn
 from flowad_fast import bundle
 from flowad_fast.checkpoint import load_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, VelocityConfig, validated
+from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.features import BACKBONES, FeatureExtractor
 from flowad_fast.model import FlowModel
@@ -60,6 +61,7 @@ def spec_of(
 PRESETS = {
     "demo": Preset("the shipped checkpoint: Lite0, DiT 256x4", None, engines=("eager", "onnxruntime")),
     "small": Preset("EfficientNet-B4, DiT 768x12x8, random weights", spec_of(768, 12, 8), probes=(10, 1, 2)),
+    "medium": Preset("EfficientNet-B4, DiT 1280x16x8, random weights", spec_of(1280, 16, 8), probes=(10, 1, 2)),
     "paper": Preset(
         "EfficientNet-B4, DiT 2048x16x8, random weights", spec_of(2048, 16, 8), probes=(10, 1, 2), parity_frames=2
     ),
@@ -183,10 +185,10 @@ def is_bundle(preset: str) -> bool:
 
 
 def load_model(case: Case) -> FlowModel:
-    """The case's model on the CPU: a preset's, a bundle's (from its eager artefact), or a checkpoint's."""
+    """The case's model: a preset's (made on the case's device), a bundle's eager artefact, or a checkpoint's."""
     preset = PRESETS.get(case.preset)
     if preset is not None and preset.spec is not None:
-        return random_model(preset.spec)
+        return random_model(preset.spec, torch_device(case.device))
     if is_bundle(case.preset):
         folder, manifest = bundle.read(case.preset)
         eager = manifest.artefacts.get("eager")
@@ -198,23 +200,24 @@ def load_model(case: Case) -> FlowModel:
     return load_checkpoint(case.preset, case.config, case.backbone_weights)
 
 
-def random_model(spec: ModelConfig, seed: int = 0) -> FlowModel:
+def random_model(spec: ModelConfig, device: torch.device, seed: int = 0) -> FlowModel:
     """A model with random, non-zero weights whose activations stay of order one.
 
     The backbone's batch norms take the statistics of random frames, and the modulations' biases are wide enough for
     every block to matter: otherwise a parity check would see only the first and the last layer.
     """
     torch.manual_seed(seed)
-    dit = DiT(spec.velocity)
+    with device:
+        dit = DiT(spec.velocity).to(device)
     for module in [*dit.blocks, dit.final_layer]:
         nn.init.normal_(module.adaLN_modulation[1].bias, std=0.3)  # type: ignore[union-attr, operator, index]
-    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation)
+    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation).to(device)
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
     with torch.no_grad():
-        backbone(torch.randn(2, 3, spec.image.size, spec.image.size))
+        backbone(torch.randn(2, 3, spec.image.size, spec.image.size, device=device))
     backbone.eval()
     return FlowModel(spec, dit, backbone)
 
@@ -230,4 +233,7 @@ def make_frames(case: Case, count: int, image_size: int) -> tuple[np.ndarray, st
     rng = np.random.default_rng(0)
     coarse = rng.uniform(0, 255, (count, 8, 8, 3))
     smooth = coarse.repeat(-(-size // 8), 1).repeat(-(-size // 8), 2)[:, :size, :size]
-    return (smooth + rng.uniform(-40, 40, smooth.shape)).clip(0, 255).astype(np.uint8), "random pictures"
+    # Contrast rises from frame to frame: scores that are all alike would leave a score error nothing to be relative to.
+    contrast = np.linspace(0.3, 1, count)[:, None, None, None]
+    pictures = 128 + contrast * (smooth - 128 + rng.uniform(-40, 40, smooth.shape))
+    return pictures.clip(0, 255).astype(np.uint8), "random pictures"

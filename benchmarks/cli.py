@@ -1,8 +1,7 @@
 """`flowad-bench`: speed and memory beside the reference path, each row behind a parity gate."""
 
-import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -57,7 +56,7 @@ def bench(
         return
     from dataclasses import replace
 
-    from flowad_fast.benchmarks import harness, report
+    from flowad_fast.benchmarks import harness
     from flowad_fast.benchmarks.cases import axes_of, expand
 
     cases = []
@@ -82,9 +81,86 @@ def bench(
     effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
     with common.err.status("measuring") as status:
         record = harness.run(cases, effort, lambda line: status.update(f"measuring · {line}"), rate)
+    _show(record, output, markdown, figures, json)
+
+
+@app.command()
+def ladder(
+    preset: Annotated[str, typer.Option(help="demo, small, paper, invad; or a checkpoint.")] = "small",
+    scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
+    batch: Annotated[int, typer.Option(help="Frames a call.")] = 1,
+    steps: Annotated[int, typer.Option(help="Function evaluations along the path.")] = 3,
+    probes: Annotated[int, typer.Option(help="Density: probes.")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 15.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repeats.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write figures (PNG) into this folder.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
+) -> None:
+    """One optimisation a row, each on top of those before: speed, memory and drift."""
+    from dataclasses import replace
+
+    from flowad_fast.benchmarks import harness
+    from flowad_fast.benchmarks import ladder as rungs
+    from flowad_fast.benchmarks.cases import Case, axes_of, scorer_options
+
+    frames = axes_of(preset).parity_frames
+    like = Case(
+        preset, scorer_options(scorer, steps, probes), "eager", batch=batch, device=device, parity_frames=frames
+    )  # fmt: skip
+    effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
+    with common.err.status("measuring") as status:
+        record = rungs.run(like, effort, lambda line: status.update(f"measuring · {line}"))
+    _show(record, output, None, figures, json)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A record.")],
+    new: Annotated[Path, typer.Argument(help="A later record.")],
+    json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
+) -> None:
+    """Say for each row of two records whether it became faster or slower, or whether noise hides any difference."""
+    from flowad_fast.benchmarks import record, report
+
+    lines = record.compare(record.read(old), record.read(new))
+    if not lines:
+        raise ConfigError(f"{old} and {new} have no row in common")
+    if json:
+        common.print_json(lines)
+    else:
+        _console().print(report.comparison(lines))
+
+
+@app.command("report")
+def make_report(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of records. [default: benchmarks/results]")] = None,
+    figures: Annotated[bool, typer.Option(help="Draw the records' figures as well.")] = True,
+) -> None:
+    """Write benchmarks/README.md and docs/scaling.md from the committed records."""
+    from flowad_fast.benchmarks import record, report, scaling
+
+    folder = folder or report.RESULTS
+    if figures:
+        from flowad_fast.benchmarks import figures as drawing
+
+        for path in sorted(folder.glob("*.json")):
+            one = record.read(path)
+            if one["kind"] != "peers":
+                drawing.draw(one, folder / "figures" / path.stem)
+    report.README.write_text(report.readme(folder), encoding="utf-8")
+    scaling.PAGE.parent.mkdir(exist_ok=True)
+    scaling.PAGE.write_text(scaling.page(folder), encoding="utf-8")
+    common.out.print(f"wrote {report.README} and {scaling.PAGE}", highlight=False)
+
+
+def _show(record: dict[str, Any], output: Path | None, markdown: Path | None, figures: Path | None, json: bool) -> None:
+    from flowad_fast.benchmarks import record as records
+    from flowad_fast.benchmarks import report
+
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json_module.dumps(record, indent=1) + "\n", encoding="utf-8")
+        records.write(record, output)
     if markdown is not None:
         markdown.write_text(report.markdown(record), encoding="utf-8")
     if figures is not None:
@@ -93,12 +169,16 @@ def bench(
         drawing.draw(record, figures)
     if json:
         common.print_json(record)
-    else:
-        # A pipe has no width; a wide table is better there than a broken one.
-        console = common.out if common.out.is_terminal else Console(width=180)
-        console.print(report.table(record))
-        for line in report.remarks(record):
-            common.out.print(line, markup=False, highlight=False)
+        return
+    for table in report.tables(record):
+        _console().print(table)
+    for line in report.remarks(record):
+        common.out.print(line, markup=False, highlight=False)
+
+
+def _console() -> Console:
+    """A pipe has no width; a wide table is better there than a broken one."""
+    return common.out if common.out.is_terminal else Console(width=180)
 
 
 def main() -> None:

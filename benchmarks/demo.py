@@ -229,7 +229,8 @@ def _outcome(
 ) -> Outcome:
     from flowad_fast.metrics import image_metrics
 
-    return Outcome(method, options, engine, **image_metrics([s.label for s in test], scores), **more)
+    metrics: dict[str, Any] = {**image_metrics([s.label for s in test], scores)}
+    return Outcome(method, options, engine, **metrics, **more)
 
 
 def baseline_scores(train: Sequence["Sample"], test: Sequence["Sample"]) -> NDArray[np.float64]:
@@ -434,7 +435,8 @@ def _print(outcomes: Sequence[Outcome], record: dict[str, Any], summary: dict[st
         metrics = (f"{value:.3f}" for value in (o.image_auroc, o.image_ap, o.image_f1max))
         table.add_row(o.method, *metrics, *counts, speed)
     common.out.print(table)
-    common.out.print(bench_report.table(record))
+    for rows in bench_report.tables(record):
+        common.out.print(rows)
     for line in bench_report.remarks(record):
         common.out.print(line, markup=False, highlight=False)
     common.out.print(f"report: {report} ({summary['seconds']['in all']:.0f} s in all)", highlight=False)

@@ -1,5 +1,6 @@
 """Engines as rows: the product's own, and the reference path in the same clothes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 import flowad_fast
 from flowad_fast.benchmarks.cases import REFERENCE, Case
+from flowad_fast.config import Precision
 from flowad_fast.decision import image_score
 from flowad_fast.detector import Detector, operators
 from flowad_fast.engines import Engine, backend
@@ -135,7 +137,8 @@ def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | No
     y = None
     if classes is not None:
         y = torch.tensor([detector.class_names.index(name) for name in classes], device=device)
-    precision = "fp32"
+    precision: Precision = "fp32"
+    call: Callable[[torch.Tensor, torch.Tensor | None], object]
     if isinstance(engine, ReferenceEngine):
         call = engine.on_device
     elif isinstance(engine, EagerEngine):
@@ -145,8 +148,8 @@ def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | No
     elif detector.engine.startswith("cudagraph"):
         step, stream = engine._captures[frames.shape[1:3]].steps[len(frames)], engine._streams.compute
 
-        def call(_x: torch.Tensor, _y: torch.Tensor | None) -> None:
-            step.replay()
+        def call(_x: torch.Tensor, _y: torch.Tensor | None) -> object:
+            return step.replay()
 
     else:
         return []
@@ -154,7 +157,7 @@ def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | No
     with (
         torch.inference_mode(not isinstance(engine, ReferenceEngine)),
         torch.cuda.stream(stream),
-        arithmetic(precision, device),  # type: ignore[arg-type]
+        arithmetic(precision, device),
     ):
         for begin, end in marks:
             begin.record()

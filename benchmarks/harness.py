@@ -21,10 +21,10 @@ from flowad_fast.benchmarks.cases import REFERENCE, Case, is_bundle, reference_o
 from flowad_fast.benchmarks.engines import needs_artefact
 from flowad_fast.benchmarks.environment import environment, moment
 from flowad_fast.benchmarks.memory import footprint
+from flowad_fast.benchmarks.record import SCHEMA
 from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.export.verify import compare
 
-SCHEMA = 1
 Tell = Callable[[str], None]
 
 
@@ -97,8 +97,18 @@ def started(folder: Path, effort: Effort) -> Iterator[Process]:
         process.close()
 
 
-def run(cases: list[Case], effort: Effort, tell: Tell, line_rate: float | None = None) -> dict[str, Any]:
-    """Measure all cases: the record that is written as JSON; see `benchmarks/README.md` for its fields."""
+def run(
+    cases: list[Case], effort: Effort, tell: Tell, line_rate: float | None = None, deadline: float = float("inf")
+) -> dict[str, Any]:
+    """Measure all cases: the record that is written as JSON; see `benchmarks/README.md` for its fields.
+
+    Args:
+        cases: one row each; rows of the reference path are added.
+        effort: how long to measure.
+        tell: receives one line of progress at a time.
+        line_rate: frames a second in line mode; None takes 80 % of what single calls sustain.
+        deadline: seconds after which no further row is begun; rows that were not begun are skipped.
+    """
     before = moment()
     begun = time.time()
     rows: list[dict[str, Any]] = []
@@ -106,13 +116,19 @@ def run(cases: list[Case], effort: Effort, tell: Tell, line_rate: float | None =
         folder = Path(scratch)
         ordered = sorted(cases, key=lambda c: json.dumps(reference_of(c).as_dict(), sort_keys=True))
         for reference, group in groupby(ordered, key=reference_of):
-            rows += _group(reference, list(group), folder, effort, tell, line_rate)
+            members = list(group)
+            if time.time() - begun > deadline:
+                late = {"status": "skipped", "reason": "no time was left"}
+                rows += [empty_row(case, late) for case in members]
+                continue
+            rows += _group(reference, members, folder, effort, tell, line_rate)
         position = {case.name: i for i, case in enumerate(cases)}
         rows.sort(key=lambda r: position.get(r["name"], -1 if r["engine"] == REFERENCE else len(cases)))
         tell("roofs")
         measured = _roofs(rows, folder, effort)
     return {
         "schema": SCHEMA,
+        "kind": "bench",
         "preset": ", ".join(dict.fromkeys(case.preset for case in cases)),
         "environment": {**environment(), "before": before, "after": moment(), "seconds": round(time.time() - begun, 1)},
         "cases": rows,
@@ -136,7 +152,7 @@ def _group(
             tell(f"{reference.name}: loading")
             ref = stack.enter_context(started(folder, effort))
             answer = ref.ask("load", case=reference.as_dict())
-            ref_row = _row(reference, answer)
+            ref_row = empty_row(reference, answer)
             if answer["status"] != "ok":
                 ref = None
         taken: list[Turn] = []
@@ -207,7 +223,7 @@ def _candidate(
     try:
         exported = needs_artefact(case.engine)
     except EngineUnavailableError as error:
-        return _row(case, {"status": "not available", "reason": str(error)}), []
+        return empty_row(case, {"status": "not available", "reason": str(error)}), []
     if exported:
         if is_bundle(case.preset):
             artefact = case.preset
@@ -215,11 +231,11 @@ def _candidate(
             with started(folder, effort) as exporter:
                 answer = exporter.ask("export", case=case.as_dict(), folder=tempfile.mkdtemp(dir=folder))
             if answer["status"] != "ok":
-                return _row(case, answer), []
+                return empty_row(case, answer), []
             artefact, export_s = answer["artefact"], answer["export_s"]
     with started(folder, effort) as process:
         answer = process.ask("load", case=case.as_dict(), artefact=artefact)
-        row = _row(case, answer) | {"export_s": export_s}
+        row = empty_row(case, answer) | {"export_s": export_s}
         if answer["status"] != "ok":
             return row, []
         try:
@@ -284,7 +300,7 @@ def _line(
     return answer["ms"], line | {"frames": frames}
 
 
-def _row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+def empty_row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
     """A row with every key that a row has; what was not measured is null."""
     return {
         "name": case.name,
@@ -321,6 +337,7 @@ def _row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
         "compile_s": answer.get("compile_s"),
         "first_call_s": answer.get("first_call_s"),
         "roof": None,
+        "prediction": None,
     }
 
 
@@ -333,7 +350,7 @@ def _fill(row: dict[str, Any], ours: list[float], device: list[float], memory: d
     row["fps"] = row["line"]["rate_fps"] if row["line"] else round(1e3 * row["batch"] * len(ours) / sum(ours), 4)
 
 
-MEASURED = ("latency_ms", "device_time_ms", "fps", "ratio_to_reference", "roof", "line")
+MEASURED = ("latency_ms", "device_time_ms", "fps", "ratio_to_reference", "line")
 
 
 def _judge(row: dict[str, Any], answer: dict[str, Any], output: Path, expected: Path, independent: Path) -> None:
@@ -363,7 +380,8 @@ def _judge(row: dict[str, Any], answer: dict[str, Any], output: Path, expected: 
             row |= {
                 "status": "failed parity",
                 "reason": f"map error {parity.max_error:.2g} (RMS {parity.rms_error:.2g}) of the map's spread, limits "
-                f"{parity.tolerance:.2g} and {parity.rms_tolerance:.2g}",
+                f"{parity.tolerance:.2g} and {parity.rms_tolerance:.2g}; score error {parity.score_error:.2g} of the "
+                "scores' spread",
             }
     if row["status"] != "ok":
         row |= dict.fromkeys(MEASURED)
@@ -390,6 +408,11 @@ def _density(probes: int, cells: np.ndarray, other: np.ndarray, errors: np.ndarr
     }
 
 
+def _products(precision: str) -> tuple[str, ...]:
+    """Precisions of a row's matrix products: beside fp8 some layers stay in bf16."""
+    return ("fp8", "bf16") if precision == "fp8" else (precision,)
+
+
 def _roofs(rows: list[dict[str, Any]], folder: Path, effort: Effort) -> dict[str, Any]:
     """Roofs for the matrix products of the measured rows; attached to them."""
     measured = [row for row in rows if row["status"] == "ok"]
@@ -400,7 +423,7 @@ def _roofs(rows: list[dict[str, Any]], folder: Path, effort: Effort) -> dict[str
             "roofs",
             shape=measured[0]["shape"],
             rows=sorted({roofs.rows_of(row) for row in measured}),
-            precisions=sorted({row["precision"] for row in measured}),
+            precisions=sorted({"fp32"} | {p for row in measured for p in _products(row["precision"])}),
             seconds=effort.roof_seconds,
         )
     if answer.pop("status") != "ok":

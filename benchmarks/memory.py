@@ -38,6 +38,8 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
         self.idle = psutil.Process().memory_info().rss
         if device.type == "cuda":
+            # What loading has left in the allocator's cache is not the engine's.
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.allocated = torch.cuda.memory_allocated(device)
 

@@ -28,3 +28,7 @@ METHODS = {
     )
 }
 FLOWAD = {m.scorer: m for m in METHODS.values() if m.preset == "paper"}
+CONFLICT = (
+    "Published figures conflict: InvAD's own paper reports 88 FPS for InvAD and 39 for OmiAD on MVTec AD, FlowAD's "
+    "reports 41 and 17. Reported figures are from an H100; figures measured on a CPU are not comparable with them."
+)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flowad_fast.engines.eager import torch_device
+from flowad_fast.kernels.account import Roofs, VelocityShape, account, predicted_seconds
 from flowad_fast.precision import arithmetic
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -28,7 +29,7 @@ def measure(
     Args:
         shape: the model's sizes.
         rows: M, tokens times frames (times tangents) of the rows that are compared with it.
-        precisions: fp32, tf32, bf16, fp16; others are listed as not measured.
+        precisions: those that this device cannot multiply in are listed with the reason.
         device: as everywhere.
         seconds: time for each product.
     """
@@ -43,11 +44,8 @@ def measure(
         "gemm": [],
     }
     for precision in precisions:
-        if precision not in DTYPES:
-            result["gemm"].append({"precision": precision, "reason": "not measured: no plain matrix product"})
-            continue
-        if precision == "tf32" and where.type == "cpu":
-            result["gemm"].append({"precision": precision, "reason": "not measured: tf32 needs a GPU"})
+        if precision in ("tf32", "fp8") and where.type == "cpu":
+            result["gemm"].append({"precision": precision, "reason": f"not measured: {precision} needs a GPU"})
             continue
         for m in rows:
             result["gemm"].append(_gemms(shape, m, precision, where, seconds))
@@ -57,11 +55,8 @@ def measure(
 def _gemms(shape: dict[str, int], m: int, precision: str, device: torch.device, seconds: float) -> dict[str, Any]:
     times, flops = {}, 0
     for name, (k, n) in gemm_shapes(shape).items():
-        x = torch.randn(m, k, device=device, dtype=DTYPES[precision])
-        w = torch.randn(n, k, device=device, dtype=DTYPES[precision])
-        b = torch.randn(n, device=device, dtype=DTYPES[precision])
         with arithmetic(precision, device):  # type: ignore[arg-type]
-            times[name] = median_ms(lambda x=x, w=w, b=b: F.linear(x, w, b), device, seconds)  # type: ignore[misc]
+            times[name] = median_ms(_product(m, k, n, precision, device), device, seconds)
         flops += 2 * m * k * n
     block = sum(times.values())
     return {
@@ -71,6 +66,18 @@ def _gemms(shape: dict[str, int], m: int, precision: str, device: torch.device, 
         "block_ms": round(block, 4),
         "tflop_s": round(flops / block / 1e9, 4),
     }
+
+
+def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> Callable[[], Any]:
+    """A linear layer of random operands, (m, k) to (m, n); in fp8 with scales a row, as the model's are."""
+    dtype = DTYPES.get(precision, torch.bfloat16)
+    x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+    if precision != "fp8":
+        b = torch.randn(n, device=device, dtype=dtype)
+        return lambda: F.linear(x, w, b)
+    xq, wq = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    xs, ws = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
+    return lambda: torch._scaled_mm(xq, wq.T, xs, ws, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def median_ms(call: Callable[[], Any], device: torch.device, seconds: float, least: int = 3, most: int = 200) -> float:
@@ -90,23 +97,31 @@ def median_ms(call: Callable[[], Any], device: torch.device, seconds: float, lea
 
 
 def attach(cases: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
-    """Give each measured row its share of the roof: the model's own products alone, over the row's whole time."""
+    """Give each measured row its share of the roof, and the time that the byte and operation account predicts.
+
+    The share is the model's own products alone over the row's whole time. The prediction uses the roofs of this run and
+    leaves the backbone out.
+    """
     for row in cases:
-        row["roof"] = None
         if row["status"] != "ok":
             continue
-        found = next(
-            (
-                g
-                for g in roofs["gemm"]
-                if g["precision"] == row["precision"] and g.get("rows") == rows_of(row)
-            ),
-            None,
-        )  # fmt: skip
-        if found is None:
+        gemm = _find(roofs, row["precision"], rows_of(row))
+        fp32 = _find(roofs, "fp32", rows_of(row))
+        if gemm is None or fp32 is None:
             continue
-        gemm = found["block_ms"] * row["shape"]["depth"] * row["nfe"]
-        row["roof"] = {"gemm_ms": round(gemm, 3), "share": round(gemm / row["latency_ms"]["p50"], 4)}
+        p50 = row["latency_ms"]["p50"]
+        alone = gemm["block_ms"] * row["shape"]["depth"] * row["nfe"]
+        row["roof"] = {"gemm_ms": round(alone, 3), "share": round(alone / p50, 4)}
+        flops = {g["precision"]: 1e12 * g["tflop_s"] for g in roofs["gemm"] if g.get("rows") == rows_of(row)}
+        limits = Roofs("this machine", "measured in the same run", 1e9 * roofs["copy_gb_s"], flops)
+        costs = account(VelocityShape(**row["shape"]), row["batch"], row["nfe"], row["probes"] or 0, row["precision"])
+        if all(cost.precision in flops for cost in costs):
+            predicted = 1e3 * predicted_seconds(costs, limits)
+            row["prediction"] = {"ms": round(predicted, 3), "measured_over_predicted": round(p50 / predicted, 3)}
+
+
+def _find(roofs: dict[str, Any], precision: str, rows: int) -> dict[str, Any] | None:
+    return next((g for g in roofs["gemm"] if g["precision"] == precision and g.get("rows") == rows), None)
 
 
 def rows_of(row: dict[str, Any]) -> int:

@@ -92,6 +92,7 @@ class Worker:
                 "tokens": velocity.tokens,
                 "channels": velocity.channels * velocity.patch_size**2,
                 "mlp": velocity.mlp_hidden,
+                "image": spec.image.size,
             },
         }
 

@@ -1,27 +1,36 @@
 """`flowad-export`: checkpoint to bundle, and what one does with a bundle afterwards: inspect, verify, calibrate."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
+from flowad_fast import bundle
+from flowad_fast.bundle import Manifest
+from flowad_fast.checkpoint import DEMO, load_checkpoint, sha256
 from flowad_fast.cli import common
+from flowad_fast.config import ModelConfig, Precision, validated
+from flowad_fast.decision import AGGREGATES, require_parts
+from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import ConfigError, ParityError, nearest
+from flowad_fast.export.exporter import ExportResult, Outcome, check_bundle, export_bundle, recalibrate
+from flowad_fast.export.formats import FORMATS, parse_batch, parse_formats
+from flowad_fast.export.frames import good_parts, parity_frames, parse_size
+from flowad_fast.scorers import SCORERS, Scorer
 
-if TYPE_CHECKING:  # torch is imported only once the options are known to be good
-    from flowad_fast.bundle import Manifest
-    from flowad_fast.config import ModelConfig
-    from flowad_fast.export.exporter import ExportResult, Outcome
-    from flowad_fast.scorers import Scorer
+FORMAT_HELP = f"Comma-separated, or auto: {', '.join(f.name for f in FORMATS.values() if f.auto)}. " + " ".join(
+    f"{f.name}: {f.description}." for f in FORMATS.values()
+)
 
 
 def export(
     source: Annotated[str, typer.Argument(help="Checkpoint (.pth, .safetensors, or `demo`), or an existing bundle.")],
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
-    format: Annotated[str, typer.Option(help="Comma-separated formats, or auto; see below.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16 or fp8.")] = "fp32",
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
+    precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
     scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
     steps: Annotated[int, typer.Option(help="Euler steps per unit time.")] = 3,
     probes: Annotated[int, typer.Option(help="Density: Rademacher probes.")] = 10,
@@ -58,26 +67,13 @@ def export(
         _recalibrate(source, calibrate, alpha, device, json)
         return
 
-    from typing import get_args
-
-    from flowad_fast import bundle
-    from flowad_fast.config import Precision
-    from flowad_fast.decision import AGGREGATES, require_parts
-    from flowad_fast.engines.eager import torch_device
-    from flowad_fast.export.formats import FORMATS, parse_batch, parse_formats
-    from flowad_fast.export.frames import good_parts, parity_frames, parse_size
-
     chosen = _scorer(scorer, steps, probes, tau, start, power, seed)
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
-    for name, value, valid in (("aggregate", aggregate, AGGREGATES), ("precision", precision, get_args(Precision))):
-        if value not in valid:
-            raise ConfigError(f"unknown {name} {value!r}; {nearest(value, valid)}")
-    torch_device(device)
+    score = _one_of("aggregate", aggregate, AGGREGATES)
+    arithmetic = _one_of("precision", precision, get_args(Precision))
+    device = str(torch_device(device))
     target = output or Path("bundles") / f"{Path(source).stem}-{chosen.kind}"
     bundle.check_target(target)
-
-    from flowad_fast.checkpoint import DEMO, load_checkpoint, sha256
-    from flowad_fast.export.exporter import export_bundle
 
     with common.err.status("reading the checkpoint and the frames"):
         model = load_checkpoint(source, config, backbone_weights)
@@ -86,7 +82,7 @@ def export(
         frames = parity_frames(data)
         good = None if calibrate is None else good_parts(calibrate, _classes(model.spec))
         if good is not None:
-            require_parts(good.classes, alpha, aggregate)
+            require_parts(good.classes, alpha, score)
     if dry_run:
         plan = {
             "target": str(target),
@@ -95,7 +91,7 @@ def export(
                 for name in formats
             },
             "scorer": repr(chosen),
-            "device": str(torch_device(device)),
+            "device": device,
             "parity_frames": frames.source,
             "good_parts": None if good is None else len(good),
         }
@@ -103,11 +99,17 @@ def export(
         return
     file = DEMO if source == "demo" else Path(source)
     with common.err.status("exporting") as status:
+
+        def tell(line: str) -> None:
+            status.update(f"exporting · {line}")
+            if not common.err.is_terminal:  # where the status line is not shown
+                common.err.print(line, markup=False, highlight=False)
+
         result = export_bundle(
-            model, chosen, target, formats=formats, aggregate=aggregate, precision=precision, frame_size=size,
+            model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
             frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
-            tell=lambda line: status.update(f"exporting · {line}"),
+            tell=tell,
         )  # fmt: skip
     _report(result, json)
 
@@ -116,12 +118,14 @@ def _is_bundle(source: str) -> bool:
     return (Path(source) / "manifest.json").is_file()
 
 
-def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: int, seed: int) -> "Scorer":
-    from flowad_fast.config import validated
-    from flowad_fast.scorers import SCORERS
+def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
+    if value not in valid:
+        raise ConfigError(f"unknown {name} {value!r}; {nearest(value, valid)}")
+    return value
 
-    if name not in SCORERS:
-        raise ConfigError(f"unknown scorer {name!r}; {nearest(name, SCORERS)}")
+
+def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: int, seed: int) -> Scorer:
+    _one_of("scorer", name, tuple(SCORERS))
     options: dict[str, dict[str, Any]] = {
         "density": {"probes": probes, "seed": seed},
         "inversion": {"power": power},
@@ -130,14 +134,14 @@ def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: i
     return validated(SCORERS[name], {"steps": steps, **options[name]}, f"--scorer {name}")
 
 
-def _classes(spec: "ModelConfig") -> tuple[str, ...]:
+def _classes(spec: ModelConfig) -> tuple[str, ...]:
     """The names of the folders of good parts: the classes, or their numbers where a model has no names for them."""
     if not spec.velocity.use_class_labels:
         return ()
     return spec.class_names or tuple(str(i) for i in range(spec.velocity.num_classes))
 
 
-def _report(result: "ExportResult", json: bool) -> None:
+def _report(result: ExportResult, json: bool) -> None:
     """Print what an export did; exit code 1 unless every format is ok."""
     if json:
         common.print_json(
@@ -163,8 +167,6 @@ def _report(result: "ExportResult", json: bool) -> None:
 
 
 def _look(source: str, verify: bool, data: str | None, device: str, json: bool) -> None:
-    from flowad_fast import bundle
-    from flowad_fast.export.exporter import Outcome, check_bundle
 
     folder, manifest = bundle.read(source)
     outcomes = {
@@ -173,9 +175,6 @@ def _look(source: str, verify: bool, data: str | None, device: str, json: bool) 
     }
     eager = manifest.artefacts.get("eager")
     if verify and eager is not None:
-        from flowad_fast.checkpoint import load_checkpoint
-        from flowad_fast.export.frames import parity_frames
-
         with common.err.status("verifying"):
             model = load_checkpoint(folder / next(iter(eager.files)))
             outcomes = check_bundle(source, model, parity_frames(data), device)
@@ -196,9 +195,6 @@ def _look(source: str, verify: bool, data: str | None, device: str, json: bool) 
 
 
 def _recalibrate(source: str, calibrate: str, alpha: float, device: str, json: bool) -> None:
-    from flowad_fast import bundle
-    from flowad_fast.export.exporter import recalibrate
-    from flowad_fast.export.frames import good_parts
 
     _, manifest = bundle.read(source, verify=False)
     with common.err.status("calibrating"):
@@ -209,7 +205,7 @@ def _recalibrate(source: str, calibrate: str, alpha: float, device: str, json: b
         _print_calibration(manifest)
 
 
-def _facts(manifest: "Manifest", outcomes: "dict[str, Outcome]") -> dict[str, Any]:
+def _facts(manifest: Manifest, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     formats = {
         name: {
             "status": outcome.status,
@@ -222,7 +218,7 @@ def _facts(manifest: "Manifest", outcomes: "dict[str, Outcome]") -> dict[str, An
     return {"formats": formats, "manifest": manifest.model_dump(mode="json")}
 
 
-def _table(manifest: "Manifest", outcomes: "dict[str, Outcome]") -> Table:
+def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
     table = Table(title=f"{manifest.scorer!r}, score: {manifest.aggregate}", title_justify="left")
     for column in ("format", "status", "file", "MB", "build s", "map error", "RMS", "rank corr."):
         table.add_column(column, overflow="fold")
@@ -247,13 +243,13 @@ def _table(manifest: "Manifest", outcomes: "dict[str, Outcome]") -> Table:
     return table
 
 
-def _print_reasons(outcomes: "dict[str, Outcome]") -> None:
+def _print_reasons(outcomes: dict[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         if outcome.reason:
             common.out.print(f"{name}: {outcome}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_calibration(manifest: "Manifest") -> None:
+def _print_calibration(manifest: Manifest) -> None:
     if manifest.calibration is None:
         common.out.print("calibration: none, so no verdicts; give --calibrate GOOD_FOLDER")
         return
@@ -266,3 +262,6 @@ def _print_calibration(manifest: "Manifest") -> None:
 
 
 main = common.command(export)
+
+if __name__ == "__main__":
+    main()

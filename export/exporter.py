@@ -148,7 +148,9 @@ def export_bundle(
     given = frames if isinstance(frames, ParityFrames) else ParityFrames(frames, "frames given by the caller")
     y = _classes(model, given)
     device = str(torch_device(device))
-    request = Request(model, scorer, aggregate, frame_size, opset, precision, batch, device, workspace)
+    request = Request(
+        model, scorer, aggregate, frame_size, opset, precision, batch, device, workspace, (given.frames, y)
+    )
     _check_frame_size(given, frame_size)
     if good is not None:
         say(f"good parts: checking {len(good)} frames")

@@ -3,8 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from flowad_fast.bundle import Artefact, EngineName, Manifest
 from flowad_fast.checkpoint import save_checkpoint
@@ -12,9 +16,11 @@ from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate
 from flowad_fast.detector import start_engine
 from flowad_fast.engines import Engine
+from flowad_fast.engines.tensorrt import FLAVOURS
 from flowad_fast.errors import ConfigError, nearest
-from flowad_fast.export import onnx_graph
+from flowad_fast.export import aoti, onnx_graph, tensorrt_engine, triton_server
 from flowad_fast.model import FlowModel
+from flowad_fast.precision import PRECISIONS
 from flowad_fast.scorers import Scorer
 
 AUTO = "auto"
@@ -29,6 +35,7 @@ class Request:
 
     `batch` is (smallest, optimal, largest); formats that take any batch ignore it. `device` is what the artefact is
     built for and checked on: `cpu`, `cuda` or `cuda:N`. `workspace` is what an engine builder may allocate, in MiB.
+    `frames` are real frames uint8 (n, H, W, 3) with class indices (n,) or None: fp8 graphs take ranges from them.
     """
 
     model: FlowModel
@@ -40,6 +47,7 @@ class Request:
     batch: tuple[int, int, int] = BATCH
     device: str = "cpu"
     workspace: int = WORKSPACE_MIB
+    frames: tuple[np.ndarray, np.ndarray | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Built:
 
 
 def _start(folder: Path, manifest: Manifest, artefact: Artefact, device: str) -> Engine:
-    return start_engine(folder, manifest, artefact.engine, device)
+    return start_engine(folder, manifest, artefact.engine, device, artefact)
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,16 @@ class Format:
     start: Callable[[Path, Manifest, Artefact, str], Engine] = _start
 
 
+def _onnx_graph(request: Request, path: Path) -> int:
+    return onnx_graph.write(
+        path, request.model, request.scorer, request.aggregate, request.frame_size, request.opset, request.precision,
+        request.frames,
+    )  # fmt: skip
+
+
 def _write_onnx(request: Request, folder: Path) -> Built:
     start = time.perf_counter()
-    nodes = onnx_graph.write(
-        folder / "model.onnx", request.model, request.scorer, request.aggregate, request.frame_size, request.opset
-    )
+    nodes = _onnx_graph(request, folder / "model.onnx")
     packages = ("torch", "onnx", "onnxscript")
     return Built(
         tuple(sorted((p.name for p in folder.iterdir()), key=lambda name: (name != "model.onnx", name))),
@@ -95,11 +108,52 @@ def _write_onnx(request: Request, folder: Path) -> Built:
     )
 
 
+def _write_tensorrt(flavour: str) -> Callable[[Request, Path], Built]:
+    def write(request: Request, folder: Path) -> Built:
+        start = time.perf_counter()
+        library = FLAVOURS[flavour]
+        tensorrt_engine.check_available(library)  # before the graph is traced, which takes a while
+        _onnx_graph(request, folder / "model.onnx")
+        engine = folder / f"model.{flavour}.engine"
+        built = tensorrt_engine.build(
+            library, folder / "model.onnx", engine, batch=request.batch, precision=request.precision,
+            workspace=request.workspace, device=request.device,
+        )  # fmt: skip
+        details: dict[str, int | str] = {
+            "capabilities": " ".join(built.capabilities),
+            "batch": ":".join(map(str, request.batch)),
+            "opset": request.opset,
+            "layers": built.layers,
+            "timing_cache": built.timing_cache,
+        }
+        return Built((engine.name,), built.versions, time.perf_counter() - start, details)
+
+    return write
+
+
 def _write_eager(request: Request, folder: Path) -> Built:
     start = time.perf_counter()
     save_checkpoint(request.model, folder / "model.safetensors", include_backbone=True)
     seconds = time.perf_counter() - start
     return Built(("model.safetensors", "model.json"), {"torch": version("torch")}, seconds, {})
+
+
+def _write_aoti(request: Request, folder: Path) -> Built:
+    start = time.perf_counter()
+    details = aoti.write(
+        folder / "model.pt2", request.model, request.scorer, request.aggregate, request.frame_size, request.precision,
+        request.device,
+    )  # fmt: skip
+    return Built(("model.pt2",), {"torch": torch.__version__}, time.perf_counter() - start, details)
+
+
+def _write_triton_server(request: Request, folder: Path) -> Built:
+    start = time.perf_counter()
+    size = request.frame_size or (request.model.spec.image.size,) * 2
+    files = triton_server.write(folder, partial(_onnx_graph, request), size, request.batch, request.device)
+    packages = ("torch", "onnx", "onnxscript")
+    seconds = time.perf_counter() - start
+    return Built(files, {name: version(name) for name in packages}, seconds, {"opset": request.opset})
 
 
 FORMATS = {
@@ -110,9 +164,45 @@ FORMATS = {
             "onnxruntime",
             "ONNX graph of everything from frame to score, run by ONNX Runtime",
             _write_onnx,
+            ("fp32", "fp16", "bf16", "fp8"),
             auto=True,
         ),
-        Format("eager", "eager", "weights for this project's torch engine, backbone included", _write_eager, auto=True),
+        Format(
+            "eager",
+            "eager",
+            "weights for this project's torch engine, backbone included",
+            _write_eager,
+            PRECISIONS,
+            auto=True,
+        ),
+        Format(
+            "tensorrt",
+            "tensorrt",
+            "TensorRT engine for the GPU that builds it",
+            _write_tensorrt("tensorrt"),
+            ("fp32", "fp16", "bf16", "fp8"),
+        ),
+        Format(
+            "tensorrt-rtx",
+            "tensorrt-rtx",
+            "TensorRT-RTX engine for RTX GPUs (compute capability 8.0 to 12.1, not 9.0); builds without a GPU",
+            _write_tensorrt("tensorrt-rtx"),
+            ("fp32", "fp16", "bf16", "fp8"),
+        ),
+        Format(
+            "aoti",
+            "inductor",
+            "AOTInductor package: machine code, for Python and C++",
+            _write_aoti,
+            ("fp32", "tf32", "fp16", "bf16"),
+        ),
+        Format(
+            "triton-server",
+            "onnxruntime",
+            "model repository for NVIDIA Triton Inference Server, around an ONNX graph",
+            _write_triton_server,
+            ("fp32", "fp16", "bf16", "fp8"),
+        ),
     )
 }
 

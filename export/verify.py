@@ -29,8 +29,11 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "tf32": Tolerance(2e-2, 4e-3),
     "fp16": Tolerance(2e-2, 4e-3),
     "bf16": Tolerance(1e-1, 2e-2),
-    "fp8": Tolerance(4e-1, 8e-2),
+    "fp8": Tolerance(5e-1, 1e-1),
 }
+"""By precision. Worst drift (max, RMS) of the demo checkpoint over the scorers, torch on a CPU: fp32 5e-6 and 7e-7,
+fp16 4e-3 and 7e-4, bf16 7e-2 and 6e-3, fp8 (emulated) 3e-1 and 6e-2, all from reconstruction with the inversion start,
+which is twice as long; the others stay at a fifth of that. There is room for deeper models; tf32 was not measured."""
 SCORE_FACTOR = 10
 """A raw score may be this many times the map's tolerance off, relative to the spread of the reference scores: that
 spread is small when the frames resemble each other."""

@@ -143,7 +143,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
                 "nothing was executed. Save the weights alone: torch.save({'model': net.state_dict()}, FILE)"
             ) from None
         raise _unreadable(path) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError):
+    except Exception:  # damaged bytes make the unpickler raise nearly anything
         raise _unreadable(path) from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
@@ -253,7 +253,7 @@ def _number(settings: Any, where: str, source: str) -> Any:
 
 def _backbone_spec(settings: Any, source: str, key: str) -> tuple[str, ImageConfig]:
     name = _need(settings, key, source)
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         raise ConfigError(f"{source}: {key}: unknown backbone {name!r}; {nearest(str(name), BACKBONES)}")
     parent = key.rpartition(".")[0]
     for field, expected in (("outblocks", BACKBONES[name].outblocks), ("outstrides", STRIDES)):
@@ -261,7 +261,7 @@ def _backbone_spec(settings: Any, source: str, key: str) -> tuple[str, ImageConf
         if not isinstance(got, list) or tuple(got) != expected:
             raise ConfigError(f"{source}: {parent}.{field} is {got}, only {list(expected)} is supported")
     transform = _need(settings, "data.transform_type", source)
-    if transform not in TRANSFORMS:
+    if not isinstance(transform, str) or transform not in TRANSFORMS:
         raise ConfigError(
             f"{source}: data.transform_type {transform!r} is unknown; {nearest(str(transform), TRANSFORMS)}"
         )

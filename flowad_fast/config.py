@@ -7,7 +7,7 @@ scores.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,9 +30,12 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 
 
 class Frozen(BaseModel):
-    """Base of all configurations: immutable, unknown keys rejected."""
+    """Base of all configurations: immutable, unknown keys and numbers that are not finite rejected.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    A NaN must not get in: no score is greater than a NaN threshold, so every part would be good.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class VelocityConfig(Frozen):
@@ -45,15 +48,16 @@ class VelocityConfig(Frozen):
     blocks.<i>.{qkv,proj,fc1,fc2} and head; see `drift.linear_report`.
     """
 
-    channels: int = Field(gt=0)
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    patch_size: int = Field(default=1, gt=0)
-    num_classes: int = Field(default=1, gt=0)
+    # The upper limits are far from any model; beyond them a damaged file would ask for endless work.
+    channels: int = Field(gt=0, le=65536)
+    height: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=4096)
+    hidden_size: int = Field(gt=0, le=65536)
+    depth: int = Field(gt=0, le=1024)
+    num_heads: int = Field(gt=0, le=4096)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=256)
+    patch_size: int = Field(default=1, gt=0, le=4096)
+    num_classes: int = Field(default=1, gt=0, le=2**20)
     class_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
     use_class_labels: bool = False
     t_scale: float = Field(default=1000.0, gt=0)
@@ -84,12 +88,15 @@ class VelocityConfig(Frozen):
         return self.num_classes + (self.class_dropout_prob > 0)
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class ImageConfig(Frozen):
     """How a frame becomes the backbone's input: resize to size x size, /255, subtract mean, divide by std."""
 
-    size: int = Field(default=256, gt=0, multiple_of=32)
+    size: int = Field(default=256, gt=0, le=65536, multiple_of=32)
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
 class ModelConfig(Frozen):

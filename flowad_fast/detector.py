@@ -36,7 +36,7 @@ from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableE
 from flowad_fast.model import FlowModel, class_indices
 from flowad_fast.scorers import Scorer
 
-AUTO = {"cuda": ("eager", "onnxruntime"), "cpu": ("onnxruntime", "eager")}
+AUTO = {"cuda": ("eager", "onnxruntime", "inductor"), "cpu": ("onnxruntime", "inductor", "eager")}
 """What `auto` prefers of the engines in a bundle, by device."""
 OPS = ("reference", "fused")
 """Namespaces of operators: plain torch, or Triton kernels on the GPU (on the CPU they are plain torch as well)."""
@@ -266,7 +266,7 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
             hint = "; drop the alpha channel: frames[..., :3]"
         elif array.ndim == 4 and array.shape[1] == 3:
             hint = "; move channels last: frames.transpose(0, 2, 3, 1)"
-        elif array.ndim in (2, 3) or array.shape[-1] == 1:
+        elif array.ndim in (2, 3) or array.shape[-1:] == (1,):
             hint = "; repeat grey frames: np.repeat(frames[..., None], 3, -1)"
         raise FrameError(f"expected uint8 frames (B, H, W, 3) in RGB order, got {shape}{hint}")
     if array.dtype != np.uint8:

@@ -24,6 +24,10 @@ class BundleError(FlowADError, ValueError):
     """An exported bundle is missing, altered, or of another version."""
 
 
+class ExportError(FlowADError, RuntimeError):
+    """A format cannot be written for this model; the message names what was refused."""
+
+
 class EngineUnavailableError(FlowADError, RuntimeError):
     """The engine that was asked for cannot run on this machine."""
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import timm
 import torch
@@ -61,7 +62,7 @@ class FeatureExtractor(nn.Module):
 
 def build_backbone(name: str) -> nn.Module:
     """The backbone without weights, cut after the last block that the features need."""
-    backbone = timm.create_model(
+    backbone: Any = timm.create_model(
         BACKBONES[name].timm_name, features_only=True, out_indices=(0, 1, 2, 3), pretrained=False
     )
     backbone.blocks = backbone.blocks[:5]

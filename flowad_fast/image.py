@@ -13,7 +13,8 @@ def resize_weights(source: int | torch.SymInt | Tensor, target: int, device: tor
     code saw). As two matrix products the resize runs on every backend, at any frame size, inside an exported graph.
     """
     scale = source / target
-    support = max(scale, 1.0) if isinstance(scale, float) else torch.sym_max(scale, 1.0)
+    # The maximum is taken of integers: Inductor truncates a symbolic maximum of floats to an integer.
+    support = torch.sym_max(source, target) / target
     centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
     pixel = torch.arange(source, device=device, dtype=torch.float32) + 0.5  # type: ignore[arg-type]
     weights = (1 - (pixel[None] - centre[:, None]).abs() / support).clamp_min(0)
@@ -26,7 +27,7 @@ def normalise(frames: Tensor, config: ImageConfig) -> Tensor:
     Resize (bilinear, antialiased), /255, ImageNet-style normalisation; agrees with a PIL resize to about 1/255, the
     rounding that PIL does between its passes.
     """
-    x = frames.permute(0, 3, 1, 2).float()
+    x = frames.float().permute(0, 3, 1, 2)  # cast first: TensorRT accepts uint8 only as the input of a cast
     height, width = x.shape[-2:]
     if not isinstance(height, int) or height != config.size:  # a symbolic size stays general in an exported graph
         x = resize_weights(height, config.size, x.device) @ x

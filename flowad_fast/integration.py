@@ -23,8 +23,10 @@ class StepField(Protocol):
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None, /) -> Tensor:
         """Network output (B, N, C) at step `step`."""
 
-    def dual(self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
-        """Network output and Jacobian-vector products (K, B, N, C)."""
+    def dual(
+        self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None, chunk: int | None = None, /
+    ) -> tuple[Tensor, Tensor]:
+        """Network output and Jacobian-vector products (K, B, N, C), `chunk` tangents at a time where that is given."""
 
 
 class Field(Protocol):
@@ -34,6 +36,9 @@ class Field(Protocol):
 
     def at(self, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference) -> StepField:
         """The field at fixed times, its matrix products in `precision`, built on the operators `ops`."""
+
+    def check_classes(self, y: Tensor | None, batch: int) -> Tensor | None:
+        """`y` as class indices (B,) that fit the model, or a ConfigError."""
 
 
 def run(field: StepField, rows: Sequence[Row], x: Tensor, y: Tensor | None, first: int = 0) -> Tensor:
@@ -49,11 +54,11 @@ def run_to_error(
     """As `run`, the last step fused with the squared-error map against `ref` (0 when None): (B, N)."""
     x = run(field, rows[:-1], x, y, first)
     last = first + len(rows) - 1
-    return field.ops.affine_step_error(x, field(x, last, y), rows[-1].a, rows[-1].b, ref)[1]
+    return field.ops.affine_error_map(x, field(x, last, y), rows[-1].a, rows[-1].b, ref)
 
 
 def run_dual(
-    field: StepField, rows: Sequence[Row], x: Tensor, probes: Tensor, y: Tensor | None
+    field: StepField, rows: Sequence[Row], x: Tensor, probes: Tensor, y: Tensor | None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The end state and each probe's change of log-density along the way.
 
@@ -66,13 +71,14 @@ def run_dual(
         x: X1 (B, N, C).
         probes: tangents (K, 1, N, C).
         y: class indices (B,) or None.
+        chunk: tangents whose wide activations exist at a time; None for all.
 
     Returns:
         X0 (B, N, C) and the accumulated dt-weighted divergences (K, B, N).
     """
     total: Tensor | None = None
     for k, row in enumerate(rows):
-        out, dout = field.dual(x, probes, k, y)
+        out, dout = field.dual(x, probes, k, y, chunk)
         share = row.b * (probes * dout).sum(-1)
         if row.a != 1:
             share = share + (row.a - 1) * probes.square().sum(-1)

@@ -43,8 +43,9 @@ class Linear(nn.Module):
         """(..., in) of any floating dtype to (..., out) in the layer's dtype."""
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
-    def tangent(self, dx: Tensor) -> Tensor:
+    def tangent(self, dx: Tensor | Quantised) -> Tensor:
         """As `forward`, without the bias."""
+        assert isinstance(dx, Tensor), "only fp8 layers are given quantised rows"
         return F.linear(dx.to(self.dtype), self.weight)
 
 

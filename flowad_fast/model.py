@@ -102,7 +102,7 @@ class FlowModel(VelocityModel):
     @property
     def backbone(self) -> FeatureExtractor:
         """The frozen feature extractor, loaded on first use."""
-        if not isinstance(self._backbone, nn.Module):
+        if not isinstance(self._backbone, FeatureExtractor):
             self._backbone = self._backbone().to(self.device)
         return self._backbone
 

@@ -49,9 +49,10 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         return
     mode = "tf32" if precision == "tf32" else "ieee"
     with _SWITCHES:
-        before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = mode
+        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = products.fp32_precision, convolutions.fp32_precision
+        products.fp32_precision = convolutions.fp32_precision = mode
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
+            products.fp32_precision, convolutions.fp32_precision = before

@@ -5,6 +5,7 @@ and exporters trace: tokens (B, N, C) and y (B,) in, map (B, N) out. Random draw
 streams never change, so a seed names the same probes on every machine and version.
 """
 
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Annotated, Literal
 
@@ -25,10 +26,12 @@ from flowad_fast.schedule import Row
 _STRICT = ConfigDict(extra="forbid")
 EXACT_LIMIT = 4096
 """Largest C * h * w for which the exact divergence (one probe an input element) is allowed."""
-PROBE_BYTES = 512 * 2**20
-"""Memory that one chunk of probes may take for its widest activation; more probes are processed in turn."""
+PROBE_BYTES = 3 * 2**30
+"""Memory that the tangents' states may take; more probes are processed in turn, each time with the primal again."""
+WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""Memory of one widest activation of the tangents: on the CPU what its cache holds, on a GPU what fills the machine."""
 
-Steps = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(gt=0, le=10_000)]
 
 
 class MapModule(nn.Module):
@@ -142,7 +145,7 @@ class Density(_Scorer):
     """
 
     steps: Steps = 3
-    probes: int = Field(default=10, gt=0)
+    probes: int = Field(default=10, gt=0, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     exact: bool = False
     kind: Literal["density"] = Field(default="density", repr=False)
@@ -191,7 +194,7 @@ class Density(_Scorer):
 
 
 Scorer = Density | Inversion | Reconstruction
-SCORERS: dict[str, type[Density] | type[Inversion] | type[Reconstruction]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {
     "density": Density,
     "inversion": Inversion,
     "reconstruction": Reconstruction,
@@ -243,29 +246,36 @@ class _DensityMap(MapModule):
         super().__init__(field)
         self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
         self.register_buffer("probes", probes, persistent=False)
-        self.bytes_each = 4 * config.tokens * max(config.mlp_hidden, config.num_heads * config.tokens)
+        # Three states of a tangent exist at a time: its residual, what is gated into that, and what is normalised.
+        self.state_bytes = 3 * 4 * config.tokens * config.hidden_size
+        self.wide_bytes = 4 * config.tokens * max(config.mlp_hidden, config.num_heads * config.tokens)
 
-    def chunks(self, batch: int) -> tuple[Tensor, ...]:
-        """The probes in chunks that respect the memory budget."""
-        return self.probes.split(max(1, self.probe_bytes // (self.bytes_each * batch)))
+    def plan(self, batch: int, device: torch.device) -> tuple[int, int | None]:
+        """Probes that are integrated together, and of those the ones whose wide activations exist at a time."""
+        if torch.compiler.is_exporting():
+            # An exported graph has one chunk: its batch is symbolic, and engines plan their own memory.
+            return len(self.probes), None
+        together = max(1, self.probe_bytes // (self.state_bytes * batch))
+        return together, max(1, WIDE_BYTES[device.type] // (self.wide_bytes * batch))
+
+    def shares(self, tokens: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """X0 (B, N, C) and the probes' shares (k, B, N), for as many probes at a time as the budget allows."""
+        together, chunk = self.plan(tokens.shape[0], tokens.device)
+        for probes in self.probes.split(together):
+            yield run_dual(self.field, self.rows, tokens, probes, y, chunk)
 
     def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
-        # An exported graph has one chunk: its batch is symbolic, and engines plan their own memory.
-        chunks = (self.probes,) if torch.compiler.is_exporting() else self.chunks(tokens.shape[0])
         total: Tensor | None = None
-        for probes in chunks:
-            x0, share = run_dual(self.field, self.rows, tokens, probes, y)
+        x0 = tokens
+        for x0, share in self.shares(tokens, y):  # noqa: B007 - X0 is the same for all probes
             total = share.sum(0) if total is None else total + share.sum(0)
         assert total is not None, "there is at least one probe"
         return -(_log_normal(x0) + (total if self.exact else total / len(self.probes)))
 
     def with_error(self, tokens: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The map and its standard error, (B, N) each; an exact map has error 0."""
-        shares = []
-        for probes in self.chunks(tokens.shape[0]):
-            x0, share = run_dual(self.field, self.rows, tokens, probes, y)
-            shares.append(share)
-        each = torch.cat(shares)
+        parts = list(self.shares(tokens, y))
+        x0, each = parts[0][0], torch.cat([share for _, share in parts])
         if self.exact:
             return -(_log_normal(x0) + each.sum(0)), torch.zeros_like(each[0])
         return -(_log_normal(x0) + each.mean(0)), each.std(0) / len(each) ** 0.5

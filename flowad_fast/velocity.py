@@ -7,7 +7,9 @@ the precision of its matrix products and the operators that it is built on.
 """
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 import torch
@@ -76,36 +78,58 @@ class FinalLayer(nn.Module):
         return self.linear(reference.ln_modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, -1)))
 
 
+class PatchEmbedding(nn.Module):
+    """The patch convolution, C -> D; patch size 1 in published models."""
+
+    def __init__(self, config: VelocityConfig) -> None:
+        super().__init__()
+        p = config.patch_size
+        self.proj = nn.Conv2d(config.channels, config.hidden_size, p, stride=p)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear, SiLU, linear on a sinusoid of 256 dimensions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+
+class ClassEmbedding(nn.Module):
+    """One row a class, and the dropout row where there is one."""
+
+    def __init__(self, config: VelocityConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.embedding_rows, config.hidden_size)
+
+
 class DiT(nn.Module):
     """Training form: adaLN is computed from (t, y) at every call. Gradients flow through everything."""
+
+    blocks: Sequence[Block]
 
     def __init__(self, config: VelocityConfig) -> None:
         super().__init__()
         self.config = config
-        width, p = config.hidden_size, config.patch_size
         self.pos_embed = nn.Parameter(_sincos_positions(config), requires_grad=False)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, width, p, stride=p)})
-        self.t_embedder = nn.ModuleDict(
-            {"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))}
-        )
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.embedding_rows, width)})
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.x_embedder = PatchEmbedding(config)
+        self.t_embedder = TimeEmbedding(config.hidden_size)
+        self.y_embedder = ClassEmbedding(config)
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config) for _ in range(config.depth)))
         self.final_layer = FinalLayer(config)
 
     def initialise(self) -> "DiT":
         """adaLN-zero initialisation for training: the network starts as the zero field."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for embedder in (self.t_embedder["mlp"][0], self.t_embedder["mlp"][2], self.y_embedder["embedding_table"]):
-            nn.init.normal_(embedder.weight, std=0.02)
-        for head in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        linears = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        for linear in linears.values():
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for name, linear in linears.items():
+            if name.startswith("t_embedder"):
+                nn.init.normal_(linear.weight, std=0.02)
+            elif "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(linear.weight)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         return self
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -113,13 +137,13 @@ class DiT(nn.Module):
         half = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angles = (t.float() * self.config.t_scale)[:, None] * half
         sinusoid = torch.cat([angles.cos(), angles.sin()], -1)
-        c = self.t_embedder["mlp"](sinusoid.to(self.pos_embed.dtype))
-        return c if y is None else c + self.y_embedder["embedding_table"](y)
+        c = self.t_embedder.mlp(sinusoid.to(self.pos_embed.dtype))
+        return c if y is None else c + self.y_embedder.embedding_table(y)
 
     def forward(self, tokens: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The raw network output at x = tokens (B, h*w, C), t (B,) and y (B,): (B, h*w, C)."""
         c = self.condition(t, y)
-        proj = self.x_embedder["proj"]
+        proj = self.x_embedder.proj
         x = F.linear(_patchify(tokens, self.config), _token_weight(proj), proj.bias) + self.pos_embed
         for block in self.blocks:
             x = block(x, c)
@@ -155,6 +179,7 @@ class TabledDiT(nn.Module):
     position: Tensor
     table: Tensor
     final: Tensor
+    blocks: Sequence[TabledBlock]
 
     @torch.no_grad()
     def __init__(
@@ -164,11 +189,10 @@ class TabledDiT(nn.Module):
         self.config = config = dit.config
         self.times, self.precision, self.ops = times, precision, ops
         keep = config.keep_bf16
-        proj, last = dit.x_embedder["proj"], dit.final_layer.linear
+        proj, last = dit.x_embedder.proj, dit.final_layer.linear
         self.embed = make_linear("embed", _token_weight(proj), None, precision, keep)
-        self.blocks = nn.ModuleList(
-            TabledBlock(block, f"blocks.{i}", precision, keep) for i, block in enumerate(dit.blocks)
-        )
+        blocks = (TabledBlock(block, f"blocks.{i}", precision, keep) for i, block in enumerate(dit.blocks))
+        self.blocks = cast(Sequence[TabledBlock], nn.ModuleList(blocks))
         self.head = make_linear("head", last.weight, last.bias, precision, keep)
         device = dit.pos_embed.device
         classes = config.num_classes if config.use_class_labels else 1
@@ -178,6 +202,7 @@ class TabledDiT(nn.Module):
         rows = torch.stack([block.adaLN_modulation(c) for block in dit.blocks], 1)
         table = rows.unflatten(-1, (6, -1)).unflatten(0, (len(times), classes))
         final = dit.final_layer.adaLN_modulation(c).unflatten(-1, (2, -1)).unflatten(0, (len(times), classes))
+        assert proj.bias is not None, "the patch embedding has a bias"
         self.register_buffer("position", proj.bias + dit.pos_embed, persistent=False)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("final", final, persistent=False)
@@ -189,57 +214,68 @@ class TabledDiT(nn.Module):
 
     def forward(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
         """The raw network output for tokens (B, h*w, C) at `times[step]`, classes y (B,): (B, h*w, C) float32."""
+        return self.modulated(tokens, *self.modulations(step, y))
+
+    def modulated(self, tokens: Tensor, table: Tensor, final: Tensor) -> Tensor:
+        """As `forward`, with the rows of a step given; see `modulations`."""
         ops, heads = self.ops, self.config.num_heads
-        table, final = self.modulations(step, y)
         x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
-        o: Tensor | None = None
-        gate = None
+        o = gate = None
         for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
-            if o is None:
-                h = self._norm(block.qkv, x, shift_a, scale_a)
-            else:
-                x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
+            x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
             o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
             x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
             o, gate = block.fc2(self._gelu(block.fc2, block.fc1(h))), gate_m
         _, h = self._gate_norm(self.head, x, o, gate, *final.unbind(1))
         return _unpatchify(self.head(h), self.config).to(tokens.dtype)
 
-    def dual(self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output and its Jacobian-vector products for tangents (K, B or 1, h*w, C): (B, h*w, C), (K, B, h*w, C)."""
+    def dual(
+        self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and its Jacobian-vector products for tangents (K, B or 1, h*w, C): (B, h*w, C), (K, B, h*w, C).
+
+        The wide activations of `chunk` tangents exist at a time (None: of all); the primal's linear layers run once.
+        """
         ops, heads = self.ops, self.config.num_heads
         table, final = self.modulations(step, y)
         x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
-        dx = self._run(self.embed, _patchify(tangents, self.config)).to(x.dtype)
+        dx = self._run_tangent(self.embed, _patchify(tangents, self.config)).to(x.dtype)
         if dx.shape[1] != x.shape[0]:
             dx = dx.expand(-1, x.shape[0], -1, -1)
-        o = do = gate = None
+        # Each part is a chunk's residual and what is to be gated into it.
+        parts: list[tuple[Tensor, Tensor | None]] = [(dx, None) for dx in dx.split(chunk or len(dx))]
+        o: Tensor | None = None
+        gate: Tensor | None = None
         for i, block in enumerate(self.blocks):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
-            if o is None:
-                h, dh = ops.ln_modulate_dual(x, dx, shift_a, scale_a, block.qkv.dtype)
-            else:
-                x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift_a, scale_a, block.qkv.dtype)
-            qkv, dqkv = self._run_dual(block.qkv, h, dh)
-            o, do = ops.attention_dual(*_split(qkv, heads), *_split(dqkv, heads))
-            o, do = self._run_dual(block.proj, _merge(o), _merge(do))
-            x, dx, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate_a, shift_m, scale_m, block.fc1.dtype)
-            o, do = self._run_dual(block.fc2, *ops.gelu_tanh_dual(*self._run_dual(block.fc1, h, dh)))
-            gate = gate_m
-        *_, h, dh = ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, *final.unbind(1), self.head.dtype)
-        out, dout = self._run_dual(self.head, h, dh)
-        return tuple(_unpatchify(part, self.config).to(tokens.dtype) for part in (out, dout))  # type: ignore[return-value]
-
-    def _norm(self, consumer: AnyLinear, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Quantised:
-        """`ln_modulate` in what its consumer takes: quantised by the same operator in fp8."""
-        if consumer.quantised:
-            return self.ops.ln_modulate_fp8(x, shift, scale)
-        return self.ops.ln_modulate(x, shift, scale, consumer.dtype)
+            normed = [self._gate_norm_dual(block.qkv, x, dx, o, do, gate, shift_a, scale_a) for dx, do in parts]
+            x, _, h, _ = normed[0]
+            qkv, parts = _split(block.qkv(h), heads), []
+            for _, dx, _, dh in normed:
+                mixed, do = ops.attention_dual(*qkv, *_split(block.qkv.tangent(dh), heads))
+                parts.append((dx, self._run_tangent(block.proj, _merge(do))))
+            o = self._run(block.proj, _merge(mixed))
+            normed = [self._gate_norm_dual(block.fc1, x, dx, o, do, gate_a, shift_m, scale_m) for dx, do in parts]
+            x, _, h, _ = normed[0]
+            wide, parts = block.fc1(h), []
+            for _, dx, _, dh in normed:
+                h, dh = self._gelu_dual(block.fc2, wide, block.fc1.tangent(dh))
+                parts.append((dx, block.fc2.tangent(dh)))
+            o, gate = block.fc2(h), gate_m
+        normed = [self._gate_norm_dual(self.head, x, dx, o, do, gate, *final.unbind(1)) for dx, do in parts]
+        out = self.head(normed[0][2])
+        dout = torch.cat([self.head.tangent(dh) for *_, dh in normed])
+        return _unpatchify(out, self.config).to(tokens.dtype), _unpatchify(dout, self.config).to(tokens.dtype)
 
     def _gate_norm(
-        self, consumer: AnyLinear, x: Tensor, o: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor
+        self, consumer: AnyLinear, x: Tensor, o: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor | Quantised]:
+        """x' and its norm in what the consumer takes; before the first block nothing is gated in."""
+        if o is None:
+            if consumer.quantised:
+                return x, self.ops.ln_modulate_fp8(x, shift, scale)
+            return x, self.ops.ln_modulate(x, shift, scale, consumer.dtype)
         if consumer.quantised:
             x, q, scales = self.ops.gate_residual_ln_modulate_fp8(x, o, gate, shift, scale)
             return x, (q, scales)
@@ -248,13 +284,41 @@ class TabledDiT(nn.Module):
     def _gelu(self, consumer: AnyLinear, x: Tensor) -> Tensor | Quantised:
         return self.ops.gelu_tanh_fp8(x) if consumer.quantised else self.ops.gelu_tanh(x)
 
+    def _gate_norm_dual(
+        self,
+        consumer: AnyLinear,
+        x: Tensor,
+        dx: Tensor,
+        o: Tensor | None,
+        do: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | Quantised, Tensor | Quantised]:
+        """x', dx' and their norms in what the consumer takes; before the first block nothing is gated in."""
+        if o is None:
+            if consumer.quantised:
+                q, scales, dq, dscales = self.ops.ln_modulate_dual_fp8(x, dx, shift, scale)
+                return x, dx, (q, scales), (dq, dscales)
+            return x, dx, *self.ops.ln_modulate_dual(x, dx, shift, scale, consumer.dtype)
+        if consumer.quantised:
+            x, dx, q, scales, dq, dscales = self.ops.gate_residual_ln_modulate_dual_fp8(
+                x, dx, o, do, gate, shift, scale
+            )
+            return x, dx, (q, scales), (dq, dscales)
+        return self.ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift, scale, consumer.dtype)
+
+    def _gelu_dual(self, consumer: AnyLinear, x: Tensor, dx: Tensor) -> tuple[Tensor | Quantised, Tensor | Quantised]:
+        if consumer.quantised:
+            q, scales, dq, dscales = self.ops.gelu_tanh_dual_fp8(x, dx)
+            return (q, scales), (dq, dscales)
+        return self.ops.gelu_tanh_dual(x, dx)
+
     def _run(self, linear: AnyLinear, x: Tensor) -> Tensor:
         return linear(self.ops.quantise_rows(x) if linear.quantised else x)
 
-    def _run_dual(self, linear: AnyLinear, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        if linear.quantised:
-            return linear(self.ops.quantise_rows(x)), linear.tangent(self.ops.quantise_rows(dx))
-        return linear(x), linear.tangent(dx)
+    def _run_tangent(self, linear: AnyLinear, dx: Tensor) -> Tensor:
+        return linear.tangent(self.ops.quantise_rows(dx) if linear.quantised else dx)
 
 
 def _split(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

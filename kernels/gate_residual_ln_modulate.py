@@ -3,6 +3,7 @@
 Four passes over a row instead of nine: x and o are read, x' and the modulated row are written; with tangents the same
 for each of them. x' is rounded to its stored type before LayerNorm sees it, so both results agree.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from flowad_fast.kernels import reference
 from flowad_fast.kernels.launch import (
     check_rows,
     check_same_shape,
+    check_tangents,
     empty_fp8,
     load_row,
     modulation,
@@ -71,13 +73,14 @@ def _kernel(
     gain = 1.0 + load_row(scale_ptr + b * scale_b, cols, mask)
     shift = load_row(shift_ptr + b * shift_b, cols, mask)
     store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
-    for k in range(K):
-        dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
-        dx += gate * load_row(do_ptr + k * do_k + b * do_b + n * do_n, cols, mask)
-        dstored = dx.to(dx_out_ptr.dtype.element_ty)
-        tl.store(dx_out_ptr + (k * rows + row) * D + cols, dstored, mask=mask)
-        dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
-        store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+    if dx_ptr is not None:
+        for k in range(K):
+            dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
+            dx += gate * load_row(do_ptr + k * do_k + b * do_b + n * do_n, cols, mask)
+            dstored = dx.to(dx_out_ptr.dtype.element_ty)
+            tl.store(dx_out_ptr + (k * rows + row) * D + cols, dstored, mask=mask)
+            dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
+            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
 
 
 def _launch(
@@ -103,7 +106,7 @@ def _launch(
     if dx is not None and do is not None:
         check_rows(dx, do)
         check_same_shape(dx, do)
-        check_same_shape(x, dx[0])
+        check_tangents(x, dx)
         tangents = dx.shape[0]
     block = triton.next_power_of_2(width)
     wrap_triton(_kernel)[(batch * tokens,)](

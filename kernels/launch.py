@@ -1,8 +1,10 @@
 """What launchers and kernels share: where Triton runs, launch sizes, argument checks, loading and storing of rows.
 
 A registered operator runs its Triton kernel on GPU tensors and its reference everywhere else; nothing is tried and
-given up. Row operators take any batch and token strides, channels contiguous.
+given up. Row operators take any batch and token strides, channels contiguous. Device functions carry no hints except
+constants: Triton infers the rest, and the type checker is told so at the top of each file.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
@@ -62,6 +64,18 @@ def check_same_shape(x: Tensor, other: Tensor) -> None:
         raise ValueError(f"got shapes {tuple(x.shape)} and {tuple(other.shape)}, which must be equal")
 
 
+def check_tangents(x: Tensor, dx: Tensor) -> None:
+    """Check that dx is (K, *x.shape).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if dx.shape[1:] != x.shape:
+        raise ValueError(
+            f"got tangents {tuple(dx.shape)} of {tuple(x.shape)}, expected (K, {', '.join(map(str, x.shape))})"
+        )
+
+
 def empty_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for x (..., D) quantised by rows: float8_e4m3fn (..., D) and float32 (..., 1)."""
     return x.new_empty(x.shape, dtype=reference.FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -82,7 +96,9 @@ def load_row(ptr, cols, mask):
 def store_row(ptr, scale_ptr, row, y, cols, mask, D: tl.constexpr):
     """Store row number `row` of a contiguous (rows, D) result; as e4m3 with its scale where `scale_ptr` is given."""
     if scale_ptr is not None:
-        scale = tl.maximum(tl.max(tl.where(mask, tl.abs(y), 0.0), 0), _FP8_TINY) / _FP8_MAX
+        # Maxima drop NaN; as infinity it reaches the scale, so that the row cannot come back finite.
+        magnitude = tl.where(y == y, tl.abs(y), float("inf"))
+        scale = tl.maximum(tl.max(tl.where(mask, magnitude, 0.0), 0), _FP8_TINY) / _FP8_MAX
         tl.store(scale_ptr + row, scale)
         y = y * (1.0 / scale)
     tl.store(ptr + row * D + cols, y.to(ptr.dtype.element_ty), mask=mask)

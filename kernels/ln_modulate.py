@@ -3,6 +3,7 @@
 One program a row; the row stays in registers between its statistics and its result, and with tangents the primal is
 read and normalised once for all of them.
 """
+# mypy: allow-untyped-defs
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.launch import (
     check_rows,
-    check_same_shape,
+    check_tangents,
     empty_fp8,
     load_row,
     modulation,
@@ -56,10 +57,11 @@ def _kernel(
     gain = 1.0 + load_row(scale_ptr + b * scale_b, cols, mask)
     shift = load_row(shift_ptr + b * shift_b, cols, mask)
     store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
-    for k in range(K):
-        dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
-        dy = normalise_tangent(dx, y, r, D) * gain
-        store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+    if dx_ptr is not None:
+        for k in range(K):
+            dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
+            dy = normalise_tangent(dx, y, r, D) * gain
+            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
 
 
 def _launch(
@@ -78,7 +80,7 @@ def _launch(
     tangents = 0
     if dx is not None:
         check_rows(dx)
-        check_same_shape(x, dx[0])
+        check_tangents(x, dx)
         tangents = dx.shape[0]
     block = triton.next_power_of_2(width)
     wrap_triton(_kernel)[(batch * tokens,)](

@@ -1,4 +1,5 @@
 """Row-wise quantisation to fp8, for operands whose producer is not one of this package's kernels."""
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

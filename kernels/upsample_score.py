@@ -1,4 +1,5 @@
 """Anomaly maps to frame size and their largest, smallest and summed value in the same pass."""
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl
@@ -86,11 +87,13 @@ def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Ten
     check_floats(maps)
     batch, height, width = maps.shape
     large = maps.new_empty(batch, size, size)
-    stats = [maps.new_empty(batch) for _ in range(3)]
+    largest, smallest, total = (maps.new_empty(batch) for _ in range(3))
     wrap_triton(_kernel)[(batch,)](
         maps,
         large,
-        *stats,
+        largest,
+        smallest,
+        total,
         *maps.stride(),
         height / size,
         width / size,
@@ -100,4 +103,4 @@ def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Ten
         BLOCK=_PIXELS,
         num_warps=8,
     )
-    return large, *stats
+    return large, largest, smallest, total

@@ -315,3 +315,14 @@ def test_replacing_the_manifest_survives_a_crash_in_the_middle(tmp_path: Path, m
     with pytest.raises(OSError, match="No space left"):
         bundle.write_manifest(tmp_path / "b", manifest.model_copy(update={"aggregate": "sum"}))
     assert bundle.read(tmp_path / "b")[1] == manifest
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", '"nan"'])
+def test_a_threshold_that_is_not_finite_is_refused(tmp_path: Path, number: str) -> None:
+    """No score is greater than NaN: with such a threshold every part would be good."""
+    make(tmp_path / "b")
+    edit(tmp_path / "b", calibration={"alpha": 0.1, "classes": {"": {"threshold": "?", "parts": 9}}})
+    path = tmp_path / "b" / "manifest.json"
+    path.write_text(path.read_text().replace('"?"', number))
+    with pytest.raises(ConfigError, match="calibration.classes..threshold: Input should be a finite number"):
+        bundle.read(tmp_path / "b")

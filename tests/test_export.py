@@ -521,3 +521,14 @@ def test_engines_are_what_the_protocol_says(tmp_path: Path, model: FlowModel) ->
         maps, scores = engine.run(photos(batch), None)
         assert (maps.shape, scores.shape) == ((batch, 64, 64), (batch,))
         assert maps.dtype == scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_low_precision_is_recorded_run_and_held_to_its_tolerance(
+    tmp_path: Path, model: FlowModel, precision: Any
+) -> None:
+    result = export(model, tmp_path / "b", "eager", precision=precision)
+    artefact = bundle.read(tmp_path / "b")[1].artefacts["eager"]
+    assert result.ok and artefact.precision == precision and artefact.parity is not None
+    assert artefact.parity.tolerance == TOLERANCES[precision].max
+    assert artefact.parity.max_error > 1e-5  # it really ran in that precision

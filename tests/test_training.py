@@ -218,7 +218,7 @@ def test_several_categories_are_classes(config: TrainConfig, tmp_path: Path) -> 
     train(TrainConfig(**options), tmp_path)
     model = load_checkpoint(tmp_path / CHECKPOINT)
     assert model.class_names == ("screw", "nut") and model.config.class_dropout_prob == 0
-    assert model.dit.y_embedder["embedding_table"].weight.shape == (2, 32)
+    assert model.dit.y_embedder.embedding_table.weight.shape == (2, 32)
     train(TrainConfig(**{**options, "use_class_labels": False}), tmp_path, resume=False)
     assert load_checkpoint(tmp_path / CHECKPOINT).class_names == ()
 

@@ -1,7 +1,9 @@
 """What every command shares: consoles, one-line errors, progress bars, JSON output, and exit codes."""
 
+import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,22 +25,37 @@ EXIT_INTERRUPTED = 130
 
 
 def run(app: typer.Typer) -> None:
-    """Run `app`; an expected error becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
+    """Run `app`; warnings and expected errors become one line on standard error each.
+
+    An error gives exit code 1, a wrong use of options 2, Ctrl-C 130.
+    """
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         app()
     except FlowADError as error:
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         err.print(str(error), markup=False, highlight=False)
         sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted[/]; what was finished is kept")
-        sys.exit(EXIT_INTERRUPTED)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    err.print("[yellow]warning:[/] ", end="")
+    err.print(str(message), markup=False, highlight=False)
 
 
 def command(function: Callable[..., Any]) -> Callable[[], None]:
     """A console-script entry point for a single-command program whose options are `function`'s parameters."""
+
+    @functools.wraps(function)
+    def interruptible(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except KeyboardInterrupt:  # typer would end without a word
+            err.print("[yellow]interrupted[/]; what was finished is kept")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command()(function)
+    app.command()(interruptible)
     return lambda: run(app)
 
 
@@ -59,4 +76,4 @@ def progress(description: str, total: int | None, quiet: bool = False) -> Iterat
     )
     with Progress(*columns, console=err, disable=quiet, transient=False) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda n=1: bar.update(task, advance=n)
+        yield lambda n: bar.update(task, advance=n)

@@ -61,13 +61,35 @@ def _cudagraph(pipeline: "ScoringPipeline", device: str) -> Engine:
 def _onnxruntime(path: Path, artefact: "Artefact", device: str) -> Engine:
     from flowad_fast.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(path, device)
+    return OnnxRuntimeEngine(path, device, files=[Path(name).name for name in artefact.files])
+
+
+def _tensorrt(path: Path, artefact: "Artefact", device: str) -> Engine:
+    from flowad_fast.engines.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(path, artefact, device)
+
+
+def _compile(pipeline: "ScoringPipeline", device: str) -> Engine:
+    from flowad_fast.engines.inductor import InductorEngine
+
+    return InductorEngine(pipeline, device)
+
+
+def _inductor(path: Path, artefact: "Artefact", device: str) -> Engine:
+    from flowad_fast.engines.inductor import AotInductorEngine
+
+    return AotInductorEngine(path, artefact, device)
 
 
 ENGINES: dict[str, Backend] = {
     "eager": Backend("torch, operator by operator", "eager", from_model=_eager),
     "cudagraph": Backend("one CUDA graph from frames to score", "eager", from_model=_cudagraph),
     "onnxruntime": Backend("the exported ONNX graph in ONNX Runtime", "onnxruntime", from_artefact=_onnxruntime),
+    "compile": Backend("torch.compile of the pipeline, in this process", "eager", from_model=_compile),
+    "inductor": Backend("the package that AOTInductor has compiled", "inductor", from_artefact=_inductor),
+    "tensorrt": Backend("a TensorRT engine, on the kind of GPU that built it", "tensorrt", from_artefact=_tensorrt),
+    "tensorrt-rtx": Backend("a TensorRT-RTX engine, on RTX GPUs", "tensorrt-rtx", from_artefact=_tensorrt),
 }
 """Engines by name."""
 

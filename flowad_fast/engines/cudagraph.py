@@ -135,11 +135,7 @@ class Streams:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.compute, self.upload, self.download = (
-            (torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device))
-            if self.cuda
-            else (None, None, None)
-        )
+        self.compute, self.upload, self.download = (torch.cuda.Stream(device) if self.cuda else None for _ in range(3))
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
 
     def on(self, stream: "torch.cuda.Stream | None", after: "torch.cuda.Event | None" = None) -> AbstractContextManager:

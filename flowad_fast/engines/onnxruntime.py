@@ -1,53 +1,231 @@
 """The ONNX Runtime engine: the exported graph, on exactly the execution provider that was asked for."""
 
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import torch
+from torch import Tensor
 
-from flowad_fast.errors import BundleError, EngineUnavailableError
+from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+"""Device kinds (`kind` or `kind:N`) and the execution providers that they name."""
+HEAVY = ("Conv", "MatMul", "Gemm", "FusedConv", "FusedMatMul", "FusedGemm")
+"""Operators that must run on the provider that was asked for; small shape arithmetic belongs on the CPU."""
+TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8, "tensor(int64)": torch.int64}
 
 
 class OnnxRuntimeEngine:
-    """Runs `model.onnx` of a bundle; safe from many threads (a session's run is)."""
+    """Runs `model.onnx` of a bundle; safe from many threads (a session's run is).
+
+    `auto` is CUDA where ONNX Runtime has it, otherwise the CPU. float32 stays float32: TF32 is off.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, device: str = "auto", threads: int | None = None, files: Collection[str] | None = None
+    ) -> None:
+        """Start a session.
+
+        Args:
+            path: the ONNX file.
+            device: `auto`, or a key of `PROVIDERS`, with `:N` for the N-th device.
+            threads: CPU threads inside an operator, None for all cores.
+            files: names that external data may have (those of the manifest, whose hashes were checked); None for any
+                in the graph's folder.
+
+        Raises:
+            EngineUnavailableError: the provider, or an operator on it, is missing here.
+            BundleError: the graph, or where it keeps its external data, is not acceptable.
+        """
         try:
             import onnxruntime
+            from onnxruntime.capi import onnxruntime_pybind11_state as errors
         except ImportError:
             raise EngineUnavailableError(
                 "the onnxruntime engine needs the package onnxruntime (or onnxruntime-gpu): pip install onnxruntime"
             ) from None
+        check_external_data(path, files)
         kind, _, index = device.partition(":")
         available = onnxruntime.get_available_providers()
         if kind == "auto":
             kind = "cuda" if PROVIDERS["cuda"] in available else "cpu"
-        provider = PROVIDERS.get(kind)
-        if provider is None or provider not in available:
+        if kind not in PROVIDERS:
+            raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, 'auto'))}")
+        provider = PROVIDERS[kind]
+        if provider not in available:
             raise EngineUnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} has no provider for device {device!r} "
                 f"(it has {', '.join(available)}); install onnxruntime-gpu, or ask for device='cpu'"
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if threads:
             options.intra_op_num_threads = threads
-        chosen = (provider, {"device_id": index}) if index else provider
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
-        except (RuntimeError, ValueError) as error:
-            raise BundleError(f"{path}: ONNX Runtime refuses the graph: {' '.join(str(error).split())[:300]}") from None
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=_chain(kind, index))
+        except errors.NotImplemented as error:
+            raise EngineUnavailableError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
+                "export it in fp32, fp16 or fp8, or use another engine"
+            ) from None
+        except (RuntimeError, ValueError, *_failures(errors)) as error:  # type: ignore[misc]
+            raise BundleError(f"{path}: ONNX Runtime refuses the graph: {_line(error)}") from None
         got = self.session.get_providers()
         if provider not in got:
             raise EngineUnavailableError(f"asked ONNX Runtime for {provider}, it chose {', '.join(got)}")
+        self._check_placement(provider, kind)
         self.device = device if index else kind
-        self.inputs = [node.name for node in self.session.get_inputs()]
+        self._torch_device = torch.device("cuda", int(index or 0)) if kind in ("cuda", "tensorrt") else None
+        self.inputs = {node.name: node.type for node in self.session.get_inputs()}
+        self.outputs = {node.name: node for node in self.session.get_outputs()}
+
+    def _check_placement(self, provider: str, kind: str) -> None:
+        """Refuse a session that would run the expensive operators somewhere else than asked."""
+        allowed = {name for name, _ in _chain(kind, "")} if kind != "cpu" else {provider}
+        for part in self.session.get_provider_graph_assignment_info():
+            strays = [node.op_type for node in part.get_nodes() if node.op_type in HEAVY]
+            if strays and part.ep_name not in allowed:
+                raise EngineUnavailableError(
+                    f"asked ONNX Runtime for {provider}, it would run {strays[0]} on {part.ep_name}; "
+                    f"ask for device='cpu' to run everything there"
+                )
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
         feed = {"frames": frames} if y is None else {"frames": frames, "classes": y}
-        maps, scores = self.session.run(["map", "score"], feed)
-        return maps, scores
+        if self._torch_device is None:
+            maps, scores = self.session.run(["map", "score"], feed)
+            return maps, scores
+        on_gpu = {name: torch.from_numpy(array).to(self._torch_device) for name, array in feed.items()}
+        bound = self.run_bound(on_gpu)
+        return bound["map"].cpu().numpy(), bound["score"].cpu().numpy()
+
+    def run_bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run on tensors where they are, without a copy: on the GPU for GPU providers, otherwise on the CPU.
+
+        Raises:
+            FrameError: an input is missing, or is not contiguous, of the graph's type, and on one device.
+        """
+        if set(inputs) != set(self.inputs):
+            raise FrameError(f"inputs are {', '.join(self.inputs)}, got {', '.join(inputs)}")
+        device = self._torch_device or torch.device("cpu")
+        for name, tensor in inputs.items():
+            wanted = TORCH_TYPES[self.inputs[name]]
+            if tensor.dtype != wanted or tensor.device != device or not tensor.is_contiguous():
+                raise FrameError(
+                    f"{name} must be contiguous {wanted} on {device}, got {tensor.dtype} on {tensor.device}"
+                )
+        batch = len(next(iter(inputs.values())))
+        binding = self.session.io_binding()
+        results = {}
+        for name, tensor in inputs.items():
+            binding.bind_input(name, device.type, device.index or 0, _numpy_type(tensor), tensor.shape,
+                               tensor.data_ptr())  # fmt: skip
+        for name, node in self.outputs.items():
+            shape = (batch, *node.shape[1:])
+            out = results[name] = torch.empty(shape, dtype=TORCH_TYPES[node.type], device=device)
+            binding.bind_output(name, device.type, device.index or 0, _numpy_type(out), shape, out.data_ptr())
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # ONNX Runtime works on a stream of its own
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return results
+
+
+def check_external_data(path: Path, files: Collection[str] | None = None) -> None:
+    """Refuse a graph whose external data is not a plain file beside it that holds all that the graph takes from it.
+
+    Args:
+        path: the ONNX file; only the graph is read.
+        files: names that are acceptable; None for any.
+
+    Raises:
+        BundleError: no ONNX file, an absolute path, `..`, a sub-folder, a link, an unlisted file, or past the end.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf has several, and a message that is none of them must not escape either
+        raise BundleError(f"{path}: not an ONNX file: {_line(error)}") from None
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location, where = entries.get("location", ""), f"{path}: external data of {tensor.name!r}"
+        if not location or location in (".", "..") or any(c in location for c in "/\\:\0"):
+            raise BundleError(f"{where} is at {location!r}; expected the name of a file in the same folder")
+        data = path.parent / location
+        if data.is_symlink() or not data.is_file():
+            raise BundleError(f"{where}: {data} is missing, or a link; export the bundle again")
+        if files is not None and location not in files:
+            raise BundleError(f"{where} is in {location!r}, which the manifest does not list; export the bundle again")
+        offset, length = (_count(entries.get(key, "0"), where) for key in ("offset", "length"))
+        size = data.stat().st_size
+        if offset + length > size or (offset and offset >= size):
+            raise BundleError(f"{where}: bytes {offset} to {offset + length} of a file of {size} bytes; it is cut off")
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def _count(text: str, where: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise BundleError(f"{where}: {text!r} is no offset or length")
+    return int(text)
+
+
+def _chain(kind: str, index: str) -> list[tuple[str, dict[str, Any]]]:
+    """The providers for a device kind, best first; CUDA takes what TensorRT leaves."""
+    place = {"device_id": int(index)} if index else {}
+    exact = {"use_tf32": 0}
+    if kind == "cuda":
+        return [(PROVIDERS["cuda"], place | exact)]
+    if kind == "tensorrt":
+        return [(PROVIDERS["tensorrt"], place), (PROVIDERS["cuda"], place | exact)]
+    return [(PROVIDERS[kind], place)]
+
+
+def _failures(errors: Any) -> tuple[type[Exception], ...]:
+    """ONNX Runtime's own exceptions, which share no base but Exception."""
+    return tuple(e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception))
+
+
+def _numpy_type(tensor: Tensor) -> type:
+    return {torch.float32: np.float32, torch.uint8: np.uint8, torch.int64: np.int64}[tensor.dtype]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,104 @@
+"""Figures of a record as PNG: FPS against memory, ladder, latency distribution, roofline."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from flowad_fast.benchmarks import paper, report  # noqa: E402
+from flowad_fast.benchmarks.memory import footprint  # noqa: E402
+
+COLOURS = {"density": "#c1440e", "inversion": "#1f6f8b", "reconstruction": "#3d8f5f"}
+
+
+def draw(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write every figure that the record has data for; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in record["cases"] if row["status"] == "ok"]
+    if not rows:
+        return []
+    made = [
+        _save(folder / "fps_memory.png", lambda a: _fps_memory(a, rows), record),
+        _save(folder / "latency.png", lambda a: _latency(a, rows), record),
+    ]
+    if any(row["roof"] for row in rows):
+        made.append(_save(folder / "roofline.png", lambda a: _roofline(a, rows, record["roofs"]), record))
+    if any(row.get("rung") is not None for row in rows):
+        made.append(_save(folder / "ladder.png", lambda a: _ladder(a, record["cases"]), record))
+    return made
+
+
+def _save(path: Path, fill: Any, record: dict[str, Any]) -> Path:
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    fill(axes)
+    axes.set_title(f"{record['preset']} · {report.where(record)}", fontsize=8, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _label(row: dict[str, Any]) -> str:
+    probes = f" K={row['probes']}" if row["probes"] else ""
+    ops = "" if row["ops"] == "reference" else f" {row['ops']}"
+    return f"{row['scorer']}{probes} {row['engine']}{ops} {row['precision']} b{row['batch']}"
+
+
+def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        memory = footprint(row["memory_mb"])
+        if memory is None:
+            continue
+        marker = "x" if row["engine"] == "reference" else "o"
+        axes.plot(memory / 1e3, row["fps"], marker, color=COLOURS[row["scorer"]], ms=7)
+        axes.annotate(_label(row), (memory / 1e3, row["fps"]), xytext=(6, 4), textcoords="offset points", fontsize=7)
+    for method in paper.FLOWAD.values():
+        assert method.memory_gb is not None, "FlowAD's rows have a memory figure"
+        axes.plot(method.memory_gb, method.fps, "D", mfc="none", color="#777")
+        axes.annotate(
+            f"{method.name}, paper, reported (H100)", (method.memory_gb, method.fps), xytext=(6, -10),
+            textcoords="offset points", fontsize=7, color="#777",
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="memory, GB", ylabel="frames a second")
+
+
+def _latency(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.boxplot(
+        [row["latency_ms"]["raw"] for row in rows], orientation="horizontal", whis=(0, 90), widths=0.6,
+        tick_labels=[f"{_label(row)} (n={row['latency_ms']['n']})" for row in rows],
+    )  # fmt: skip
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="latency, ms a call: box quartiles, whiskers minimum and p90, circles beyond")
+
+
+def _roofline(axes: Axes, rows: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
+    shown = [row for row in rows if row["roof"]]
+    places = range(len(shown))
+    axes.barh(places, [row["latency_ms"]["p50"] for row in shown], color="#ddd", label="row, p50")
+    axes.barh(places, [row["roof"]["gemm_ms"] for row in shown], color="#1f6f8b", label="its matrix products alone")
+    axes.set_yticks(places, [f"{_label(row)}: {row['roof']['share']:.0%}" for row in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8)
+    axes.set(xscale="log", xlabel=f"ms a call; copy bandwidth {roofs['copy_gb_s']} GB/s")
+
+
+def _ladder(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    rungs = [row for row in rows if row.get("rung") is not None]
+    names = [f"{row['rung']} {row['rung_name']}" for row in rungs]
+    for place, row in enumerate(rungs):
+        if row["status"] != "ok":
+            axes.annotate(row["status"], (0, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
+            continue
+        axes.barh(place, row["fps"], color=COLOURS[row["scorer"]])
+        error = (row["parity"] or {}).get("max_error")
+        note = f"{row['fps']:.2f} FPS" + (f", map error {error:.0e}" if error is not None else "")
+        axes.annotate(note, (row["fps"], place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_yticks(range(len(rungs)), names, fontsize=8)
+    axes.margins(x=0.3)
+    axes.invert_yaxis()
+    axes.set(xlabel="frames a second")

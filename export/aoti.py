@@ -1,0 +1,73 @@
+"""The scoring pipeline as an AOTInductor package (`.pt2`): machine code that runs without Python, from C++ as well."""
+
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowad_fast.config import Precision
+from flowad_fast.decision import Aggregate
+from flowad_fast.engines.inductor import PORTABLE, cpp_compiler, target
+from flowad_fast.export.graph import boundary
+from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import arithmetic, check_precision
+from flowad_fast.scorers import Scorer
+
+
+def write(
+    path: Path,
+    model: FlowModel,
+    scorer: Scorer,
+    aggregate: Aggregate,
+    frame_size: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+) -> dict[str, int | str]:
+    """Compile to `path` (`.pt2`) for a device of this machine; batch and (with `frame_size` None) frame size stay free.
+
+    Returns:
+        What the package depends on, see `engines.inductor.target`. The same, and what a C++ caller must know about the
+        inputs, is in the package's own metadata.
+
+    Raises:
+        EngineUnavailableError: no C++ compiler, or a precision that the device does not have.
+    """
+    compiler = cpp_compiler()
+    chosen = torch.device(device)
+    check_precision(precision, chosen)
+    edge = boundary(model, scorer, aggregate, frame_size, precision)
+    assert isinstance(edge.module, ScoringPipeline), "the boundary of frames is a scoring pipeline"
+    edge = replace(edge, module=edge.module.on(chosen), example=tuple(tensor.to(chosen) for tensor in edge.example))
+    facts = target(chosen)
+    size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"
+    inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(model.config.num_classes)}
+    metadata = facts | inputs | {"precision": precision, "torch": torch.__version__}
+    options: dict[str, Any] = {
+        # Otherwise the thread count of this machine is compiled in.
+        "cpp.dynamic_threads": True,
+        # Precompiled headers would be kept for a compiler that is used once.
+        "aot_inductor.precompile_headers": False,
+        "aot_inductor.metadata": {f"flowad.{key}": value for key, value in metadata.items()},
+    }
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        if facts["cpu"] == PORTABLE:
+            options |= _portable(compiler, Path(folder))
+        with arithmetic(precision, chosen):
+            torch._inductor.aoti_compile_and_package(edge.trace(), package_path=str(path), inductor_configs=options)
+    return dict(facts)
+
+
+def _portable(compiler: str, folder: Path) -> dict[str, Any]:
+    """Options that compile for `PORTABLE`.
+
+    Inductor always passes -march=native, which would tie the package to this very processor; the last -march wins.
+    """
+    wrapper = folder / Path(compiler).name
+    wrapper.write_text(f'#!/bin/sh\nexec "{compiler}" "$@" -march={PORTABLE}\n', encoding="utf-8")
+    wrapper.chmod(0o755)
+    return {"cpp.cxx": (None, str(wrapper)), "cpp.simdlen": 256}

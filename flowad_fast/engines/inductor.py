@@ -1,0 +1,156 @@
+"""The Inductor engines: the pipeline compiled in this process, or a package compiled ahead of time (`.pt2`)."""
+
+import platform
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowad_fast.bundle import Artefact
+from flowad_fast.engines.eager import torch_device
+from flowad_fast.errors import BundleError, EngineUnavailableError
+from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import arithmetic, check_precision
+
+PORTABLE = "x86-64-v3"
+"""Instruction set of packages for x86-64: AVX2 and FMA, every server and desktop processor since about 2015."""
+
+
+class InductorEngine:
+    """Runs a `ScoringPipeline` through torch.compile, with symbolic batch and frame size.
+
+    Safe from many threads: a lock lets one call in at a time, since the first call of a kind compiles. A batch of one
+    is a kind of its own, and so are frames of the model's own size. Compilation never falls back to eager: what cannot
+    be compiled is an error.
+    """
+
+    name = "compile"
+
+    def __init__(
+        self,
+        pipeline: ScoringPipeline,
+        device: str = "auto",
+        mode: Literal["default", "max-autotune-no-cudagraphs"] = "default",
+    ) -> None:
+        self._device = torch_device(device)
+        check_precision(pipeline.precision, self._device)
+        if self._device.type == "cpu":
+            cpp_compiler()
+        self.device = str(self._device)
+        self.pipeline = pipeline.on(self._device)
+        self._compiled = torch.compile(self.pipeline, dynamic=True, fullgraph=True, mode=mode)
+        self._lock = threading.Lock()
+
+    def prepare(self, size: tuple[int, int], y: int | None = None) -> float:
+        """Compile now for frames of this height and width, which the first calls would pay for otherwise.
+
+        Args:
+            size: height and width.
+            y: any class index of a conditional model, None for an unconditional one.
+
+        Returns:
+            Seconds that it took.
+        """
+        start = time.perf_counter()
+        for batch in (1, 2):
+            frames = np.random.RandomState(0).randint(0, 256, (batch, *size, 3)).astype(np.uint8)
+            self.run(frames, None if y is None else np.full(batch, y))
+        return time.perf_counter() - start
+
+    def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`."""
+        with self._lock, torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
+            maps, scores = self._compiled(*_inputs(frames, y, self._device))
+        return maps.cpu().numpy(), scores.cpu().numpy()
+
+
+class AotInductorEngine:
+    """Runs `model.pt2` of a bundle, without this project's model code and without compiling.
+
+    Safe from many threads: the package's runtime lets one call in at a time.
+    """
+
+    name = "inductor"
+
+    def __init__(self, path: Path, artefact: Artefact, device: str = "auto") -> None:
+        built_for = str(artefact.details.get("device"))
+        self._device = torch_device(built_for if device == "auto" else device)
+        self.device = str(self._device)
+        self._precision = artefact.precision
+        check_fit(path, artefact, self._device)
+        index = self._device.index if self._device.index is not None else -1
+        # torch's own aoti_load_package test-compiles C++ to compare processors, so it needs a compiler and seconds.
+        try:
+            self._package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0][:300]
+            raise BundleError(f"{path}: torch {torch.__version__} refuses the package: {why}") from None
+
+    def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine`."""
+        with torch.inference_mode(), arithmetic(self._precision, self._device):
+            maps, scores = self._package.boxed_run(list(_inputs(frames, y, self._device)))
+        return maps.cpu().numpy(), scores.cpu().numpy()
+
+
+def check_fit(path: Path, artefact: Artefact, device: torch.device) -> None:
+    """Refuse a package that was not compiled for this device, machine and torch; it is machine code.
+
+    Raises:
+        EngineUnavailableError: what was expected, what was found, and the command that rebuilds it.
+    """
+    here = target(device)
+    built = {key: artefact.details.get(key) for key in here} | {"torch": artefact.versions.get("torch")}
+    here["torch"] = torch.__version__
+    wrong = [f"{key} {built[key]}, here is {here[key]}" for key in here if built[key] != here[key]]
+    if wrong:
+        raise EngineUnavailableError(
+            f"{path}: compiled for {'; '.join(wrong)}; compile it here: "
+            f"flowad-export CHECKPOINT --format aoti --device {device.type}"
+        )
+
+
+def target(device: torch.device) -> dict[str, str]:
+    """What a package for `device` depends on: the kind of device, the machine, its instruction set, the GPU.
+
+    x86-64 packages are compiled for `PORTABLE`. Elsewhere the compiler takes what the machine has, and only the
+    capability that torch reports is known.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    portable = platform.machine() == "x86_64" and capability not in ("DEFAULT", "NO AVX")
+    facts = {
+        "device": device.type,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": PORTABLE if portable else f"native, {capability}",
+    }
+    if device.type == "cuda":
+        facts["gpu"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return facts
+
+
+def cpp_compiler() -> str:
+    """The path of the C++ compiler that Inductor calls.
+
+    Raises:
+        EngineUnavailableError: there is none.
+    """
+    import torch._inductor.config
+
+    names = [name for name in torch._inductor.config.cpp.cxx if name]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise EngineUnavailableError(
+            f"Inductor needs a C++ compiler and finds no {' or '.join(names)}; install one (Debian: apt-get install "
+            "g++), or set CXX to its path"
+        )
+    return found
+
+
+def _inputs(frames: np.ndarray, y: np.ndarray | None, device: torch.device) -> tuple[Tensor, ...]:
+    arrays = (frames,) if y is None else (frames, y)
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)

@@ -1,0 +1,193 @@
+"""What a scorer costs: bytes and operations of each operator, and the time that a GPU's roofs allow. No torch.
+
+The account is of the algorithm as the fused path runs it: every operand read and every result written once a call,
+weights once for the primal and once for the tangents. It leaves out the backbone, launches, and what caches save; a
+prediction is therefore a limit to hold a measurement against, not a measurement.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "fp8")
+_STATE = 4
+"""Bytes of a value of the integrator's state."""
+_ROW_FLOPS = 10
+"""Operations an element of a row operator, roughly: far below what its bytes cost."""
+
+
+@dataclass(frozen=True)
+class VelocityShape:
+    """Sizes of a velocity field and its frames; the default is the paper's.
+
+    `hidden` D, `mlp` the MLP's width, `tokens` N, `channels` C of a token (p² times the features' for patch size p),
+    `image` the side of the upsampled map in pixels.
+    """
+
+    hidden: int = 2048
+    depth: int = 16
+    heads: int = 8
+    tokens: int = 256
+    channels: int = 272
+    mlp: int = 8192
+    image: int = 256
+
+    @property
+    def weights(self) -> int:
+        """Parameters that every evaluation reads, biases included; the modulation table has replaced adaLN."""
+        d, blocks = self.hidden, self.depth
+        block = 4 * d * d + 2 * d * self.mlp + 5 * d + self.mlp
+        return blocks * block + self.channels * d + self.tokens * d + d * self.channels + self.channels
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One operator's share of a whole batch: all its calls together.
+
+    `flops` counts a multiply-add as two and runs at the roof named by `precision`; `bytes` is traffic to and from
+    memory.
+    """
+
+    operator: str
+    calls: int
+    flops: float
+    bytes: float
+    precision: Precision
+
+    def seconds(self, roofs: "Roofs") -> float:
+        """The time that the tighter of the two roofs allows."""
+        return max(self.flops / roofs.flops[self.precision], self.bytes / roofs.bytes)
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a GPU can do: bytes/s, FLOP/s by precision, and where the figures are from."""
+
+    name: str
+    source: str
+    bytes: float
+    flops: Mapping[Precision, float] = field(hash=False)
+
+
+H100 = Roofs(
+    name="H100 SXM",
+    source="bf16 and fp8 as measured by others on random data (989 and 1979 on paper); fp32, tf32, memory nominal",
+    bytes=3.35e12,
+    flops=MappingProxyType({"fp32": 67e12, "tf32": 495e12, "bf16": 790e12, "fp16": 790e12, "fp8": 1500e12}),
+)
+
+
+def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: Precision) -> list[OpCost]:
+    """The operators of one scorer on one batch, from features to map and score.
+
+    Args:
+        shape: the velocity field.
+        batch: frames.
+        nfe: function evaluations, which is the number of steps.
+        probes: K tangents for density; 0 for inversion and reconstruction.
+        precision: of the network; fp8 quantises the blocks' linear layers and keeps the rest in bfloat16.
+
+    Returns:
+        Operators in the order of their first call.
+
+    Raises:
+        ValueError: an unknown precision, or a count that is not positive (probes: negative).
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"got precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if min(batch, nfe) < 1 or probes < 0:
+        raise ValueError(f"got batch {batch}, nfe {nfe}, probes {probes}; batch and nfe start at 1, probes at 0")
+    d, n, c, streams = shape.hidden, shape.tokens, shape.channels, 1 + probes
+    rows = batch * n
+    quantised = precision == "fp8"
+    plain: Precision = "bf16" if quantised else precision
+    value = 4 if precision in ("fp32", "tf32") else 2
+    dual = "_dual" if probes else ""
+    suffix = dual + ("_fp8" if quantised else "")
+
+    def linear(name: str, width: int, out: int, calls: int, kind: Precision) -> OpCost:
+        each = 1 if kind == "fp8" else value
+        moved = streams * rows * (width * each + out * value) + min(streams, 2) * width * out * each
+        return OpCost(name, calls, calls * streams * 2 * rows * width * out, calls * moved, kind)
+
+    def rowwise(name: str, read: int, written: int, calls: int, to_fp8: int = 0) -> OpCost:
+        """A row operator that reads `read` and writes `written` values a row; of these `to_fp8` are fp8 and scaled."""
+        each = value * (read + written - to_fp8) + (to_fp8 + 4 if to_fp8 else 0)
+        elements = calls * streams * rows * written
+        return OpCost(name, calls, _ROW_FLOPS * elements, calls * streams * rows * each, "fp32")
+
+    evaluations = nfe * shape.depth
+    heads = batch * n * n * d
+    costs = [
+        OpCost("pyramid_gather", 1, 4 * rows * c, rows * c * (4 * value + _STATE), "fp32"),
+        linear("linear embed", c, d, nfe, plain),
+        rowwise("ln_modulate" + suffix, d, d, nfe, d * quantised),
+        linear("linear qkv", d, 3 * d, evaluations, precision),
+        OpCost("attention", evaluations, evaluations * 4 * heads, evaluations * rows * 4 * d * value, plain),
+    ]
+    if probes:
+        # Each tangent: five products; reads q, k, v and their tangents, writes dO.
+        costs.append(
+            OpCost(
+                "attention_dual",
+                evaluations,
+                evaluations * probes * 10 * heads,
+                evaluations * probes * rows * 7 * d * value,
+                plain,
+            )
+        )
+    if quantised:
+        costs.append(rowwise("quantise_rows", d, d, evaluations, d))
+    # The last one feeds the final linear layer, which is not quantised.
+    costs += [
+        linear("linear proj", d, d, evaluations, precision),
+        rowwise("gate_residual_ln_modulate" + suffix, 2 * d, 2 * d, 2 * evaluations - nfe, d * quantised),
+        linear("linear fc1", d, shape.mlp, evaluations, precision),
+        rowwise("gelu_tanh" + suffix, shape.mlp, shape.mlp, evaluations, shape.mlp * quantised),
+        linear("linear fc2", shape.mlp, d, evaluations, precision),
+        rowwise("gate_residual_ln_modulate" + dual + " final", 2 * d, 2 * d, nfe),
+        linear("linear final", d, c, nfe, plain),
+    ]
+    if probes:
+        costs += [
+            OpCost("divergence", nfe, nfe * probes * rows * 2 * c, nfe * probes * (rows * value + n * 4) * c, "fp32"),
+            OpCost("affine_step", nfe, nfe * 3 * rows * c, nfe * rows * c * (2 * _STATE + value), "fp32"),
+        ]
+    else:
+        steps = nfe - 1
+        costs += [
+            OpCost("affine_step", steps, steps * 3 * rows * c, steps * rows * c * (2 * _STATE + value), "fp32"),
+            OpCost("affine_error_map", 1, 5 * rows * c, rows * (c * (_STATE + value) + 4), "fp32"),
+        ]
+    pixels = batch * shape.image**2
+    costs.append(OpCost("upsample_score", 1, 12 * pixels, 4 * (rows + pixels), "fp32"))
+    return costs
+
+
+def predicted_seconds(costs: list[OpCost], roofs: Roofs) -> float:
+    """The time that the roofs allow for a batch, operators one after the other."""
+    return sum(cost.seconds(roofs) for cost in costs)
+
+
+def table(costs: list[OpCost], roofs: Roofs, batch: int) -> str:
+    """A Markdown table of an account, with the predicted time of the batch and the frames a second that it allows."""
+    total = predicted_seconds(costs, roofs)
+    lines = [
+        "| operator | calls | GFLOP | MB | bound by | ms | share |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for cost in costs:
+        seconds = cost.seconds(roofs)
+        bound = "memory" if cost.bytes / roofs.bytes >= seconds else f"{cost.precision} arithmetic"
+        lines.append(
+            f"| {cost.operator} | {cost.calls} | {cost.flops / 1e9:.1f} | {cost.bytes / 1e6:.1f} | {bound} "
+            f"| {seconds * 1e3:.3f} | {seconds / total:.1%} |"
+        )
+    flops, moved = sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
+    lines.append(f"| total | | {flops / 1e9:.1f} | {moved / 1e6:.1f} | | {total * 1e3:.3f} | |")
+    lines.append(
+        f"\n{roofs.name} ({roofs.source}): at most {batch / total:.0f} frames/s, predicted from roofs, not measured."
+    )
+    return "\n".join(lines)

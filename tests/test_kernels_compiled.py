@@ -1,0 +1,262 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not here, as launched at paper scale.
+
+Launchers run on tensors without storage and their launches are recorded; Triton then compiles each for a target, and
+the binary's own resource table is read: a kernel that spills registers fails.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import identify_mutated_tensors
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flowad_fast.kernels import (
+    affine_step,
+    attention_dual,
+    fused,
+    gate_residual_ln_modulate,
+    gelu_tanh,
+    ln_modulate,
+    pyramid_gather,
+    quantise_rows,
+    upsample_score,
+)
+from flowad_fast.kernels.attention_dual import MAX_KEYS
+
+MODULES = (
+    affine_step,
+    attention_dual,
+    gate_residual_ln_modulate,
+    gelu_tanh,
+    ln_modulate,
+    pyramid_gather,
+    quantise_rows,
+    upsample_score,
+)
+B, N, C, D, K = 32, 256, 272, 2048, 10
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv"}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What bounds the programs that one multiprocessor holds at once."""
+
+    capability: int
+    warps: int
+    programs: int
+    shared: int
+    shared_each: int
+    registers: int = 65536
+
+
+CHIPS = {
+    "sm_90": Chip(90, warps=64, programs=32, shared=228 << 10, shared_each=227 << 10),
+    "sm_89": Chip(89, warps=48, programs=24, shared=100 << 10, shared_each=99 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: triton.JITFunction
+    arguments: tuple
+    options: dict
+
+    def values(self) -> dict[str, object]:
+        """The kernel's arguments by name."""
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.arguments, strict=False)) | {k: v for k, v in self.options.items() if k in names}
+        assert set(values) == set(names)
+        return values
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _mods(count: int) -> list[Tensor]:
+    return list(_empty(B, 6, D).unsqueeze(-2).unbind(1)[:count])
+
+
+def _heads(*lead: int, heads: int = 8, tokens: int = N) -> list[Tensor]:
+    parts = _empty(*lead, tokens, 3 * D).chunk(3, -1)
+    return [part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in parts]
+
+
+def _stream(*lead: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return _empty(*lead, B, N, D, dtype=dtype)
+
+
+def _row_calls(suffix: str) -> dict[str, Callable[[], object]]:
+    """The operators that exist plain and quantising, under names that end in `suffix`."""
+    x, dx = partial(_stream), partial(_stream, K)
+    mlp, dmlp = partial(_empty, B, N, 4 * D), partial(_empty, K, B, N, 4 * D)
+
+    def call(name: str, mods: int, *tensors: Callable[[], Tensor]) -> tuple[str, Callable[[], object]]:
+        return name + suffix, lambda: getattr(fused, name + suffix)(*(make() for make in tensors), *_mods(mods))
+
+    return dict(
+        [
+            call("ln_modulate", 2, x),
+            call("ln_modulate_dual", 2, x, dx),
+            call("gate_residual_ln_modulate", 3, x, x),
+            call("gate_residual_ln_modulate_dual", 3, x, dx, x, dx),
+            call("gelu_tanh", 0, mlp),
+            call("gelu_tanh_dual", 0, mlp, dmlp),
+        ]
+    )
+
+
+def _calls() -> dict[str, Callable[[], object]]:
+    f32 = torch.float32
+    calls: dict[str, Callable[[], object]] = {
+        "affine_step": lambda: fused.affine_step(_empty(B, N, C, dtype=f32), _empty(B, N, C), 1.0, -1 / 3),
+        "affine_step_error": lambda: fused.affine_step_error(
+            _empty(B, N, C, dtype=f32), _empty(B, N, C), 1.0, -1 / 3, _empty(B, N, C, dtype=f32)
+        ),
+        "affine_error_map": lambda: fused.affine_error_map(_empty(B, N, C, dtype=f32), _empty(B, N, C), 1.0, -1 / 3),
+        "attention_dual": lambda: fused.attention_dual(*_heads(B), *_heads(K, B)),
+        "attention_dual-d64": lambda: fused.attention_dual(*_heads(B, heads=32), *_heads(K, B, heads=32)),
+        "attention_dual-longest": lambda: fused.attention_dual(
+            *_heads(B, tokens=MAX_KEYS), *_heads(K, B, tokens=MAX_KEYS)
+        ),
+        "quantise_rows": lambda: fused.quantise_rows(_stream()),
+        "quantise_rows-mlp": lambda: fused.quantise_rows(_empty(B, N, 4 * D)),
+        "pyramid_gather": lambda: fused.pyramid_gather(
+            [_empty(B, c, 16 * s, 16 * s) for c, s in ((24, 8), (32, 4), (56, 2), (160, 1))], f32
+        ),
+        "pyramid_gather-channels-last": lambda: fused.pyramid_gather(
+            [
+                _empty(B, c, 16 * s, 16 * s).contiguous(memory_format=torch.channels_last)
+                for c, s in ((24, 8), (32, 4), (56, 2), (160, 1))
+            ],
+            f32,
+        ),
+        "upsample_score": lambda: fused.upsample_score(_empty(B, 16, 16, dtype=f32), 256),
+        "ln_modulate-fp32": lambda: fused.ln_modulate(_stream(dtype=f32), *_mods(2), torch.bfloat16),
+        "gate_residual_ln_modulate-fp32": lambda: fused.gate_residual_ln_modulate(
+            _stream(dtype=f32), _stream(), *_mods(3), torch.bfloat16
+        ),
+        "gate_residual_ln_modulate_dual-fp32": lambda: fused.gate_residual_ln_modulate_dual(
+            _stream(dtype=f32), _stream(K, dtype=f32), _stream(), _stream(K), *_mods(3), torch.bfloat16
+        ),
+    }
+    return calls | _row_calls("") | _row_calls("_fp8")
+
+
+CALLS = _calls()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Launches that operators make on tensors without storage."""
+    recorded: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: triton.JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple) -> Callable[..., None]:
+            assert all(size > 0 for size in grid)
+            return lambda *args, **options: recorded.append(Launch(self.kernel, args, options))
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "wrap_triton", Recorder)
+        monkeypatch.setattr(module, "runs_triton", lambda x: True)
+    yield recorded
+
+
+def _compile(launch: Launch, chip: Chip) -> triton.compiler.CompiledKernel:
+    """Compile a launch as Triton's own launcher would specialise it."""
+    kernel = launch.kernel
+    names, values = kernel.arg_names, launch.values()
+    signature, constants, attributes = {}, {}, {}
+    declared = {p.name for p in kernel.params if p.is_constexpr}
+    for i, name in enumerate(names):
+        value = values[name]
+        if name in declared or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = NAMES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {k: v for k, v in launch.options.items() if k not in names}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=options)
+
+
+def _resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers, stack, shared and local memory of a binary, by the disassembler that Triton brings."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    assert found.keys() == {"REG", "STACK", "SHARED", "LOCAL"}, text
+    return found
+
+
+def _occupancy(registers: int, shared: int, warps: int, chip: Chip) -> float:
+    """The share of a multiprocessor's warps that are resident, as far as resources bound it."""
+    by_registers = chip.registers // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = chip.shared // (-(-(shared + 1024) // 128) * 128)
+    programs = min(chip.programs, chip.warps // warps, by_registers, by_shared)
+    return programs * warps / chip.warps
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("target", CHIPS)
+def test_compiles_without_spills(name: str, target: str, launches: list[Launch], tmp_path: Path) -> None:
+    chip = CHIPS[target]
+    CALLS[name]()
+    assert len(launches) == 1
+    for launch in launches:
+        compiled = _compile(launch, chip)
+        used = _resources(compiled.asm["cubin"], tmp_path)
+        shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+        occupancy = _occupancy(used["REG"], shared, warps, chip)
+        print(
+            f"{target} {name} {launch.kernel.__name__}: {used['REG']} registers, {shared} B shared, {warps} warps, "
+            f"occupancy {occupancy:.0%}"
+        )
+        assert used["STACK"] == used["LOCAL"] == 0, f"registers spill: {used}"
+        assert shared <= chip.shared_each, "the program does not fit a multiprocessor's shared memory"
+        assert occupancy > 0
+
+
+class _Driver:
+    """What Triton asks of a GPU driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compilers_see_what_a_kernel_writes(name: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's analysis finds exactly the results: it would copy whatever else it took for written."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    results = CALLS[name]()
+    stored = {t.untyped_storage()._cdata for t in (results if isinstance(results, tuple) else (results,))}
+    (launch,) = launches
+    values = launch.values()
+    written = [n for n, v in values.items() if isinstance(v, Tensor) and v.untyped_storage()._cdata in stored]
+    assert written
+    assert set(identify_mutated_tensors(launch.kernel, values, {})) == set(written)
+
+
+def test_every_operator_is_compiled() -> None:
+    compiled = {name.split("-")[0] for name in CALLS}
+    assert compiled == set(fused.__all__) - {"attention", "layer_norm", "upsample"}

@@ -1,0 +1,55 @@
+"""Every Triton kernel against the reference, without a GPU: one process runs all cases in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_cases
+import pytest
+from kernel_cases import CASES, DTYPES
+
+from flowad_fast.kernels import fused, reference
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    script = Path(__file__).with_name("kernel_interpreter.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_equals_reference(case: kernel_cases.Case, dtype: str, measured: dict) -> None:
+    result = measured["cases"][f"{case}-{dtype}"]
+    takes_reference = case.operator == "attention_dual" and dtype == "fp32"
+    assert result["launches"] == (0 if takes_reference else 1)
+    kernel_cases.check(result["entries"])
+
+
+def test_nan_reaches_the_results(measured: dict) -> None:
+    assert measured["poisoned"] and all(measured["poisoned"].values()), measured["poisoned"]
+
+
+def test_every_operator_has_a_case() -> None:
+    own = {name for name in fused.__all__ if getattr(fused, name) is not getattr(reference, name)}
+    assert own == {case.operator for case in CASES}
+    assert {name for name in fused.__all__ if name not in own} == {"attention", "layer_norm", "upsample"}
+
+
+def test_fused_and_reference_are_interchangeable() -> None:
+    public = {
+        name
+        for name, value in vars(reference).items()
+        if callable(value) and value.__module__ == reference.__name__ and not name.startswith("_")
+    }
+    assert public == set(fused.__all__)

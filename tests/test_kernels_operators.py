@@ -1,0 +1,150 @@
+"""The operators' registrations: schemas and fakes are right, and compile and export see through or around them."""
+
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import CASES, Draw
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from flowad_fast.kernels import fused, launch, reference
+from flowad_fast.kernels.attention_dual import attention_dual, has_kernel
+
+FIRST = list({case.operator: case for case in CASES}.values())
+
+
+def _leaves(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _same(got: object, expected: object) -> None:
+    got, expected = _leaves(got), _leaves(expected)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_registration(case: kernel_cases.Case) -> None:
+    args = case.make(Draw(torch.float32))
+    torch.library.opcheck(getattr(torch.ops.flowad, case.operator).default, args)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_cpu_runs_the_reference(case: kernel_cases.Case) -> None:
+    args = case.make(Draw(torch.bfloat16))
+    _same(getattr(fused, case.operator)(*args), getattr(reference, case.operator)(*args))
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_fake_results_are_those_of_a_gpu(case: kernel_cases.Case) -> None:
+    """The launchers themselves, traced on GPU tensors without storage: one kernel, results like the reference's."""
+    args = case.make(Draw(torch.bfloat16))
+    expected = _leaves(getattr(reference, case.operator)(*args))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [
+            [_fake(a) for a in arg] if isinstance(arg, list) else _fake(arg) if isinstance(arg, Tensor) else arg
+            for arg in args
+        ]
+        launcher = getattr(fused, case.operator)._abstract_fn
+        graph = make_fx(lambda *args: launcher(*args))(*fakes)
+        got = _leaves(getattr(fused, case.operator)(*fakes))
+    kernels = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in node.name]
+    assert len(kernels) == 1
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.device.type == "cuda"
+
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
+class _Loop(nn.Module):
+    def forward(self, x: Tensor, v: Tensor, shift: Tensor, scale: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+        h = fused.gelu_tanh(fused.ln_modulate(v, shift, scale))
+        _, h = fused.gate_residual_ln_modulate(v, h, shift, shift, scale)
+        error = fused.affine_error_map(x, h, 1.0, -0.5)
+        return error, fused.upsample_score(maps, 32)[1]
+
+
+def _loop_inputs(batch: int) -> tuple[Tensor, ...]:
+    d = Draw(torch.float32)
+    return d(batch, 4, 24), d(batch, 4, 24), *d.table(1, 24)[:2], d(batch, 4, 4)
+
+
+def test_compile_sees_through() -> None:
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(inner: torch.fx.GraphModule, _: list) -> object:
+            seen.extend(str(node.target) for node in inner.graph.nodes if node.op == "call_function")
+            return inner
+
+        return aot_autograd(fw_compiler=keep)(graph, inputs)
+
+    with torch.no_grad():
+        inputs = _loop_inputs(3)
+        got = torch.compile(_Loop(), backend=backend, fullgraph=True)(*inputs)
+        torch.testing.assert_close(got, _Loop()(*inputs))
+    assert seen and not any("flowad" in name for name in seen), seen
+
+
+def test_compile_with_changing_batch() -> None:
+    compiled = torch.compile(_Loop(), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 5):
+            inputs = _loop_inputs(batch)
+            got, expected = compiled(*inputs), _Loop()(*inputs)
+            torch.testing.assert_close(got, expected)
+
+
+def test_export_keeps_operators_and_batch() -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    dynamic = {"x": {0: batch}, "v": {0: batch}, "shift": None, "scale": None, "maps": {0: batch}}
+    program = torch.export.export(_Loop(), _loop_inputs(3), dynamic_shapes=dynamic)
+    called = {str(node.target) for node in program.graph.nodes}
+    for name in ("ln_modulate", "gelu_tanh", "gate_residual_ln_modulate", "affine_error_map", "upsample_score"):
+        assert f"flowad.{name}.default" in called
+    inputs = _loop_inputs(5)
+    _same(program.module()(*inputs), _Loop()(*inputs))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers check their arguments as on a GPU."""
+    for module in ("affine_step", "attention_dual", "gelu_tanh", "ln_modulate", "pyramid_gather"):
+        monkeypatch.setattr(f"flowad_fast.kernels.{module}.runs_triton", lambda x: True)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_launchers_refuse_what_they_cannot_do() -> None:
+    d = Draw(torch.float32)
+    shift = d(1, 1, 24)
+    with pytest.raises(TypeError, match="float64.*convert it first"):
+        fused.ln_modulate(d(1, 2, 24).double(), shift, shift)
+    with pytest.raises(ValueError, match=r"contiguous.*\.contiguous\(\)"):
+        fused.ln_modulate(d(1, 24, 2).transpose(1, 2), shift, shift)
+    with pytest.raises(ValueError, match="must be equal"):
+        fused.affine_step(d(1, 2, 24), d(1, 3, 24), 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"tangents \(2, 3\) of \(1, 3\), expected \(K, 1, 3\)"):
+        fused.gelu_tanh_dual(d(1, 3), d(2, 3))
+    with pytest.raises(ValueError, match="even multiple"):
+        fused.pyramid_gather([d(1, 2, 9, 9), d(1, 2, 3, 3)])
+    with pytest.raises(ValueError, match="at most 4"):
+        fused.pyramid_gather([d(1, 2, 3, 3)] * 5)
+    q, dq = d(1, 1, 4, 8).half(), d(2, 1, 1, 4, 8).half()
+    with pytest.raises(TypeError, match="one element type"):
+        attention_dual(q, q, q, dq, dq, dq.float())
+
+
+def test_attention_dual_kernel_is_for_half_types_and_short_rows() -> None:
+    assert has_kernel(torch.bfloat16, 256) and has_kernel(torch.float16, 512)
+    assert not has_kernel(torch.float32, 256) and not has_kernel(torch.bfloat16, 513)
+
+
+def test_kernels_run_on_gpus_only() -> None:
+    assert not launch.runs_triton(torch.empty(0)) and not launch.runs_triton(torch.empty(0, device="meta"))
