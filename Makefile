@@ -5,11 +5,13 @@ BIN    := $(VENV)/bin
 BUILD  := build/check
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint wheel-test gpu-check clean
+.PHONY: help demo test slow fuzz lint wheel-test gpu-check clean
 
 help:
 	@echo "make demo        install, then the main job on real photos; writes demo-output/report.html"
 	@echo "make test        install, then all tests (GPU tests are reported as skipped without a GPU)"
+	@echo "make slow        the tests that take minutes and up to 24 GiB: models above 2 GB"
+	@echo "make fuzz        five minutes of fuzzing everything that is read from disk"
 	@echo "make lint        ruff, and mypy against the built wheel"
 	@echo "make wheel-test  the built wheel, used from outside the checkout"
 	@echo "make gpu-check   on a machine with a GPU: GPU tests and benchmarks, results as JSON, under 9 minutes"
@@ -32,6 +34,12 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python tests/fuzz/fuzz_readers.py --seconds 300 $(ARGS)
 
 # Type checkers do not see the package-dir mapping of an editable install, so mypy reads the unpacked wheel.
 $(BUILD)/site: $(VENV)/dev.stamp $(shell git ls-files -- '*.py' pyproject.toml 2>/dev/null)

@@ -85,6 +85,8 @@ def axes_of(preset: str, quick: bool = False) -> Preset:
         manifest = bundle.read(preset)[1]
         found = tuple(dict.fromkeys(a.engine for a in manifest.artefacts.values()))
         axes = Preset("a bundle", manifest.model, (manifest.scorer.kind,), found)
+    if axes is None and not Path(preset).is_file():
+        raise ConfigError(f"{preset!r} is no preset, bundle or checkpoint; {nearest(preset, PRESETS)}")
     axes = axes or Preset("a checkpoint", None)
     return replace(axes, engines=axes.engines[-1:], probes=axes.probes[:1]) if quick else axes
 
@@ -195,8 +197,6 @@ def load_model(case: Case) -> FlowModel:
         if eager is None:
             raise ConfigError(f"{folder}: comparing needs the model; export the bundle with the format eager as well")
         return load_checkpoint(folder / next(iter(eager.files)))
-    if preset is None and not Path(case.preset).is_file():
-        raise ConfigError(f"{case.preset!r} is no preset, bundle or checkpoint; {nearest(case.preset, PRESETS)}")
     return load_checkpoint(case.preset, case.config, case.backbone_weights)
 
 

@@ -25,7 +25,7 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
         _save(folder / "fps_memory.png", lambda a: _fps_memory(a, rows), record),
         _save(folder / "latency.png", lambda a: _latency(a, rows), record),
     ]
-    if any(row["roof"] for row in rows):
+    if any(row["prediction"] for row in rows):
         made.append(_save(folder / "roofline.png", lambda a: _roofline(a, rows, record["roofs"]), record))
     if any(row.get("rung") is not None for row in rows):
         made.append(_save(folder / "ladder.png", lambda a: _ladder(a, record["cases"]), record))
@@ -56,13 +56,17 @@ def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
         marker = "x" if row["engine"] == "reference" else "o"
         axes.plot(memory / 1e3, row["fps"], marker, color=COLOURS[row["scorer"]], ms=7)
         axes.annotate(_label(row), (memory / 1e3, row["fps"]), xytext=(6, 4), textcoords="offset points", fontsize=7)
+    points: dict[tuple[float, float], list[str]] = {}
     for method in paper.FLOWAD.values():
         assert method.memory_gb is not None, "FlowAD's rows have a memory figure"
-        axes.plot(method.memory_gb, method.fps, "D", mfc="none", color="#777")
+        points.setdefault((method.memory_gb, method.fps), []).append(str(method.scorer))
+    for point, names in points.items():
+        axes.plot(*point, "D", mfc="none", color="#777")
         axes.annotate(
-            f"{method.name}, paper, reported (H100)", (method.memory_gb, method.fps), xytext=(6, -10),
-            textcoords="offset points", fontsize=7, color="#777",
+            f"FlowAD {', '.join(names)}: paper, reported (H100)", point, xytext=(-8, -3), textcoords="offset points",
+            ha="right", fontsize=7, color="#777",
         )  # fmt: skip
+    axes.margins(0.15)
     axes.set(xscale="log", yscale="log", xlabel="memory, GB", ylabel="frames a second")
 
 
@@ -77,14 +81,24 @@ def _latency(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _roofline(axes: Axes, rows: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
-    shown = [row for row in rows if row["roof"]]
-    places = range(len(shown))
-    axes.barh(places, [row["latency_ms"]["p50"] for row in shown], color="#ddd", label="row, p50")
-    axes.barh(places, [row["roof"]["gemm_ms"] for row in shown], color="#1f6f8b", label="its matrix products alone")
-    axes.set_yticks(places, [f"{_label(row)}: {row['roof']['share']:.0%}" for row in shown], fontsize=7)
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
-    axes.set(xscale="log", xlabel=f"ms a call; copy bandwidth {roofs['copy_gb_s']} GB/s")
+    shown = [row for row in rows if row["prediction"]]
+    for row in shown:
+        work, moved = row["prediction"]["gflop"], row["prediction"]["gb"]
+        point = (work / moved, work / row["latency_ms"]["p50"])
+        axes.plot(*point, "x" if row["engine"] == "reference" else "o", color=COLOURS[row["scorer"]], ms=7)
+        axes.annotate(_label(row), point, xytext=(6, -3), textcoords="offset points", fontsize=7)
+    tops: dict[str, float] = {}
+    for gemm in roofs["gemm"]:
+        tops[gemm["precision"]] = max(tops.get(gemm["precision"], 0.0), gemm.get("tflop_s", 0.0))
+    low = min(row["prediction"]["gflop"] / row["prediction"]["gb"] for row in shown) / 3
+    high = max(row["prediction"]["gflop"] / row["prediction"]["gb"] for row in shown) * 10
+    for precision, top in tops.items():
+        if top:
+            ridge = 1e3 * top / roofs["copy_gb_s"]
+            xs = [min(low, ridge / 3), ridge, max(high, 3 * ridge)]
+            axes.plot(xs, [xs[0] * roofs["copy_gb_s"] / 1e3, top, top], color="#999", lw=1)
+            axes.annotate(f"{precision} products", (xs[2], top), ha="right", va="bottom", fontsize=7, color="#777")
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte (account)", ylabel="TFLOP/s")
 
 
 def _ladder(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -100,5 +114,5 @@ def _ladder(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.annotate(note, (row["fps"], place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(rungs)), names, fontsize=8)
     axes.margins(x=0.3)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rungs) - 0.4, -0.6)
     axes.set(xlabel="frames a second")

@@ -48,14 +48,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     ratios to the reference path are, since both sides of a pair met the same noise. `change` is new speed over old; a
     verdict needs the intervals of both runs to exclude 1, and a change above both runs' own spread.
     """
-    theirs = {row["name"]: row for row in old["cases"]}
-    lines = []
-    for row in new["cases"]:
-        before = theirs.get(row["name"])
-        if before is None:
-            continue
-        lines.append({"name": row["name"], **_change(before, row, _same_gpu(old, new))})
-    return lines
+    theirs = {(row["preset"], row["name"]): row for row in old["cases"]}
+    same_gpu = _same_gpu(old, new)
+    return [
+        {"name": row["name"], **_change(before, row, same_gpu)}
+        for row in new["cases"]
+        if (before := theirs.get((row["preset"], row["name"]))) and (same_gpu or row["engine"] != "reference")
+    ]
 
 
 def _same_gpu(old: dict[str, Any], new: dict[str, Any]) -> bool:

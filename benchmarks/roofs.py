@@ -117,7 +117,12 @@ def attach(cases: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
         costs = account(VelocityShape(**row["shape"]), row["batch"], row["nfe"], row["probes"] or 0, row["precision"])
         if all(cost.precision in flops for cost in costs):
             predicted = 1e3 * predicted_seconds(costs, limits)
-            row["prediction"] = {"ms": round(predicted, 3), "measured_over_predicted": round(p50 / predicted, 3)}
+            row["prediction"] = {
+                "ms": round(predicted, 3),
+                "measured_over_predicted": round(p50 / predicted, 3),
+                "gflop": round(sum(cost.flops for cost in costs) / 1e9, 4),
+                "gb": round(sum(cost.bytes for cost in costs) / 1e9, 5),
+            }
 
 
 def _find(roofs: dict[str, Any], precision: str, rows: int) -> dict[str, Any] | None:

@@ -1,6 +1,19 @@
 """The model card of a bundle: its manifest in Markdown, for people."""
 
-from flowad_fast.bundle import Manifest
+from flowad_fast.bundle import Artefact, Manifest
+
+
+def _certificate(artefact: Artefact) -> tuple[str, ...]:
+    p = artefact.parity
+    if p is None:
+        return f"not measured: {artefact.unmeasured or 'no reason given'}".replace("|", "/"), "", "", "", ""
+    return (
+        f"{'passed' if p.passed else 'FAILED'} on {p.device}, {p.frames} frames ({p.source.replace('|', '/')})",
+        f"{p.max_error:.1e} (tolerance {p.tolerance:.0e})",
+        f"{p.rms_error:.1e} (tolerance {p.rms_tolerance:.0e})",
+        "not measured" if p.spearman is None else f"{p.spearman:.4f}",
+        "not measured" if p.auroc_difference is None else f"{p.auroc_difference:+.4f}",
+    )
 
 
 def model_card(manifest: Manifest) -> str:
@@ -21,24 +34,17 @@ def model_card(manifest: Manifest) -> str:
         f"| backbone | {manifest.model.backbone} |",
         f"| velocity field | DiT {v.hidden_size} wide, {v.depth} deep, {v.num_heads} heads, predicts {v.pred_type} |",
         f"| classes | {names} |",
+        f"| source | {manifest.source.get('file', 'unnamed')}, SHA-256 {manifest.source.get('sha256', 'unknown')} |",
         "",
         "## Parity with the fp32 reference",
         "",
         "Errors are relative to the standard deviation of the reference map.",
         "",
-        "| artefact | engine | precision | frames | max map error | RMS map error | rank correlation | verdict |",
+        "| format | engine | precision | verdict | max error | RMS error | rank correlation | AUROC difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, a in manifest.artefacts.items():
-        p = a.parity
-        if p is None:
-            lines.append(f"| {name} | {a.engine} | {a.precision} | not checked | | | | |")
-            continue
-        rank = "not measured" if p.spearman is None else f"{p.spearman:.4f}"
-        lines.append(
-            f"| {name} | {a.engine} | {a.precision} | {p.frames} ({p.source}) | {p.max_error:.1e} | {p.rms_error:.1e} "
-            f"| {rank} | {'passed' if p.passed else 'FAILED'} (tolerance {p.tolerance:.0e}) |"
-        )
+        lines.append(f"| {name} | {a.engine} | {a.precision} | {' | '.join(_certificate(a))} |")
     lines += ["", "## Calibration", ""]
     if manifest.calibration is None:
         lines.append("None: scores are available, verdicts are not. `flowad-export BUNDLE --calibrate GOOD_FOLDER`.")

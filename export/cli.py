@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import numpy as np
 import typer
 from rich.table import Table
 
@@ -16,13 +17,19 @@ from flowad_fast.decision import AGGREGATES, require_parts
 from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import ConfigError, ParityError, nearest
 from flowad_fast.export.exporter import ExportResult, Outcome, check_bundle, export_bundle, recalibrate
-from flowad_fast.export.formats import FORMATS, parse_batch, parse_formats
-from flowad_fast.export.frames import good_parts, parity_frames, parse_size
-from flowad_fast.scorers import SCORERS, Scorer
+from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
+from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
+from flowad_fast.export.verify import ParityFrames
+from flowad_fast.model import FlowModel
+from flowad_fast.probes import ProbeChoice, choose_probes
+from flowad_fast.scorers import SCORERS, Density, Scorer
 
 FORMAT_HELP = f"Comma-separated, or auto: {', '.join(f.name for f in FORMATS.values() if f.auto)}. " + " ".join(
     f"{f.name}: {f.description}." for f in FORMATS.values()
 )
+
+PROBE_FRAMES = 8
+"""Good parts on which --probes auto measures."""
 
 
 def export(
@@ -33,7 +40,7 @@ def export(
     precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
     scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
     steps: Annotated[int, typer.Option(help="Euler steps per unit time.")] = 3,
-    probes: Annotated[int, typer.Option(help="Density: Rademacher probes.")] = 10,
+    probes: Annotated[str, typer.Option(help="Density: Rademacher probes, or auto (by their noise).")] = "10",
     tau: Annotated[float, typer.Option(help="Reconstruction: where it starts.")] = 0.5,
     start: Annotated[str, typer.Option(help="Reconstruction: noise or inversion.")] = "noise",
     power: Annotated[int, typer.Option(help="Inversion: 2 for the squared norm (paper), 1 for the norm.")] = 2,
@@ -71,7 +78,7 @@ def export(
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
     score = _one_of("aggregate", aggregate, AGGREGATES)
     arithmetic = _one_of("precision", precision, get_args(Precision))
-    device = str(torch_device(device))
+    torch_device(device)  # refuses what this machine does not have
     target = output or Path("bundles") / f"{Path(source).stem}-{chosen.kind}"
     bundle.check_target(target)
 
@@ -83,6 +90,9 @@ def export(
         good = None if calibrate is None else good_parts(calibrate, _classes(model.spec))
         if good is not None:
             require_parts(good.classes, alpha, score)
+        choice = None
+        if isinstance(chosen, Density) and probes == AUTO:
+            chosen, choice = _chosen_probes(model, chosen, good, frames)
     if dry_run:
         plan = {
             "target": str(target),
@@ -91,6 +101,7 @@ def export(
                 for name in formats
             },
             "scorer": repr(chosen),
+            "probe_choice": None if choice is None else choice.record(),
             "device": device,
             "parity_frames": frames.source,
             "good_parts": None if good is None else len(good),
@@ -108,6 +119,7 @@ def export(
         result = export_bundle(
             model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
             frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
+            probe_choice=None if choice is None else choice.record(),
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
             tell=tell,
         )  # fmt: skip
@@ -124,14 +136,37 @@ def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
     return value
 
 
-def _scorer(name: str, steps: int, probes: int, tau: float, start: str, power: int, seed: int) -> Scorer:
+def _scorer(name: str, steps: int, probes: str, tau: float, start: str, power: int, seed: int) -> Scorer:
     _one_of("scorer", name, tuple(SCORERS))
     options: dict[str, dict[str, Any]] = {
-        "density": {"probes": probes, "seed": seed},
+        "density": {"seed": seed} if probes == AUTO else {"probes": probes, "seed": seed},
         "inversion": {"power": power},
         "reconstruction": {"tau": tau, "start": start, "seed": seed},
     }
     return validated(SCORERS[name], {"steps": steps, **options[name]}, f"--scorer {name}")
+
+
+def _chosen_probes(
+    model: FlowModel, scorer: Density, good: GoodParts | None, frames: ParityFrames
+) -> tuple[Density, ProbeChoice]:
+    """The scorer with the number of probes that some of the good parts ask for.
+
+    They come from --calibrate, otherwise from the frames of the parity check that are not known to be defective.
+    """
+    if good is not None:
+        index = (
+            [i * len(good) // PROBE_FRAMES for i in range(PROBE_FRAMES)]
+            if len(good) > PROBE_FRAMES
+            else range(len(good))
+        )
+        pairs = [(good.frames[i], good.classes[i]) for i in index]
+        same = [(frame, name) for frame, name in pairs if frame.shape == pairs[0][0].shape]
+        names = [name if model.class_names else int(name) for _, name in same if name]
+        return choose_probes(model, scorer, np.stack([frame for frame, _ in same]), names or None)
+    normal = frames.frames if frames.labels is None else frames.frames[frames.labels == 0]
+    count = model.config.num_classes
+    names = [i % count for i in range(len(normal[:PROBE_FRAMES]))]
+    return choose_probes(model, scorer, normal[:PROBE_FRAMES], names if model.config.use_class_labels else None)
 
 
 def _classes(spec: ModelConfig) -> tuple[str, ...]:

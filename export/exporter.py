@@ -128,7 +128,8 @@ def export_bundle(
         frames: real frames for the parity check (three or more make the rank correlation meaningful).
         opset: of the ONNX graph.
         batch: smallest, optimal and largest batch, for engines that are built for a range.
-        device: what is built for and checked on: auto, cpu, cuda, cuda:N.
+        device: what is built for and checked on: cpu, cuda, cuda:N, or auto: built for a GPU where there is one, and
+            checked on what each engine prefers; the certificate says which.
         workspace: memory that an engine builder may use, MiB.
         good: good parts (see `frames.good_parts`); thresholds go into the manifest.
         alpha: accepted false-reject rate of the calibration.
@@ -147,9 +148,9 @@ def export_bundle(
     say = (lambda _: None) if quiet else (tell or _to_stderr)
     given = frames if isinstance(frames, ParityFrames) else ParityFrames(frames, "frames given by the caller")
     y = _classes(model, given)
-    device = str(torch_device(device))
+    built_for = str(torch_device(device))
     request = Request(
-        model, scorer, aggregate, frame_size, opset, precision, batch, device, workspace, (given.frames, y)
+        model, scorer, aggregate, frame_size, opset, precision, batch, built_for, workspace, (given.frames, y)
     )
     _check_frame_size(given, frame_size)
     if good is not None:
@@ -174,7 +175,7 @@ def export_bundle(
         failing.mkdir()
         outcomes = {}
         for name in formats:
-            outcomes[name] = _one_format(name, request, manifest, given, y, expected, aside, say)
+            outcomes[name] = _one_format(name, request, manifest, given, y, expected, device, aside, say)
             say(f"{name}: {outcomes[name]}")
         return _conclude(target, manifest, outcomes, passed, failing, good, alpha, device, say)
 
@@ -212,7 +213,7 @@ def check_bundle(path: str | Path, model: FlowModel, frames: ParityFrames, devic
     outcomes = {}
     for name, artefact in manifest.artefacts.items():
         only = manifest.model_copy(update={"artefacts": {name: artefact}})
-        outcomes[name] = _measured(name, artefact, folder, only, frames, y, expected, str(torch_device(device)))
+        outcomes[name] = _measured(name, artefact, folder, only, frames, y, expected, device)
     return outcomes
 
 
@@ -223,6 +224,7 @@ def _one_format(
     frames: ParityFrames,
     y: np.ndarray | None,
     expected: Outputs,
+    device: str,
     aside: Path,
     say: Callable[[str], None],
 ) -> Outcome:
@@ -238,7 +240,7 @@ def _one_format(
         artefact = _described(name, built, request.precision, folder)
         say(f"{name}: checking against the reference")
         only = manifest.model_copy(update={"artefacts": {name: artefact}})
-        outcome = _measured(name, artefact, folder, only, frames, y, expected, request.device)
+        outcome = _measured(name, artefact, folder, only, frames, y, expected, device)
     except EngineUnavailableError as error:
         outcome = Outcome(NOT_AVAILABLE, _line(error))
     except Exception as error:  # whatever an exporter's libraries raise must not lose the other formats

@@ -20,7 +20,10 @@ from flowad_fast.model import FlowModel
 from flowad_fast.scorers import Scorer
 
 OPSET = 20
-"""Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1."""
+"""Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1.
+
+From 23 on attention is one operator, which TensorRT-RTX builds only where it has a kernel for the shape and dtype.
+"""
 INLINE_BYTES = 1_500_000_000
 """Weights above this go to one external file, since protobuf ends at 2 GB."""
 
@@ -52,8 +55,8 @@ def write(
         raise ConfigError(f"fp8 needs opset {onnx_fp8.OPSET} or later, got {opset}")
     graph = _graph(boundary(model, scorer, aggregate, frame_size, "fp16"), opset)
     _save(graph, path)
-    chosen = list(onnx_fp8.products(graph, model.config.keep_bf16))
-    onnx_fp8.quantise(graph, onnx_fp8.measure_ranges(path, chosen, *frames))
+    chosen = onnx_fp8.products(graph, model.config.keep_bf16)
+    onnx_fp8.quantise(graph, chosen, onnx_fp8.measure_ranges(path, chosen, *frames))
     passes.RemoveUnusedNodesPass()(graph)
     path.with_name(path.name + ".data").unlink(missing_ok=True)
     return _save(graph, path)

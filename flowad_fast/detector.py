@@ -335,6 +335,8 @@ def load(
             f"(it has: {', '.join(sorted(has)) or 'nothing'}); export it again with that --format"
         )
     running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops)
+    if bundles.read(folder, verify=False)[1] != manifest:  # its thresholds are not those of the engine that was started
+        raise BundleError(f"{folder}: the bundle was replaced while it was being loaded; load it again")
     return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats)
 
 

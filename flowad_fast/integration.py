@@ -18,6 +18,7 @@ class StepField(Protocol):
     `ops` is the namespace of operators that the field is built on, and so the loop around it.
     """
 
+    config: VelocityConfig
     ops: ModuleType
 
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None, /) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flowad_fast.config import Precision
 from flowad_fast.decision import Aggregate, image_score
 from flowad_fast.image import normalise
+from flowad_fast.integration import StepField
 from flowad_fast.kernels import reference
 from flowad_fast.model import FlowModel
 from flowad_fast.scorers import PROBE_BYTES, Scorer
@@ -38,6 +39,11 @@ class ScoringPipeline(nn.Module):
         self.backbone = model.backbone
         self.scorer = scorer.prepare(model, precision, ops, probe_bytes)
         self.aggregate, self.precision, self.ops = aggregate, precision, ops
+
+    @property
+    def velocity(self) -> StepField:
+        """The velocity field at the scorer's times."""
+        return self.scorer.field
 
     def forward(self, frames: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""

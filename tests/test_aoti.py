@@ -126,11 +126,11 @@ def test_package_from_many_threads(exported: Path, model: FlowModel) -> None:
         for _ in range(5):
             together[i].append(detector(frames[i], "nut").map)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(frames))]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(frames))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     for one, many in zip(alone, together, strict=True):
         assert len(many) == 5
         for got in many:

@@ -118,13 +118,13 @@ def test_captures_are_kept_for_a_bounded_number_of_frame_sizes(
 
 def test_a_bucket_without_memory_is_left_out_with_a_warning(pipeline: ScoringPipeline) -> None:
     class Hungry(DirectStep):
-        def __init__(self, pipeline: ScoringPipeline, buffers: cudagraph.Buffers, streams: cudagraph.Streams) -> None:
+        def __init__(self, pipeline: ScoringPipeline, buffers: cudagraph.Buffers, *rest: object) -> None:
             if len(buffers.frames) > 2:
                 try:
                     raise torch.OutOfMemoryError("fake")
                 finally:
                     raise RuntimeError("the capture was invalidated")  # noqa: B012 - what ending a capture may do
-            super().__init__(pipeline, buffers, streams)
+            super().__init__(pipeline, buffers, *rest)  # type: ignore[arg-type]
 
     engine = CudaGraphEngine(pipeline, "cpu", (1, 2, 4, 8), Hungry)
     with pytest.warns(UserWarning, match="not enough GPU memory for 64x64 frames in batches of 4, 8; .* split to 2"):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import flowad_fast
-from flowad_fast import bundle
+from flowad_fast import bundle, detector
 from flowad_fast.checkpoint import load_checkpoint, save_checkpoint, sha256
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.decision import image_score
@@ -143,9 +143,9 @@ def test_onnx_and_eager_agree_with_the_reference(tmp_path: Path, model: FlowMode
     frames2 = photos(3, seed=8, size=(90, 51))
     maps = {}
     for engine in ("eager", "onnxruntime"):
-        detector = flowad_fast.load(tmp_path / "b", engine=engine, device="cpu")
-        assert detector.engine == f"{engine} on cpu"
-        maps[engine] = detector(frames2).map
+        loaded = flowad_fast.load(tmp_path / "b", engine=engine, device="cpu")
+        assert loaded.engine == f"{engine} on cpu"
+        maps[engine] = loaded(frames2).map
     x1 = model.features(frames2)
     truth = torch.nn.functional.interpolate(
         scorer.map(model, x1)[:, None], size=64, mode="bilinear", align_corners=False
@@ -175,6 +175,9 @@ def test_a_failing_format_is_rejected_and_the_others_are_published(
     assert "RuntimeError: segment" in (tmp_path / "b.rejected" / "crashing.error.txt").read_text()
     refused = json.loads((tmp_path / "b.rejected" / "rejected.json").read_text())
     assert refused["artefacts"]["wrong"]["parity"]["passed"] is False
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| eager | eager | fp32 | passed on cpu, 5 frames (frames given by the caller) |" in card
+    assert "| elsewhere | eager | fp32 | not measured: needs a GPU of compute capability 9.0 |" in card
     assert "FAILED" in (tmp_path / "b.rejected" / "README.md").read_text()
 
 
@@ -249,8 +252,8 @@ def test_kill_9_at_ten_random_moments_never_damages_the_bundle(tmp_path: Path, m
 
 def test_thresholds_are_fitted_at_export_and_again_later(tmp_path: Path, model: FlowModel) -> None:
     export(model, tmp_path / "b", "eager", good=good(9), alpha=0.1)
-    detector = flowad_fast.load(tmp_path / "b", device="cpu")
-    assert {v.value for v in detector(np.stack(good(9).frames)).verdict} == {"good"}
+    loaded = flowad_fast.load(tmp_path / "b", device="cpu")
+    assert {v.value for v in loaded(np.stack(good(9).frames)).verdict} == {"good"}
     before = tree(tmp_path / "b")
     manifest = recalibrate(tmp_path / "b", good(19), 0.05)
     assert manifest.calibration is not None and manifest.calibration.alpha == 0.05
@@ -275,8 +278,8 @@ def test_diff_plus_sum_has_a_score_only_once_calibrated(tmp_path: Path, model: F
 
 def test_a_conditional_model_is_calibrated_class_by_class(tmp_path: Path) -> None:
     export(tiny(classes=2), tmp_path / "b", "eager", good=good(9, ("nut", "screw")), alpha=0.1)
-    detector = flowad_fast.load(tmp_path / "b", device="cpu")
-    assert set(detector.calibration.classes) == {"nut", "screw"}  # type: ignore[union-attr]
+    loaded = flowad_fast.load(tmp_path / "b", device="cpu")
+    assert set(loaded.calibration.classes) == {"nut", "screw"}  # type: ignore[union-attr]
     recalibrate(tmp_path / "b", good(9, ("nut",)), 0.1)
     detection = flowad_fast.load(tmp_path / "b", device="cpu")(photos(1), "screw")
     assert np.isfinite(detection.score).all()
@@ -320,10 +323,10 @@ def test_recalibrating_no_bundle_creates_nothing(tmp_path: Path) -> None:
 
 def test_a_fixed_frame_size_is_kept(tmp_path: Path, model: FlowModel) -> None:
     export(model, tmp_path / "b", "eager", frame_size=(72, 64))
-    detector = flowad_fast.load(tmp_path / "b", device="cpu")
-    assert len(detector(photos(1))) == 1
+    loaded = flowad_fast.load(tmp_path / "b", device="cpu")
+    assert len(loaded(photos(1))) == 1
     with pytest.raises(FrameError, match="takes 72x64 frames, got 64x72"):
-        detector(photos(1, size=(64, 72)))
+        loaded(photos(1, size=(64, 72)))
     for act in (
         lambda: export(model, tmp_path / "c", "eager", frame_size=(64, 64)),
         lambda: check_bundle(tmp_path / "b", model, ParityFrames(photos(1, size=(64, 72)), "")),
@@ -367,6 +370,27 @@ def test_an_altered_engine_is_refused_before_it_is_parsed(
         flowad_fast.load(tmp_path / "b")
     with pytest.raises(BundleError, match="altered or damaged"):
         check_bundle(tmp_path / "b", model, ParityFrames(photos(1), ""))
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_not_mixed(
+    tmp_path: Path, model: FlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(model, tmp_path / "b", "eager", scorer=Inversion(steps=1))
+    start = detector.start_engine
+
+    def replaced_before_it_starts(*arguments: Any, **options: Any) -> Engine:
+        export(model, tmp_path / "b", "eager", scorer=Inversion(steps=2))
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(detector, "start_engine", replaced_before_it_starts)
+    with pytest.raises(BundleError, match="was replaced while it was being loaded; load it again"):
+        flowad_fast.load(tmp_path / "b", device="cpu")
+
+
+def test_an_opset_that_is_not_supported_is_that_formats_failure(tmp_path: Path, model: FlowModel) -> None:
+    result = export(model, tmp_path / "b", "onnx", "eager", opset=7)
+    assert result.status == {"onnx": "failed: opset 7 is not supported; expected 18 to 25", "eager": "ok"}
+    assert set(bundle.read(tmp_path / "b")[1].artefacts) == {"eager"}
 
 
 # --- the certificate

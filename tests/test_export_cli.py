@@ -85,6 +85,33 @@ def test_a_bundle_in_one_command(run: Run, checkpoint: Path, data: Path, tmp_pat
     assert parity.auroc_difference == 0
 
 
+def test_probes_are_chosen_by_measured_noise(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    arguments = (
+        checkpoint,
+        "--scorer",
+        "density",
+        "--steps",
+        2,
+        "--probes",
+        "auto",
+        "--format",
+        "eager",
+        "--data",
+        data,
+    )
+    code, out, err = run(*arguments, "--output", tmp_path / "b", "--json")
+    assert code == 0, err
+    _, manifest = bundle.read(tmp_path / "b")
+    choice = manifest.probe_choice
+    assert choice is not None and manifest.scorer.probes == choice["probes"]  # type: ignore[union-attr]
+    assert choice["measured_share"] <= choice["share"] and choice["frames"] == 8
+    code, out, _ = run(
+        *arguments, "--output", tmp_path / "c", "--calibrate", data / "good", "--alpha", 0.1, "--dry-run", "--json"
+    )
+    assert code == 0 and json.loads(out)["probe_choice"]["frames"] == 8
+    assert names(tmp_path) == {"b"}
+
+
 def test_json_alone_on_standard_output(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     code, out, _ = run(checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--json")
     result = json.loads(out)
@@ -125,6 +152,7 @@ def test_a_failing_format_gives_exit_code_1_and_keeps_the_rest(
         (("--batch", "8:1:2"), "expected 1 <= MIN <= OPT <= MAX"),
         (("--frame-size", "big"), "expected 'any' or HEIGHTxWIDTH"),
         (("--device", "gpu"), "expected auto, cpu, cuda or cuda:N"),
+        (("--scorer", "density", "--probes", "many"), "probes: Input should be a valid integer"),
         (("--steps", 0), "--scorer inversion: steps: Input should be greater than 0"),
         (("--scorer", "reconstruction", "--start", "noize"), "start: Input should be 'noise' or 'inversion'"),
         (("--scorer", "reconstruction", "--tau", 1.5), "tau: Input should be less than 1"),

@@ -16,11 +16,13 @@ import torch
 from flowad_fast.bundle import Artefact
 from flowad_fast.checkpoint import load_checkpoint
 from flowad_fast.config import Precision
+from flowad_fast.detector import load
 from flowad_fast.engines import ENGINES
 from flowad_fast.engines import tensorrt as runtime
 from flowad_fast.engines.tensorrt import FLAVOURS, CapturedCall, Session, TensorRTEngine, check_fits
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, ExportError, FrameError
 from flowad_fast.export import onnx_graph, tensorrt_engine
+from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.formats import FORMATS, Request
 from flowad_fast.export.graph import step_boundary
 from flowad_fast.export.tensorrt_engine import FRAME_SIDES, build
@@ -42,10 +44,35 @@ def demo() -> FlowModel:
 
 
 @needs_rtx
-@pytest.mark.parametrize(
-    "scorer", (Inversion(), Reconstruction(steps=6), Density(probes=1)), ids=lambda scorer: scorer.kind
-)
-def test_rtx_engines_are_built_from_every_scorer_of_the_demo(demo: FlowModel, scorer: Scorer, tmp_path: Path) -> None:
+def test_a_bundle_with_an_rtx_engine_says_what_was_not_measured(demo: FlowModel, tmp_path: Path) -> None:
+    frames = np.random.RandomState(0).randint(0, 256, (2, 300, 300, 3), np.uint8)
+    result = export_bundle(
+        demo, Inversion(), tmp_path / "bundle", formats=("tensorrt-rtx",), frames=frames, batch=(1, 2, 4),
+        device="cpu", quiet=True,
+    )  # fmt: skip
+    assert result.ok
+    (made,) = result.manifest.artefacts.values()
+    assert (
+        made.engine == "tensorrt-rtx" and made.precision == "fp32" and list(made.files) == ["model.tensorrt-rtx.engine"]
+    )
+    assert made.parity is None and "tensorrt-rtx runs on NVIDIA GPUs only" in str(made.unmeasured)
+    assert made.details["batch"] == "1:2:4" and "8.9" in made.details["capabilities"].split()
+    with pytest.raises(EngineUnavailableError, match="tensorrt-rtx runs on NVIDIA GPUs only"):
+        load(tmp_path / "bundle", engine="tensorrt-rtx", device="cpu")
+    # The manifest guards the file: a byte that changed is found before the library sees it.
+    engine = tmp_path / "bundle" / "model.tensorrt-rtx.engine"
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    engine.write_bytes(content)
+    with pytest.raises(BundleError, match="SHA-256"):
+        load(tmp_path / "bundle", engine="tensorrt-rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("scorer", (Reconstruction(steps=6), Density(probes=1)), ids=lambda scorer: scorer.kind)
+def test_rtx_engines_are_built_from_the_other_scorers_of_the_demo(
+    demo: FlowModel, scorer: Scorer, tmp_path: Path
+) -> None:
     import tensorrt_rtx
 
     built = FORMATS["tensorrt-rtx"].write(

@@ -29,6 +29,7 @@ def run(app: typer.Typer) -> None:
 
     An error gives exit code 1, a wrong use of options 2, Ctrl-C 130.
     """
+    warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         app()

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowad_fast.attention import AttentionChoice, choose_attention
 from flowad_fast.engines.eager import torch_device
 from flowad_fast.engines.memory import out_of_memory
 from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.linear import DTYPES
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.precision import arithmetic, check_precision
 
@@ -90,12 +92,14 @@ class DirectStep:
 
     needs_gpu = False
 
-    def __init__(self, pipeline: ScoringPipeline, buffers: Buffers, streams: "Streams") -> None:
-        self.pipeline, self.buffers = pipeline, buffers
+    def __init__(
+        self, pipeline: ScoringPipeline, buffers: Buffers, streams: "Streams", attention: AttentionChoice
+    ) -> None:
+        self.pipeline, self.buffers, self.attention = pipeline, buffers, attention
 
     def replay(self) -> None:
         """Fill the outputs."""
-        with arithmetic(self.pipeline.precision, self.buffers.frames.device):
+        with arithmetic(self.pipeline.precision, self.buffers.frames.device), self.attention.active():
             maps, scores = self.pipeline(self.buffers.frames, self.buffers.y)
         self.buffers.maps.copy_(maps)
         self.buffers.scores.copy_(scores)
@@ -106,8 +110,10 @@ class CudaGraphStep(DirectStep):
 
     needs_gpu = True
 
-    def __init__(self, pipeline: ScoringPipeline, buffers: Buffers, streams: "Streams") -> None:
-        super().__init__(pipeline, buffers, streams)
+    def __init__(
+        self, pipeline: ScoringPipeline, buffers: Buffers, streams: "Streams", attention: AttentionChoice
+    ) -> None:
+        super().__init__(pipeline, buffers, streams, attention)
         for _ in range(WARM_UP):
             super().replay()
         torch.cuda.synchronize(buffers.frames.device)
@@ -205,6 +211,7 @@ class CudaGraphEngine:
 
     A frame size is captured when it is first seen, or ahead of time by `prepare`. A bucket for which memory does not
     suffice is left out with a warning; larger batches are then split to the buckets that exist.
+    `attention` is the backend that was captured: the fastest, measured here unless a stored choice is given.
     """
 
     name = "cudagraph"
@@ -215,6 +222,7 @@ class CudaGraphEngine:
         device: str = "auto",
         buckets: tuple[int, ...] = BUCKETS,
         step: type[DirectStep] = CudaGraphStep,
+        attention: str | None = None,
     ) -> None:
         self._device = torch_device(device)
         if step.needs_gpu and self._device.type != "cuda":
@@ -224,6 +232,8 @@ class CudaGraphEngine:
         check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
         self.pipeline = pipeline.on(self._device)
+        dtype = DTYPES[pipeline.precision]
+        self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
         self._buckets = tuple(sorted(set(buckets)))
         self._step = step
         self._streams = Streams(self._device)
@@ -309,7 +319,7 @@ class CudaGraphEngine:
         try:
             with self._streams.on(self._streams.compute):
                 buffers = static or Buffers.make(self.pipeline, bucket, height, width, self._device)
-                return self._step(self.pipeline, buffers.first(bucket), self._streams)
+                return self._step(self.pipeline, buffers.first(bucket), self._streams, self.attention)
         except RuntimeError as error:
             # An exhausted capture may end in another error than the one that ended it.
             if not out_of_memory(error):

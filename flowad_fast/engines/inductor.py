@@ -72,7 +72,8 @@ class InductorEngine:
 class AotInductorEngine:
     """Runs `model.pt2` of a bundle, without this project's model code and without compiling.
 
-    Safe from many threads: the package's runtime lets one call in at a time.
+    Safe from many threads: a lock lets one call in at a time. The package has a lock of its own, but waits for
+    it while it holds Python's, so two threads would stop each other for ever.
     """
 
     name = "inductor"
@@ -82,6 +83,7 @@ class AotInductorEngine:
         self._device = torch_device(built_for if device == "auto" else device)
         self.device = str(self._device)
         self._precision = artefact.precision
+        self._lock = threading.Lock()
         check_fit(path, artefact, self._device)
         index = self._device.index if self._device.index is not None else -1
         # torch's own aoti_load_package test-compiles C++ to compare processors, so it needs a compiler and seconds.
@@ -93,7 +95,7 @@ class AotInductorEngine:
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        with torch.inference_mode(), arithmetic(self._precision, self._device):
+        with self._lock, torch.inference_mode(), arithmetic(self._precision, self._device):
             maps, scores = self._package.boxed_run(list(_inputs(frames, y, self._device)))
         return maps.cpu().numpy(), scores.cpu().numpy()
 

@@ -219,8 +219,9 @@ def _chain(kind: str, index: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _failures(errors: Any) -> tuple[type[Exception], ...]:
-    """ONNX Runtime's own exceptions, which share no base but Exception."""
-    return tuple(e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception))
+    """What a session raises: ONNX Runtime's own exceptions share no base but Exception."""
+    own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    return (RuntimeError, ValueError, *own)
 
 
 def _numpy_type(tensor: Tensor) -> type:

@@ -1,0 +1,197 @@
+"""Other methods that people choose between, on the same machine, frames and clock: anomalib's CFLOW-AD, EfficientAD,
+PatchCore and PaDiM at 256x256.
+
+    python -m venv peers && peers/bin/pip install anomalib -c constraints.txt && peers/bin/pip install -e .
+    peers/bin/python -m flowad_fast.benchmarks.peers --output benchmarks/results/peers-MACHINE.json
+
+An optional script for an environment of its own, since anomalib brings many packages. Weights are random (speed does
+not depend on them); PaDiM and PatchCore are fitted on random features, PatchCore with anomalib's defaults for a set of
+200 good parts, since its memory bank decides its speed. Nothing here says anything about detection quality.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from flowad_fast.benchmarks import clock, harness, record
+from flowad_fast.benchmarks.cases import Case, make_frames, scorer_options
+from flowad_fast.benchmarks.environment import environment, moment
+from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
+from flowad_fast.cli import common
+from flowad_fast.config import ImageConfig
+from flowad_fast.decision import invalid_frames
+from flowad_fast.engines.eager import torch_device
+from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.image import normalise
+
+GOOD_PARTS = 200
+"""Good parts that PatchCore's memory bank stands for: about a category of MVTec AD."""
+PATCHES, CORESET, WIDTH = 32 * 32, 0.1, 512 + 1024
+"""Patches a part at 256 pixels, anomalib's default share of them that is kept, and channels of its default layers."""
+
+
+def cflow() -> Any:
+    """CFLOW-AD, anomalib's defaults: Wide ResNet-50, three layers, eight coupling blocks."""
+    from anomalib.models import Cflow
+
+    return Cflow(pre_trained=False).model
+
+
+def efficient_ad() -> Any:
+    """EfficientAD, small."""
+    from anomalib.models import EfficientAd
+
+    return EfficientAd().model
+
+
+def patchcore() -> Any:
+    """PatchCore with a memory bank of random features of the size that GOOD_PARTS good parts would give."""
+    from anomalib.models import Patchcore
+
+    model = Patchcore(pre_trained=False).model
+    model.memory_bank = torch.randn(int(GOOD_PARTS * PATCHES * CORESET), WIDTH)
+    return model
+
+
+def padim() -> Any:
+    """PaDiM (ResNet-18), its Gaussians fitted on random pictures, more of them than it keeps features."""
+    from anomalib.models import Padim
+
+    model = Padim(pre_trained=False).model.train()
+    for _ in range(16):
+        model(torch.randn(8, 3, 256, 256))
+    model.fit()
+    return model
+
+
+PEERS: dict[str, Callable[[], Any]] = {
+    "CFLOW-AD": cflow,
+    "EfficientAD-S": efficient_ad,
+    "PatchCore": patchcore,
+    "PaDiM": padim,
+}
+
+
+def measure(name: str, batch: int, device: str, seconds: float) -> dict[str, Any]:
+    """One peer's row, from frames in host memory to map and score in host memory."""
+    row: dict[str, Any] = {
+        "method": name, "name": name, "batch": batch, "preset": "peers", "scorer": name, "engine": "anomalib",
+        "precision": "fp32", "ops": "reference", "mode": "offline", "probes": None, "nfe": None, "status": "ok",
+        "reason": None,
+    }  # fmt: skip
+    where = torch_device(device)
+    if where.type == "cpu":
+        limit_to_available()
+    start = time.perf_counter()
+    try:
+        model = PEERS[name]().to(where).eval()
+    except ImportError as error:
+        return row | {"status": "not available", "reason": f"{error}; pip install anomalib"}
+    loaded = time.perf_counter()
+    frames, source = make_frames(Case("tiny", scorer_options("inversion", 3, 1), "eager"), batch, 256)
+
+    def call() -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            x: Tensor = normalise(torch.from_numpy(frames).to(where), ImageConfig(size=256))
+            found = model(x)
+        invalid_frames(frames)
+        return found.anomaly_map.cpu().numpy(), found.pred_score.cpu().numpy()
+
+    memory = PeakMemory(where)
+    before = time.perf_counter()
+    maps, _ = call()
+    first = time.perf_counter() - before
+    if maps.shape[0] != batch or not np.isfinite(maps).all():
+        return row | {"status": "failed", "reason": f"the map is {maps.shape} or not finite"}
+    call()
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 3 or (time.perf_counter() < end and len(samples) < 2000):
+        begin = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - begin) * 1e3)
+    return row | {
+        "frames": source,
+        "frame_size": [256, 256],
+        "load_s": round(loaded - start, 3),
+        "first_call_s": round(first, 3),
+        "latency_ms": clock.summary(samples),
+        "stability": clock.stability(samples),
+        "fps": round(1e3 * batch * len(samples) / sum(samples), 4),
+        "memory_mb": memory.read(),
+    }
+
+
+def run(
+    names: list[str], batch: int, device: str, seconds: float, ours: list[Case], tell: harness.Tell
+) -> dict[str, Any]:
+    """Every peer in a process of its own, then `ours` by the harness: one record."""
+    before = moment()
+    rows = []
+    for name in names:
+        tell(name)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            rows.append(pool.submit(measure, name, batch, device, seconds).result())
+    effort = harness.Effort(seconds=seconds)
+    own = harness.run(ours, effort, tell) if ours else {"cases": [], "roofs": {}}
+    rows += [row | {"method": f"flowad-fast {row['preset']}, {row['name']}"} for row in own["cases"]]
+    return {
+        "schema": record.SCHEMA,
+        "kind": "peers",
+        "title": f"Peers, batch {batch}: anomalib's models beside ours, same frames, same clock",
+        "preset": "peers",
+        "environment": {**environment(), "anomalib": _anomalib(), "before": before, "after": moment()},
+        "cases": rows,
+        "roofs": own["roofs"],
+    }
+
+
+def _anomalib() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("anomalib")
+    except PackageNotFoundError:
+        raise EngineUnavailableError(
+            "anomalib is not installed; in an environment of its own: pip install anomalib -c constraints.txt"
+        ) from None
+
+
+def peers(
+    output: Annotated[Path, typer.Option(help="The record.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(PEERS),
+    preset: Annotated[str, typer.Option(help="Our presets to measure beside them; empty for none.")] = "demo,small",
+    batch: Annotated[int, typer.Option(help="Frames a call.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 10.0,
+) -> None:
+    """Measure anomalib's models beside ours and write a record."""
+    _anomalib()
+    ours = [
+        Case(one, scorer_options("inversion", 3, 1), "eager", batch=batch, device=device, frame_size=256)
+        for one in preset.split(",")
+        if one
+    ]
+    with common.err.status("measuring") as status:
+        found = run(methods.split(","), batch, device, seconds, ours, lambda line: status.update(f"measuring · {line}"))
+    record.write(found, output)
+    for row in found["cases"]:
+        ok = row["status"] == "ok"
+        common.out.print(
+            f"{row['method']}: " + (f"{row['fps']:.2f} FPS" if ok else f"{row['status']}: {row['reason']}")
+        )
+    common.out.print(f"written: {output}", highlight=False)
+
+
+main = common.command(peers)
+
+if __name__ == "__main__":
+    main()

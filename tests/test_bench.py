@@ -1,0 +1,368 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flowad_fast.benchmarks import clock, gpu_check, harness, paper, record, report, roofs, scaling
+from flowad_fast.benchmarks.cases import (
+    PRESETS,
+    REFERENCE,
+    Case,
+    expand,
+    function_evaluations,
+    make_frames,
+    random_model,
+    reference_of,
+    scorer_options,
+)
+from flowad_fast.benchmarks.cli import app
+from flowad_fast.config import VelocityConfig
+from flowad_fast.errors import ConfigError, EngineUnavailableError
+
+EFFORT = harness.Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
+ROW_KEYS = {
+    "name", "preset", "mode", "scorer", "options", "engine", "ran", "precision", "ops", "batch", "steps", "nfe",
+    "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity", "density", "latency_ms",
+    "device_time_ms", "fps", "stability", "line", "memory_mb", "ratio_to_reference", "load_s", "export_s", "start_s",
+    "compile_s", "first_call_s", "roof", "prediction",
+}  # fmt: skip
+
+
+def tiny(kind: str = "inversion", **options) -> Case:
+    return Case("tiny", scorer_options(kind, 3, 2), **{"engine": "eager", "device": "cpu", **options})
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    cases = [
+        tiny("density", batch=2),
+        tiny(),
+        tiny(precision="bf16"),
+        tiny(engine="cudagraph"),
+        tiny(engine="nonsense"),
+    ]
+    return harness.run(cases, EFFORT, quiet)
+
+
+def row_of(result: dict, engine: str, scorer: str = "inversion", precision: str = "fp32") -> dict:
+    return next(
+        r for r in result["cases"] if (r["engine"], r["scorer"], r["precision"]) == (engine, scorer, precision)
+    )  # fmt: skip
+
+
+def test_record_has_the_stable_schema_and_is_json(measured):
+    assert set(measured) == {"schema", "kind", "preset", "environment", "cases", "roofs"}
+    assert measured["schema"] == 1
+    assert all(set(row) == ROW_KEYS for row in measured["cases"])
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    assert measured["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert measured["environment"]["commit"] is None or len(measured["environment"]["commit"]) >= 12
+
+
+def test_rows_are_measured_in_turn_with_the_reference(measured):
+    assert [r["engine"] for r in measured["cases"]].count(REFERENCE) == 2
+    for row in (row_of(measured, "eager"), row_of(measured, "eager", "density")):
+        assert row["status"] == "ok", row["reason"]
+        assert row["ran"] == "eager on cpu"
+        assert row["ratio_to_reference"]["pairs"] >= 3
+        assert (
+            row["ratio_to_reference"]["low"] <= row["ratio_to_reference"]["speed"] <= row["ratio_to_reference"]["high"]
+        )
+        assert row["ratio_to_reference"]["memory"] > 0
+        assert row["parity"]["passed"] and row["parity"]["max_error"] < 1e-3
+        assert row["parity"]["map_spearman"] > 0.999
+        assert row["nfe"] == 3
+        assert row["fps"] == pytest.approx(1e3 * row["batch"] / np.mean(row["latency_ms"]["raw"]), rel=1e-3)
+        assert row["memory_mb"]["peak"] >= row["memory_mb"]["above_idle"] >= 0
+        assert row["roof"]["share"] > 0 and row["prediction"]["ms"] > 0
+    half, full = row_of(measured, "eager", precision="bf16"), row_of(measured, "eager")
+    assert half["parity"]["max_error"] > full["parity"]["max_error"]
+    assert row_of(measured, REFERENCE)["ran"] == "reference on cpu"
+
+
+def test_density_rows_state_their_standard_error(measured):
+    density = row_of(measured, "eager", "density")["density"]
+    assert density["standard_error"] > 0
+    assert 0 < density["share_of_spread"] < 1
+    assert 0.5 < density["spearman_with_10"] <= 1
+    assert row_of(measured, "eager")["density"] is None
+
+
+def test_what_cannot_run_says_why_and_costs_only_its_row(measured):
+    graph, nonsense = row_of(measured, "cudagraph"), row_of(measured, "nonsense")
+    assert graph["status"] == "not available" and "NVIDIA GPU" in graph["reason"]
+    assert nonsense["status"] == "not available" and "unknown engine 'nonsense'" in nonsense["reason"]
+    assert graph["fps"] is None and graph["latency_ms"] is None
+
+
+def test_table_and_markdown_show_every_row_and_no_speed_for_failures(measured):
+    text = report.markdown(measured)
+    assert text.count("| inversion |") == 5 and text.count("| density |") == 2
+    assert "not available" in text
+    assert len(report.tables(measured)) == 2
+    line = next(line for line in text.splitlines() if "cudagraph" in line)
+    assert "not available |  |  |" in line
+
+
+def test_a_crash_costs_one_row(tmp_path):
+    with harness.started(tmp_path, EFFORT) as process:
+        assert process.ask("load", case=tiny().as_dict())["status"] == "ok"
+        process._process.kill()
+        answer = process.ask("run", n=1)
+    assert answer["status"] == "crashed" and "SIGKILL during run" in answer["reason"]
+
+
+def test_a_silent_process_is_ended(tmp_path):
+    effort = harness.Effort(timeout=0.01)
+    with harness.started(tmp_path, effort) as process:
+        assert process.ask("load", case=tiny().as_dict())["status"] == "timeout"
+
+
+def test_running_out_of_memory_is_a_status(tmp_path):
+    with harness.started(tmp_path, EFFORT) as process:
+        answer = process.ask("load", case=tiny(batch=5 * 10**7).as_dict())
+    assert answer["status"] == "out of memory", answer
+
+
+def test_a_row_that_computes_something_else_has_no_speed(tmp_path):
+    row = harness.empty_row(tiny(), {"status": "ok", "engine": "eager on cpu", "frames": "random pictures"})
+    harness._fill(row, [1.0, 1.0, 1.0], [], {"status": "ok"})
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "want.npz", maps=maps, raw=maps.max((1, 2)), cells=maps)
+    np.savez(tmp_path / "got.npz", maps=maps * 1.1, raw=maps.max((1, 2)))
+    harness._judge(row, {"status": "ok"}, tmp_path / "got.npz", tmp_path / "want.npz", tmp_path / "none.npz")
+    assert row["status"] == "failed parity" and "map error" in row["reason"]
+    assert row["fps"] is None and row["latency_ms"] is None and row["ratio_to_reference"] is None
+    assert row["parity"]["max_error"] > 0.1
+
+
+def test_line_mode_counts_missed_deadlines():
+    result = harness.run([tiny(mode="line")], EFFORT, quiet, line_rate=2000.0)
+    (row,) = result["cases"]
+    assert row["status"] == "ok", row["reason"]
+    assert row["line"]["rate_fps"] == 2000 and row["line"]["deadline_ms"] == 0.5
+    assert row["line"]["misses"] == row["line"]["frames"] == row["latency_ms"]["n"]
+    assert row["ratio_to_reference"] is None
+
+
+def test_rows_after_the_deadline_are_skipped():
+    result = harness.run([tiny()], EFFORT, quiet, deadline=-1)
+    assert [row["status"] for row in result["cases"]] == ["skipped"]
+    assert result["roofs"] == {"reason": "no row was measured"}
+
+
+def test_percentiles_need_samples():
+    assert clock.summary([1.0, 2.0, 3.0]) == {
+        "p50": 2.0, "p90": None, "p99": None, "p999": None, "n": 3, "raw": [1.0, 2.0, 3.0],
+    }  # fmt: skip
+    many = clock.summary(list(range(1000)))
+    assert (many["p50"], many["p99"], many["p999"]) == (499.5, 989.01, 998.001)
+
+
+def test_stability_names_spread_and_drift():
+    assert clock.stability([10.0] * 20)["verdict"] == "stable"
+    assert clock.stability([10.0] * 10 + [13.0] * 10)["drift"] == pytest.approx(0.3)
+    assert clock.stability([10.0] * 10 + [13.0] * 10)["verdict"] == "noisy"
+    assert clock.stability([1.0, 1.0])["verdict"] == "too few samples"
+
+
+def test_paired_ratio_cancels_what_both_sides_met():
+    noise = np.random.default_rng(0).uniform(1, 3, 50)
+    ratio = clock.paired_ratio(list(20 * noise), list(10 * noise))
+    assert ratio == {"speed": 2.0, "low": 2.0, "high": 2.0, "pairs": 50}
+
+
+def change(result: dict, factor: float) -> dict:
+    """The record with every ratio multiplied."""
+    cases = []
+    for row in result["cases"]:
+        ratio = row["ratio_to_reference"]
+        if ratio:
+            ratio = {**ratio, **{k: factor * ratio[k] for k in ("speed", "low", "high")}}
+        cases.append({**row, "ratio_to_reference": ratio})
+    return {**result, "cases": cases}
+
+
+def test_compare_knows_noise_from_change(measured, tmp_path):
+    record.write(measured, tmp_path / "a.json")
+    record.write(change(measured, 100.0), tmp_path / "b.json")
+    old, new = record.read(tmp_path / "a.json"), record.read(tmp_path / "b.json")
+    assert {line["verdict"] for line in record.compare(old, old)} == {"no difference", "not comparable"}
+    assert {line["verdict"] for line in record.compare(old, new)} == {"faster", "not comparable"}
+    assert {line["verdict"] for line in record.compare(new, old)} == {"slower", "not comparable"}
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == record.compare(old, new)
+
+
+def test_other_schemas_are_refused(tmp_path):
+    (tmp_path / "old.json").write_text(json.dumps({"schema": 0, "cases": []}))
+    with pytest.raises(ConfigError, match="schema 1, got schema 0"):
+        record.read(tmp_path / "old.json")
+
+
+def test_axes_expand_to_cases():
+    cases = expand(
+        "paper", scorers=["density", "inversion"], engines=["eager", REFERENCE], precisions=["fp32", "bf16"],
+        batches=[1, 8], steps=[3], probes=[10, 1], modes=["offline", "single-stream"],
+    )  # fmt: skip
+    offline = [c for c in cases if c.mode == "offline"]
+    assert len(offline) == (2 + 1) * 2 * (2 + 1)
+    assert {c.batch for c in cases if c.mode == "single-stream"} == {1}
+    assert all(c.precision == "fp32" for c in cases if c.engine == REFERENCE)
+    assert len({c.name for c in cases}) == len(cases)
+    assert {reference_of(c).engine for c in cases} == {REFERENCE}
+    with pytest.raises(ConfigError, match="unknown mode 'ofline'; did you mean 'offline'"):
+        expand("demo", scorers=[], engines=[], precisions=[], batches=[], steps=[], probes=[], modes=["ofline"])
+    with pytest.raises(ConfigError, match="unknown scorer 'densty'"):
+        scorer_options("densty", 3, 1)
+
+
+@pytest.mark.parametrize("kind", ["density", "inversion", "reconstruction"])
+def test_every_scorer_takes_as_many_evaluations_as_asked(kind):
+    spec = PRESETS["paper"].spec
+    assert function_evaluations(Case("paper", scorer_options(kind, 3, 1), "eager").make_scorer(), spec.velocity) == 3
+
+
+def test_presets_are_the_papers_sizes():
+    velocity = PRESETS["paper"].spec.velocity
+    assert (velocity.hidden_size, velocity.depth, velocity.num_heads, velocity.channels) == (2048, 16, 8, 272)
+    invad: VelocityConfig = PRESETS["invad"].spec.velocity
+    assert (invad.pred_type, invad.t_scale, invad.use_class_labels) == ("epsilon", 1.0, False)
+
+
+def test_invad_runs_in_the_same_runtime():
+    case = Case("invad", scorer_options("inversion", 3, 1), "eager")
+    assert function_evaluations(case.make_scorer(), PRESETS["invad"].spec.velocity) == 3
+
+
+def test_random_models_are_seeded_and_of_order_one():
+    a, b = (random_model(PRESETS["tiny"].spec, torch.device("cpu")) for _ in range(2))
+    frames, source = make_frames(tiny(), 3, 64)
+    assert source == "random pictures" and frames.shape == (3, 64, 64, 3) and frames.std() > 10
+    x1 = a.features(frames)
+    assert torch.equal(x1, b.features(frames))
+    assert 0.1 < x1.std() < 10
+    assert all(parameter.abs().max() > 0 for parameter in a.dit.parameters())
+
+
+def test_gemm_roof_is_the_models_own_products():
+    shape = {"hidden": 32, "mlp": 128, "depth": 2, "heads": 2, "tokens": 16, "channels": 192, "image": 64}
+    result = roofs.measure(shape, [16, 32], ["fp32", "bf16", "fp8"], "cpu", seconds=0.01)
+    assert [g["precision"] for g in result["gemm"]] == ["fp32", "fp32", "bf16", "bf16", "fp8"]
+    assert "needs a GPU" in result["gemm"][-1]["reason"]
+    first = result["gemm"][0]
+    assert set(first["ms"]) == {"qkv", "proj", "fc1", "fc2"}
+    flops = 2 * 16 * 32 * (96 + 32 + 128 + 128)
+    assert first["tflop_s"] == pytest.approx(flops / first["block_ms"] / 1e9, rel=0.01, abs=1e-4)
+    assert result["copy_gb_s"] > 0
+
+
+def test_paper_table_has_every_method_and_says_that_figures_conflict():
+    text = report._table1({})
+    for name in ("HVQ-Trans", "CFLOW-AD", "InvAD", "OmiAD", "FlowAD (a)", "FlowAD (b)", "FlowAD (c)"):
+        assert name in text
+    assert text.count("not run") == 7
+    assert "88 FPS for InvAD and 39 for OmiAD" in text and "41 and 17" in text
+    assert (paper.METHODS["FlowAD (a) density"].fps, paper.METHODS["FlowAD (a) density"].memory_gb) == (5, 53)
+
+
+def test_paper_table_puts_measured_beside_reported(measured):
+    rows = [{**row, "preset": "paper", "probes": 10 if row["probes"] else None} for row in measured["cases"]]
+    text = report._table1({"x": {**measured, "cases": rows}})
+    assert text.count("not run") == 5
+    line = next(line for line in text.splitlines() if line.startswith("| FlowAD (b)"))
+    assert "| 41 | 10 |" in line and "eager fp32, batch 1" in line
+
+
+@pytest.mark.parametrize("page, text", [(report.README, report.readme), (scaling.PAGE, scaling.page)])
+def test_committed_pages_are_what_the_records_give(page: Path, text):
+    assert page.read_text(encoding="utf-8") == text(), "run flowad-bench report and commit the result"
+
+
+def test_gpu_check_keeps_what_it_has_and_stays_in_its_budget(tmp_path):
+    def breaks(left: float) -> dict:
+        raise RuntimeError("boom")
+
+    def measures(left: float) -> dict:
+        assert 0 < left <= 50
+        return {"record": harness.run([tiny()], EFFORT, quiet, deadline=left)}
+
+    parts = [("broken", 0.0, breaks), ("rows", 0.0, measures), ("late", 1e6, measures)]
+    gpu_check.run(parts, 50.0, tmp_path / "check.json", quiet)
+    saved = record.read(tmp_path / "check.json")
+    assert [p["status"] for p in saved["parts"]] == ["failed", "ok", "skipped"]
+    assert "boom" in saved["parts"][0]["reason"] and "1000000 s needed" in saved["parts"][2]["reason"]
+    assert [row["engine"] for row in saved["cases"]] == [REFERENCE, "eager"]
+    assert saved["roofs"]["gemm"]
+
+
+def test_gpu_check_plan_covers_what_is_asked():
+    names = [name for name, _, _ in gpu_check.plan("paper", "cuda", (1, 64), ("bf16",), quiet, EFFORT)]
+    assert {"GPU tests", "ladder", "batch sweep", "density, K = 10, 1, 2"} <= set(names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_gpu_check_without_a_gpu_says_what_is_missing():
+    done = CliRunner().invoke(_gpu_app(), [])
+    assert done.exit_code == gpu_check.EXIT_NO_GPU
+    assert "finds no usable NVIDIA GPU" in (gpu_check.missing() or "") or "without CUDA" in (gpu_check.missing() or "")
+
+
+def _gpu_app():
+    import typer
+
+    gpu = typer.Typer()
+    gpu.command()(gpu_check.check)
+    return gpu
+
+
+def test_figures_are_drawn(measured, tmp_path):
+    from flowad_fast.benchmarks import figures
+
+    rungs = [{**row, "rung": i, "rung_name": row["engine"]} for i, row in enumerate(measured["cases"])]
+    made = figures.draw({**measured, "cases": rungs}, tmp_path)
+    assert [path.name for path in made] == ["fps_memory.png", "latency.png", "roofline.png", "ladder.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+
+
+def test_peers_need_anomalib_and_say_so(monkeypatch):
+    import importlib.metadata
+
+    from flowad_fast.benchmarks import peers
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(EngineUnavailableError, match="pip install anomalib"):
+        peers._anomalib()
+
+
+def test_cli_writes_record_table_and_figures(tmp_path):
+    done = CliRunner().invoke(
+        app,
+        ["--preset", "tiny", "--scorer", "inversion", "--quick", "--seconds", "0.1", "--device", "cpu", "--output",
+         str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md"), "--json"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    saved = record.read(tmp_path / "r.json")
+    assert [row["status"] for row in saved["cases"]] == ["ok", "ok"]
+    assert "| inversion | eager |" in (tmp_path / "r.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--batch", "0"], "positive whole"), (["--preset", "nope"], "no preset")]
+)
+def test_cli_refuses_nonsense(arguments, message):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code != 0
+    assert message in str(done.exception)

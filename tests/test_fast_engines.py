@@ -1,0 +1,231 @@
+"""The engine registry, where precisions can run, and what is measured: probes, layer errors, attention backends."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowad_fast import drift
+from flowad_fast.attention import BACKENDS, choose_attention
+from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
+from flowad_fast.detector import Detector, load, operators
+from flowad_fast.drift import linear_report
+from flowad_fast.engines import ENGINES, start_from_model
+from flowad_fast.engines.eager import EagerEngine
+from flowad_fast.errors import ConfigError, EngineUnavailableError
+from flowad_fast.features import FeatureExtractor
+from flowad_fast.kernels import fused
+from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.precision import PRECISIONS, arithmetic, check_precision
+from flowad_fast.probes import choose_probes
+from flowad_fast.scorers import Density, Inversion
+from flowad_fast.velocity import DiT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> FlowModel:
+    torch.manual_seed(0)
+    config = VelocityConfig(channels=192, height=4, width=4, hidden_size=32, depth=2, num_heads=2)
+    dit = DiT(config)
+    for parameter in dit.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    spec = ModelConfig(velocity=config, backbone="efficientnet-lite0", image=ImageConfig(size=64))
+    return FlowModel(spec, dit, FeatureExtractor("efficientnet-lite0"))
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return np.random.RandomState(0).randint(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_a_detector_runs_in_every_precision_on_the_cpu(
+    model: FlowModel, frames: np.ndarray, precision: str, ops: str
+) -> None:
+    reference = Detector.from_model(model, Inversion(), device="cpu")(frames)
+    got = Detector.from_model(model, Inversion(), device="cpu", precision=precision, ops=ops)(frames)  # type: ignore[arg-type]
+    assert got.map.dtype == np.float32 and got.engine == "eager on cpu"
+    error = np.abs(got.map - reference.map).max() / reference.map.std()
+    bounds = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "fp8": 4e-1}
+    assert error < bounds[precision]
+    if precision != "fp32":
+        assert error > 1e-6, "the precision was not applied"
+
+
+def test_tf32_is_refused_without_a_gpu(model: FlowModel) -> None:
+    with pytest.raises(EngineUnavailableError, match="tf32 is a mode of NVIDIA GPUs, the device is cpu; ask for fp32"):
+        Detector.from_model(model, Inversion(), device="cpu", precision="tf32")
+    with pytest.raises(EngineUnavailableError, match="unknown precision 'bf61'; did you mean 'bf16'"):
+        check_precision("bf61", CPU)
+
+
+@pytest.mark.parametrize(("precision", "found", "fits"), [("fp8", (9, 0), True), ("fp8", (8, 6), False),
+                                                          ("bf16", (7, 5), False), ("fp16", (7, 5), True)])  # fmt: skip
+def test_a_gpu_that_is_too_old_for_a_precision_is_named(
+    monkeypatch: pytest.MonkeyPatch, precision: str, found: tuple[int, int], fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    if fits:
+        check_precision(precision, torch.device("cuda", 0))
+    else:
+        with pytest.raises(EngineUnavailableError, match=f"needs compute capability .* Some GPU with {found[0]}"):
+            check_precision(precision, torch.device("cuda", 0))
+
+
+def test_switches_of_float32_are_set_only_inside() -> None:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    for precision, mode in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")):
+        with pytest.raises(KeyError), arithmetic(precision, torch.device("cuda", 0)):  # type: ignore[arg-type]
+            assert (matmul.fp32_precision, conv.fp32_precision) == (mode, mode)
+            raise KeyError
+        assert (matmul.fp32_precision, conv.fp32_precision) == before
+    with arithmetic("fp32", CPU):
+        assert (matmul.fp32_precision, conv.fp32_precision) == before
+
+
+def test_every_registered_engine_can_be_started_somehow() -> None:
+    for name, backend in ENGINES.items():
+        assert backend.from_model or backend.from_artefact, name
+        assert backend.description
+    assert set(PRECISIONS) == {"fp32", "tf32", "bf16", "fp16", "fp8"}
+
+
+def test_engines_and_operators_that_do_not_exist_are_answered_with_the_nearest(model: FlowModel) -> None:
+    with pytest.raises(EngineUnavailableError, match="unknown engine 'eagre'; did you mean 'eager'"):
+        Detector.from_model(model, Inversion(), engine="eagre")
+    with pytest.raises(EngineUnavailableError, match="unknown operators 'fusde'; did you mean 'fused'"):
+        Detector.from_model(model, Inversion(), ops="fusde")
+    assert operators("fused") is fused
+
+
+def test_an_engine_of_exported_bundles_does_not_start_from_a_model(model: FlowModel) -> None:
+    with pytest.raises(EngineUnavailableError, match="onnxruntime runs exported bundles only; export .* eager"):
+        start_from_model("onnxruntime", ScoringPipeline(model, Inversion()), "cpu")
+
+
+def test_an_engine_leaves_the_model_where_it_is(model: FlowModel) -> None:
+    pipeline = ScoringPipeline(model, Inversion(), precision="bf16")
+    moved = pipeline.on(torch.device("meta"))
+    assert moved.velocity.table.device.type == "meta"  # type: ignore[attr-defined]
+    assert model.device == CPU and pipeline.velocity.table.device == CPU  # type: ignore[attr-defined]
+    assert next(model.backbone.parameters()).device == CPU
+    assert moved.ops is pipeline.ops and pipeline.on(CPU) is pipeline
+
+
+def test_weights_of_a_bundle_run_in_a_chosen_precision(model: FlowModel, frames: np.ndarray, tmp_path: Path) -> None:
+    from flowad_fast.export.exporter import export_bundle
+
+    export_bundle(model, Inversion(), tmp_path / "bundle", formats=("eager",), frames=frames, quiet=True)
+    exact, half = load(tmp_path / "bundle", device="cpu"), load(tmp_path / "bundle", device="cpu", precision="bf16")
+    error = np.abs(exact(frames).map - half(frames).map).max() / exact(frames).map.std()
+    assert 1e-6 < error < 1e-1
+    with pytest.raises(EngineUnavailableError, match="nothing for the engine onnxruntime .it has: eager.; export"):
+        load(tmp_path / "bundle", engine="onnxruntime")
+    with pytest.raises(EngineUnavailableError, match="needs an NVIDIA GPU"):
+        load(tmp_path / "bundle", engine="cudagraph", device="cpu")
+    with pytest.raises(EngineUnavailableError, match="unknown engine"):
+        load(tmp_path / "bundle", engine="egaer")
+
+
+def test_the_number_of_probes_follows_the_measured_noise(model: FlowModel, frames: np.ndarray) -> None:
+    scorer, choice = choose_probes(model, Density(steps=1, seed=3), frames, share=0.5, measure_with=16)
+    noise = float(replace(scorer, probes=64).map_with_error(model, model.features(frames))[1].square().mean()) * 64
+    assert choice.one_probe_noise == pytest.approx(noise**0.5, rel=0.15), "as another, larger draw says"
+    assert choice.measured_share <= 0.5 and scorer == Density(steps=1, seed=3, probes=choice.probes)
+    assert choice.standard_error == pytest.approx(choice.one_probe_noise / choice.probes**0.5)
+    assert choice.measured_share == pytest.approx(choice.standard_error / choice.spread)
+    # Just below what the choice reaches, it is no longer enough; far above, one probe is.
+    more, _ = choose_probes(model, Density(steps=1, seed=3), frames, share=choice.measured_share * 0.99,
+                            measure_with=16)  # fmt: skip
+    one, _ = choose_probes(model, Density(steps=1), frames, share=1e6)
+    assert more.probes > choice.probes and one.probes == 1
+    record = choice.record()
+    assert record["probes"] == choice.probes and record["frames"] == 4 and record["measured_with"] == 16
+
+
+def test_probes_are_not_chosen_from_nothing(model: FlowModel, frames: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match="needs good frames"):
+        choose_probes(model, Density(), frames[:0])
+    with pytest.raises(ConfigError, match="at least 2 probes"):
+        choose_probes(model, Density(), frames, measure_with=1)
+    with pytest.raises(ConfigError, match="no probes to choose"):
+        choose_probes(model, Density(exact=True), frames)
+    with pytest.raises(ConfigError, match="64 probes have a standard error of .* raise the share"):
+        choose_probes(model, Density(steps=1), frames[:1], share=1e-6)
+
+
+def test_every_layers_error_is_reported(model: FlowModel, frames: np.ndarray) -> None:
+    report = linear_report(model, frames[:2])
+    layers = [f"blocks.{i}.{part}" for i in range(2) for part in ("qkv", "proj", "fc1", "fc2")]
+    assert [one.name for one in report] == ["embed", *layers, "head"]
+    kept = {one.name for one in report if one.arithmetic == "bf16"}
+    assert kept == {"embed", "head"} == set(model.config.keep_bf16)
+    for one in report:
+        low, high = (1e-4, 1e-2) if one.name in kept else (1e-2, 1e-1)
+        assert low < one.rms < high and one.worst > one.rms, one
+        assert one.arithmetic in ("bf16", "fp8 (emulated on cpu)")
+    half = linear_report(model, frames[:2], precision="bf16")
+    assert all(one.arithmetic == "bf16" and one.rms < 1e-2 for one in half)
+    field = model.at(tuple(row.t for row in Inversion().rows(model.config)))
+    assert not any(module._forward_hooks for module in field.modules()), "the model is left as it was"
+
+
+def test_a_layer_that_hurts_shows(model: FlowModel, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = drift.make_linear
+
+    def damaged(name: str, weight: torch.Tensor, *rest: object) -> torch.nn.Module:
+        return real(name, weight * 1.5 if name == "blocks.1.fc2" else weight, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(drift, "make_linear", damaged)
+    report = linear_report(model, frames[:1])
+    assert max(report, key=lambda one: one.rms).name == "blocks.1.fc2"
+
+
+def test_the_attention_backend_is_reported_and_a_stored_choice_obeyed(model: FlowModel, frames: np.ndarray) -> None:
+    own = choose_attention(model.config, torch.float32, CPU)
+    assert own.backend in BACKENDS and not own.milliseconds, "the CPU runs what torch takes"
+    stored = choose_attention(model.config, torch.float32, CPU, stored="math")
+    assert stored.backend == "math" and stored.milliseconds["math"] > 0  # type: ignore[operator]
+    pipeline = ScoringPipeline(model, Inversion())
+    engine = EagerEngine(pipeline, "cpu", attention="math")
+    assert engine.attention.backend == "math"
+    np.testing.assert_allclose(
+        engine.run(frames, None)[0], EagerEngine(pipeline, "cpu").run(frames, None)[0], rtol=1e-3
+    )
+    with pytest.raises(EngineUnavailableError, match="unknown attention backend 'flsh'; did you mean 'flash'"):
+        choose_attention(model.config, torch.float32, CPU, stored="flsh")
+    with pytest.raises(EngineUnavailableError, match="attention backend cudnn cannot run .* on cpu"):
+        choose_attention(model.config, torch.float32, CPU, stored="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+@pytest.mark.parametrize("scorer", [Inversion(), Density(probes=2)])
+def test_precisions_on_a_gpu(
+    model: FlowModel, frames: np.ndarray, precision: str, ops: str, scorer: Inversion | Density
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    reference = Detector.from_model(model, scorer, device="cpu")(frames)
+    got = Detector.from_model(model, scorer, device="cuda", precision=precision, ops=ops)(frames)  # type: ignore[arg-type]
+    error = np.abs(got.map - reference.map).max() / reference.map.std()
+    assert error < {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1, "fp8": 4e-1}[precision]
+
+
+@pytest.mark.gpu
+def test_attention_is_measured_on_a_gpu(model: FlowModel) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    choice = choose_attention(model.config, torch.bfloat16, torch.device("cuda", 0))
+    able = {name: ms for name, ms in choice.milliseconds.items() if ms is not None}
+    assert set(choice.milliseconds) == set(BACKENDS) and able[choice.backend] == min(able.values())

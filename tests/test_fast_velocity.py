@@ -1,0 +1,242 @@
+"""The inference form of the velocity field: precisions, operators, tangents, and what a precision costs."""
+
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowad_fast.config import VelocityConfig
+from flowad_fast.integration import run_dual, to_tokens
+from flowad_fast.kernels import fused, reference
+from flowad_fast.linear import Fp8Linear, Linear, make_linear
+from flowad_fast.model import VelocityModel
+from flowad_fast.reference_path import reference_map
+from flowad_fast.scorers import Density, Inversion, Reconstruction
+from flowad_fast.velocity import DiT, TabledDiT
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+TIMES = (1.0, 0.5)
+TINY = {"channels": 6, "height": 4, "width": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+
+
+def random_model(std: float = 0.15, **options: object) -> VelocityModel:
+    torch.manual_seed(0)
+    dit = DiT(VelocityConfig(**{**TINY, **options}))  # type: ignore[arg-type]
+    for parameter in dit.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=std)
+    return VelocityModel(dit.config, dit)
+
+
+def tokens(model: VelocityModel, batch: int = 3, seed: int = 1) -> Tensor:
+    c = model.config
+    return torch.randn(batch, c.height * c.width, c.channels, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("ops", [reference, fused])
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"use_class_labels": True, "num_classes": 3}])
+def test_in_float32_it_equals_the_training_form(ops: ModuleType, options: dict[str, object]) -> None:
+    model = random_model(**options)
+    x = tokens(model)
+    y = torch.tensor([2, 0, 1]) if model.config.use_class_labels else None
+    field = TabledDiT(model.dit, TIMES, "fp32", ops)
+    for step, t in enumerate(TIMES):
+        expected = model.dit(x, torch.full((3,), t), y)
+        assert relative(field(x, step, y), expected) < 2e-5
+
+
+def test_float32_shares_the_weights_and_half_precision_halves_them() -> None:
+    model = random_model()
+    weight = model.dit.blocks[0].attn.qkv.weight
+    assert model.at(TIMES).blocks[0].qkv.weight is weight
+    assert model.at(TIMES, "bf16").blocks[0].qkv.weight.nbytes * 2 == weight.nbytes
+    assert model.at(TIMES, "bf16") is model.at(TIMES, "bf16") is not model.at(TIMES)
+
+
+@pytest.mark.parametrize("ops", [reference, fused])
+@pytest.mark.parametrize("tangents", [False, True])
+def test_drift_grows_from_fp16_to_bf16_to_fp8_and_stays_bounded(ops: ModuleType, tangents: bool) -> None:
+    model = random_model(channels=32, hidden_size=64, std=0.08)
+    x, z = tokens(model), torch.sign(tokens(model, 2, 5))[:, None]
+
+    def run(precision: str) -> Tensor:
+        field = model.at(TIMES, precision, ops)  # type: ignore[arg-type]
+        out = field.dual(x, z, 0)[1] if tangents else field(x, 0)
+        assert out.dtype == torch.float32
+        return out
+
+    expected = run("fp32")
+    drift = [float((run(p) - expected).square().mean().sqrt() / expected.std()) for p in ("fp16", "bf16", "fp8")]
+    assert all(a < b for a, b in pairwise(drift)), drift
+    assert drift[0] < 2e-3 and drift[1] < 1.5e-2 and drift[2] < 1e-1, drift
+
+
+def test_the_scaled_product_is_that_of_the_quantised_values() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32, 48) * torch.logspace(-3, 3, 32)[:, None], torch.randn(32)
+    layer = Fp8Linear(weight, bias)
+    x = torch.randn(2, 5, 48) * torch.logspace(-4, 4, 5)[:, None]
+    q, scale = reference.quantise_rows(x)
+    w = layer.weight.float() * layer.scale.T
+    expected = (q.float() * scale) @ w.T + bias
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(layer(x), layer((q, scale)), rtol=0, atol=0)
+    torch.testing.assert_close(layer(x).float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.tangent(x).float(), expected - bias, rtol=1e-2, atol=1e-2)
+    # A scale a row keeps rows of every size accurate: errors against the sizes of the row and of the weight's row.
+    error = (layer.tangent(x).float() - x @ weight.T).abs() / (x.norm(dim=-1)[..., None] * weight.norm(dim=-1))
+    assert error.max() < 0.03
+
+
+def test_zero_rows_stay_zero_in_fp8() -> None:
+    layer = Fp8Linear(torch.zeros(16, 16), None)
+    assert torch.equal(layer(torch.zeros(3, 16)), torch.zeros(3, 16, dtype=torch.bfloat16))
+
+
+def test_layers_are_kept_in_bf16_by_name_or_because_of_their_size() -> None:
+    model = random_model(channels=16, hidden_size=32, keep_bf16=("blocks.1.fc*", "head"))
+    field = model.at(TIMES, "fp8")
+    kinds = {name: type(layer) for name, layer in field.named_modules() if hasattr(layer, "quantised")}
+    assert {name for name, kind in kinds.items() if kind is Linear} == {"blocks.1.fc1", "blocks.1.fc2", "head"}
+    assert len(kinds) == 10
+    odd = make_linear("blocks.0.fc1", torch.randn(32, 24), None, "fp8", ())
+    assert isinstance(odd, Linear) and odd.dtype == torch.bfloat16
+
+
+def autograd_shares(model: VelocityModel, scorer: Density, x1: Tensor, y: Tensor | None) -> Tensor:
+    """dt z.(J^T z) of each probe and location, summed over the steps, by reverse mode through the training form."""
+    probes, x = scorer.draw(model.config), to_tokens(x1)
+    total = torch.zeros(len(probes), *x.shape[:2])
+    for row in scorer.rows(model.config):
+        for k, z in enumerate(probes):
+            at = x.detach().requires_grad_()
+            out = model.dit(at, torch.full((len(at),), row.t), y)
+            (pulled,) = torch.autograd.grad((out * z).sum(), at)
+            total[k] += row.b * (z * pulled).sum(-1) + (row.a - 1) * z.square().sum(-1)
+        x = row.a * x + row.b * out.detach()
+    return total
+
+
+@pytest.mark.parametrize("ops", [reference, fused])
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, {"pred_type": "data"},
+                                     {"use_class_labels": True, "num_classes": 2}])  # fmt: skip
+def test_each_probes_total_equals_that_of_reverse_mode(ops: ModuleType, options: dict[str, object]) -> None:
+    model = random_model(**options)
+    scorer = Density(steps=3, probes=4)
+    x1 = tokens(model, 2).transpose(1, 2).unflatten(2, (4, 4))
+    y = torch.tensor([1, 0]) if model.config.use_class_labels else None
+    rows = scorer.rows(model.config)
+    field = model.at(tuple(row.t for row in rows), "fp32", ops)
+    shares = run_dual(field, rows, to_tokens(x1), scorer.draw(model.config), y)[1]
+    expected = autograd_shares(model, scorer, x1, y)
+    torch.testing.assert_close(shares.sum(-1), expected.sum(-1), rtol=1e-4, atol=1e-4)
+    # The share of a location is another estimate of the same trace, so it must not be the same number.
+    assert (shares - expected).abs().max() > 0.01 * expected.std()
+
+
+def exact_map(model: VelocityModel, scorer: Density, x1: Tensor) -> Tensor:
+    """-log p1 at each location with the trace of the location's own block of the Jacobian, by autograd."""
+    x = to_tokens(x1)
+    trace = torch.zeros(x.shape[:2])
+    for row in scorer.rows(model.config):
+        for b in range(len(x)):
+            jacobian = torch.autograd.functional.jacobian(
+                lambda one, t=row.t: model.dit(one[None], torch.tensor([t]))[0], x[b]
+            )
+            trace[b] += row.b * torch.einsum("ncnc->n", jacobian)
+        x = row.a * x + row.b * model.dit(x, torch.full((len(x),), row.t))
+    log_p0 = -0.5 * (x.square() + np.log(2 * np.pi)).sum(-1)
+    return -(log_p0 + trace).unflatten(1, tuple(x1.shape[2:]))
+
+
+def test_exact_density_equals_the_trace_of_autograds_jacobian() -> None:
+    model, scorer = random_model(), Density(steps=3, exact=True)
+    x1 = tokens(model, 2).transpose(1, 2).unflatten(2, (4, 4))
+    assert relative(scorer.map(model, x1), exact_map(model, scorer, x1)) < 1e-4
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="the reference outputs are not beside this checkout")
+def test_exact_density_equals_the_reference_outputs() -> None:
+    from flowad_fast.checkpoint import load_velocity
+
+    model = load_velocity(GOLDEN / "dit_tiny_ckpt.pth", VelocityConfig(**TINY))  # type: ignore[arg-type]
+    x1 = torch.from_numpy(np.load(GOLDEN / "dit_tiny.npz")["z"])
+    expected = torch.from_numpy(np.load(GOLDEN / "density_tiny.npz")["log_p"])
+    assert relative(-Density(steps=3, exact=True).map(model, x1), expected) < 1e-4
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_memory_budgets_change_nothing_but_memory(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowad_fast import scorers
+
+    model = random_model()
+    x = tokens(model, 2)
+    scorer = Density(steps=2, probes=7, exact=exact)
+    whole = scorer.prepare(model)
+    count = len(whole.probes)
+    assert whole.plan(2, x.device) == pytest.approx((scorers.PROBE_BYTES // (whole.state_bytes * 2),
+                                                     scorers.WIDE_BYTES["cpu"] // (whole.wide_bytes * 2)))  # fmt: skip
+    expected, error = whole(x), whole.with_error(x)[1]
+    for together in (1, 3, count):
+        for wide in (1, 2, count):
+            part = scorer.prepare(model, probe_bytes=whole.state_bytes * 2 * together)
+            monkeypatch.setitem(scorers.WIDE_BYTES, "cpu", whole.wide_bytes * 2 * wide)
+            assert part.plan(2, x.device) == (together, wide)
+            assert relative(part(x), expected) < 1e-5
+            assert torch.allclose(part.with_error(x)[1], error, atol=1e-4)
+
+
+def test_standard_errors_are_those_of_independent_draws() -> None:
+    model = random_model(std=0.3)
+    x1 = tokens(model, 2).transpose(1, 2).unflatten(2, (4, 4))
+    maps = torch.stack([Density(steps=1, probes=4, seed=seed).map(model, x1) for seed in range(60)])
+    _, error = Density(steps=1, probes=64, seed=99).map_with_error(model, x1)
+    measured, predicted = maps.var(0).mean(), (error.square() * 64 / 4).mean()
+    assert 0.7 < float(measured / predicted) < 1.4
+
+
+@pytest.mark.parametrize(
+    "scorer", [Inversion(), Reconstruction(steps=4), Reconstruction(steps=4, start="inversion"), Density(probes=500)]
+)
+def test_scorers_agree_with_the_reference_path(scorer: Inversion | Reconstruction | Density) -> None:
+    model = random_model()
+    x1 = tokens(model, 2).transpose(1, 2).unflatten(2, (4, 4))
+    got, expected = scorer.map(model, x1), reference_map(model, scorer, x1)
+    if isinstance(scorer, Density):  # other noise a location, the same total
+        torch.testing.assert_close(got.sum((1, 2)), expected.sum((1, 2)), rtol=1e-4, atol=1e-3)
+        # Two estimates with independent-looking noise differ by at most a few of their standard errors.
+        error = scorer.map_with_error(model, x1)[1]
+        assert ((got - expected).abs() / error).max() < 8
+    else:
+        assert relative(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("scorer", [Inversion(), Density(probes=2)])
+def test_half_precision_exports_as_plain_torch_operators(precision: str, scorer: Inversion | Density) -> None:
+    model = random_model()
+    module = scorer.prepare(model, precision)  # type: ignore[arg-type]
+    x = tokens(model, 2)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith(("aten.", "<built-in", "_operator")) for name in called), called
+    torch.testing.assert_close(program.module()(x[:1]), module(x[:1]), rtol=1e-2, atol=1e-2)
+
+
+def test_keep_rules_change_what_a_scorer_computes() -> None:
+    model = random_model(channels=16, hidden_size=64, std=0.1)
+    x = tokens(model)
+    kept = VelocityModel(model.config.model_copy(update={"keep_bf16": ("*",)}), model.dit)
+    kept.dit.config = kept.config
+    fp8, bf16 = random_model(channels=16, hidden_size=64, std=0.1).at(TIMES, "fp8"), kept.at(TIMES, "fp8")
+    expected = random_model(channels=16, hidden_size=64, std=0.1).at(TIMES)(x, 0)
+    assert relative(bf16(x, 0), expected) < 0.5 * relative(fp8(x, 0), expected)
