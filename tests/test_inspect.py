@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import flowad_fast
@@ -30,7 +31,7 @@ def picture(height=64, width=64):
 
 
 def make_bundle(path, *, invad, good=True, aggregate="max"):
-    model = random_model(spec_of(32, 2, 2, backbone="efficientnet-lite0", size=64, invad=invad))
+    model = random_model(spec_of(32, 2, 2, backbone="efficientnet-lite0", size=64, invad=invad), torch.device("cpu"))
     names = [""] if invad else list(model.class_names[:2])
     parts = [(picture(), name) for name in names for _ in range(6)]
     calibration = GoodParts([p for p, _ in parts], [n for _, n in parts], [str(i) for i in range(len(parts))])
