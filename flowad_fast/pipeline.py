@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate, image_score
+from flowad_fast.decision import Aggregate, aggregated
 from flowad_fast.image import normalise
 from flowad_fast.integration import StepField
 from flowad_fast.kernels import reference
@@ -18,7 +18,7 @@ from flowad_fast.scorers import PROBE_BYTES, Scorer
 class ScoringPipeline(nn.Module):
     """Frames (B, H, W, 3) uint8 and class indices (B,) to map (B, S, S) and raw score (B,), float32.
 
-    S is the model's image size. The raw score is (B, 2) for the aggregate `diff+sum`, see `decision.image_score`.
+    S is the model's image size. The raw score is (B, 2) for the aggregate `diff+sum`, see `decision.aggregated`.
     `precision` is that of the velocity field's matrix products, `ops` the namespace of operators, and `probe_bytes` the
     memory that one chunk of density probes may take; the backbone, the map and the score are float32.
     """
@@ -50,8 +50,8 @@ class ScoringPipeline(nn.Module):
         images = normalise(frames, self.image)
         x1 = self.backbone(images, self.ops)
         cells = self.scorer(x1, y).unflatten(1, self.grid)
-        maps = self.ops.upsample(cells, self.image.size)
-        return maps, image_score(maps, self.aggregate)
+        maps, high, low, total = self.ops.upsample_score(cells, self.image.size)
+        return maps, aggregated(high, low, total, self.image.size**2, self.aggregate)
 
     def on(self, device: torch.device) -> "ScoringPipeline":
         """The pipeline on a device, for inference; the model that it was made of stays where it is."""

@@ -232,16 +232,17 @@ def test_damaged_package_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_without_a_compiler(model: FlowModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-g++"))
-    result = export_bundle(
-        model, Inversion(), tmp_path / "bundle", formats=("aoti",), frames=random_frames(2), quiet=True
-    )
-    assert not result.ok
-    assert result.outcomes["aoti"].status == "not available"
-    assert "finds no no-such-g++; install one (Debian: apt-get install g++)" in result.outcomes["aoti"].reason
-    with pytest.raises(EngineUnavailableError, match="needs a C\\+\\+ compiler"):
-        Detector.from_model(make_model(Means(), False), Inversion(), engine="compile", device="cpu")
+def test_without_a_compiler(model: FlowModel, tmp_path: Path) -> None:
+    # torch's own patch: a monkeypatch would leave the setting hidden behind it.
+    with torch._inductor.config.patch("cpp.cxx", (None, "no-such-g++")):
+        result = export_bundle(
+            model, Inversion(), tmp_path / "bundle", formats=("aoti",), frames=random_frames(2), quiet=True
+        )
+        assert not result.ok
+        assert result.outcomes["aoti"].status == "not available"
+        assert "finds no no-such-g++; install one (Debian: apt-get install g++)" in result.outcomes["aoti"].reason
+        with pytest.raises(EngineUnavailableError, match="needs a C\\+\\+ compiler"):
+            Detector.from_model(make_model(Means(), False), Inversion(), engine="compile", device="cpu")
 
 
 @needs_compiler

@@ -213,7 +213,7 @@ def test_a_full_disk_in_the_middle_leaves_the_old_bundle(tmp_path: Path, model: 
         result = export(model, tmp_path / "b", "eager")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert result.status["eager"].startswith("failed: OSError: [Errno 27] File too large")
+    assert "cannot be written ([Errno 27] File too large)" in result.status["eager"]
     assert tree(tmp_path / "b") == before
     assert names(tmp_path) == {"b", "b.rejected"}
 
@@ -255,7 +255,10 @@ def test_kill_9_at_ten_random_moments_never_damages_the_bundle(tmp_path: Path, m
 def test_thresholds_are_fitted_at_export_and_again_later(tmp_path: Path, model: FlowModel) -> None:
     export(model, tmp_path / "b", "eager", good=good(9), alpha=0.1)
     loaded = flowad_fast.load(tmp_path / "b", device="cpu")
-    assert {v.value for v in loaded(np.stack(good(9).frames)).verdict} == {"good"}
+    assert loaded.calibration is not None
+    # One threshold for all: the largest of nine scores, to the rounding of another batch size.
+    scores = loaded(np.stack(good(9).frames)).score
+    assert scores.max() == pytest.approx(loaded.calibration.classes[""].threshold, rel=1e-4)
     before = tree(tmp_path / "b")
     manifest = recalibrate(tmp_path / "b", good(19), 0.05)
     assert manifest.calibration is not None and manifest.calibration.alpha == 0.05
