@@ -330,13 +330,19 @@ def test_command_prints_json_and_lists_errors(root, fake_model, monkeypatch, cap
     assert "0 bytes" in captured.err.replace("\n", " ")
 
 
+def test_demo_is_a_checkpoint_like_any_other():
+    detector = cli._load("demo", "reconstruction", 4, None, None)
+    detection = detector(np.random.RandomState(0).randint(0, 256, (1, 300, 300, 3)).astype(np.uint8))
+    assert detector.engine.startswith("eager") and detection.map.shape == (1, 256, 256)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["m", "--layout", "mvtce"], "did you mean 'mvtec'"),
         (["m"], "needs a data folder"),
         (["m", "--data", "ROOT", "--category", "aa"], "no category 'aa'"),
-        (["demo", "--data", "ROOT", "--steps", "2"], "has its scorer fixed, got --steps"),
+        (["BUNDLE", "--data", "ROOT", "--steps", "2"], "has its scorer fixed, got --steps"),
         (["BUNDLE", "--data", "ROOT", "--scorer", "density", "--config", "c"], "got --scorer, --config"),
         (["m", "--data", "ROOT", "--scorer", "inverse"], "unknown scorer 'inverse'"),
     ],

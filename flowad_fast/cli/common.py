@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowad_fast.errors import FlowADError
 
-out = Console()
-"""Results go here (standard output)."""
+out = Console(width=None if sys.stdout.isatty() else 160)
+"""Results go here (standard output); in a file or pipe, tables have room for their columns."""
 err = Console(stderr=True)
 """Progress, warnings and errors go here, so that `--json` on standard output stays clean."""
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from flowad_fast.detector import Detector
     from flowad_fast.evaluation import Report
 
-DEMO = "demo"
-"""A model that needs no files."""
-
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Bundle folder, checkpoint file, or `demo`.")],
@@ -80,7 +77,7 @@ def _load(
 ) -> "Detector":
     import flowad_fast
 
-    if model == DEMO or (Path(model) / "manifest.json").is_file():
+    if (Path(model) / "manifest.json").is_file():
         options = {"scorer": scorer, "steps": steps, "config": config, "backbone-weights": backbone_weights}
         given = [f"--{name}" for name, value in options.items() if value is not None]
         if given:
@@ -94,7 +91,7 @@ def _load(
     from flowad_fast.detector import Detector
 
     chosen = SCORERS[name]() if steps is None else SCORERS[name](steps=steps)
-    return Detector.from_checkpoint(Path(model), chosen, config=config, backbone_weights=backbone_weights)
+    return Detector.from_checkpoint(model, chosen, config=config, backbone_weights=backbone_weights)
 
 
 def _print_table(report: "Report") -> None:
