@@ -1,5 +1,6 @@
 """`flowad-bench`: speed and memory beside the reference path, each row behind a parity gate."""
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,9 +80,12 @@ def bench(
             backbone_weights=None if backbone_weights is None else str(backbone_weights),
         )
     effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished rows are kept
     with common.err.status("measuring") as status:
         record = harness.run(cases, effort, lambda line: status.update(f"measuring · {line}"), rate)
     _show(record, output, markdown, figures, json)
+    if any(row["reason"] == "interrupted" for row in record["cases"]):
+        raise typer.Exit(common.EXIT_INTERRUPTED)
 
 
 @app.command()

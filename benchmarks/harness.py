@@ -107,7 +107,8 @@ def run(
         effort: how long to measure.
         tell: receives one line of progress at a time.
         line_rate: frames a second in line mode; None takes 80 % of what single calls sustain.
-        deadline: seconds after which no further row is begun; rows that were not begun are skipped.
+        deadline: seconds after which no further row is begun; rows that were not begun are skipped. Ctrl-C is such a
+            deadline, and skips the rows under way.
     """
     before = moment()
     begun = time.time()
@@ -121,11 +122,16 @@ def run(
                 late = {"status": "skipped", "reason": "no time was left"}
                 rows += [empty_row(case, late) for case in members]
                 continue
-            rows += _group(reference, members, folder, effort, tell, line_rate)
+            try:
+                rows += _group(reference, members, folder, effort, tell, line_rate)
+            except KeyboardInterrupt:  # what was finished is kept, and the record says that it is not whole
+                stopped = {"status": "skipped", "reason": "interrupted"}
+                rows += [empty_row(case, stopped) for case in members]
+                deadline = -1.0
         position = {case.name: i for i, case in enumerate(cases)}
         rows.sort(key=lambda r: position.get(r["name"], -1 if r["engine"] == REFERENCE else len(cases)))
         tell("roofs")
-        measured = _roofs(rows, folder, effort)
+        measured = {"reason": "interrupted"} if deadline < 0 else _roofs(rows, folder, effort)
     return {
         "schema": SCHEMA,
         "kind": "bench",
