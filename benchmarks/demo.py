@@ -119,8 +119,8 @@ def demo(
 
     since = time.perf_counter()
     outcomes = []
-    for kind, bundle in bundles.items():
-        outcome, scores[kind] = judge(bundle, test, output / f"{kind}.csv")
+    for name, bundle in bundles.items():
+        outcome, scores[name] = judge(bundle, test, output / f"{name}.csv")
         outcomes.append(outcome)
     outcomes.append(
         _outcome(BASELINE, "one a position, full covariance, 100 channels", "torch", test, scores[BASELINE])

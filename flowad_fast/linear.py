@@ -8,6 +8,7 @@ import copy
 import platform
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,9 @@ class PackedLinear(nn.Module):
         """(..., in) to (..., out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
-    def tangent(self, dx: Tensor) -> Tensor:
+    def tangent(self, dx: Tensor | Quantised) -> Tensor:
         """As `forward`, without the bias."""
+        assert isinstance(dx, Tensor), "only fp8 layers are given quantised rows"
         return torch.ops.mkldnn._linear_pointwise(dx, self._packed, None, "none", [], "")
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
@@ -122,12 +124,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "tanh")
 
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
 def can_pack() -> bool:
     """Whether this build of torch has oneDNN's packed product for this CPU."""
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 
 
-def pack(module: nn.Module, keep: Iterable[object] = ()) -> nn.Module:
+def pack(module: _Module, keep: Iterable[object] = ()) -> _Module:
     """A copy of `module` with its float32 linears packed; all other tensors, and the objects in `keep`, are shared."""
     shared = (*module.parameters(), *module.buffers(), *keep)
     copied = copy.deepcopy(module, {id(one): one for one in shared})

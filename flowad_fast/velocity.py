@@ -227,6 +227,7 @@ class TabledDiT(nn.Module):
             o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
             x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
             if isinstance(block.fc1, PackedLinear):
+                assert isinstance(h, Tensor), "packed layers are float32"
                 h = block.fc1.gelu_tanh(h)
             else:
                 h = self._gelu(block.fc2, block.fc1(h))
