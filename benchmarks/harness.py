@@ -113,6 +113,7 @@ def run(
     before = moment()
     begun = time.time()
     rows: list[dict[str, Any]] = []
+    interrupted = False
     with tempfile.TemporaryDirectory(prefix="flowad-bench-") as scratch:
         folder = Path(scratch)
         ordered = sorted(cases, key=lambda c: json.dumps(reference_of(c).as_dict(), sort_keys=True))
@@ -127,11 +128,11 @@ def run(
             except KeyboardInterrupt:  # what was finished is kept, and the record says that it is not whole
                 stopped = {"status": "skipped", "reason": "interrupted"}
                 rows += [empty_row(case, stopped) for case in members]
-                deadline = -1.0
+                interrupted, deadline = True, -1.0
         position = {case.name: i for i, case in enumerate(cases)}
         rows.sort(key=lambda r: position.get(r["name"], -1 if r["engine"] == REFERENCE else len(cases)))
         tell("roofs")
-        measured = {"reason": "interrupted"} if deadline < 0 else _roofs(rows, folder, effort)
+        measured = {"reason": "interrupted"} if interrupted else _roofs(rows, folder, effort)
     return {
         "schema": SCHEMA,
         "kind": "bench",

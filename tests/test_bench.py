@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +281,7 @@ def test_paper_table_puts_measured_beside_reported(measured):
     text = report._table1({"x": {**measured, "cases": rows}})
     assert text.count("not run") == 5
     line = next(line for line in text.splitlines() if line.startswith("| FlowAD (b)"))
-    assert "| 41 | 10 |" in line and "eager fp32, batch 1" in line
+    assert re.search(r"\| 41 \| 10 \| .*eager (fp32|bf16), batch 1", line)  # whichever was faster
 
 
 @pytest.mark.parametrize("page, text", [(report.README, report.readme), (scaling.PAGE, scaling.page)])
