@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,13 @@ def environment() -> dict[str, Any]:
         "gpu_count": torch.cuda.device_count() if cuda else 0,
         "cuda": torch.version.cuda if cuda else None,
         "compute_capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "command": " ".join(["flowad-bench", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
     }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line for a record; of absolute paths the last part only, since records are published."""
+    return " ".join(["flowad-bench", *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
 
 
 def moment() -> dict[str, Any]:

@@ -367,3 +367,10 @@ def test_cli_refuses_nonsense(arguments, message):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code != 0
     assert message in str(done.exception)
+
+
+def test_records_do_not_tell_where_they_were_made():
+    from flowad_fast.benchmarks.environment import command
+
+    shown = command(["--preset", "demo", "--output", "/home/someone/results/a.json", "results/b.json"])
+    assert shown == "flowad-bench --preset demo --output a.json results/b.json"
