@@ -15,6 +15,7 @@ from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Velocity
 from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.features import BACKBONES, FeatureExtractor
+from flowad_fast.image import normalise
 from flowad_fast.model import FlowModel
 from flowad_fast.scorers import SCORERS, Scorer, scorer_adapter
 from flowad_fast.velocity import DiT
@@ -93,13 +94,17 @@ def axes_of(preset: str, quick: bool = False) -> Preset:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a model with a scorer on an engine. Everything that a fresh process needs to measure it."""
+    """One row: a model with a scorer on an engine. Everything that a fresh process needs to measure it.
+
+    `products` concerns the engine cudagraph: matrix products as `measured` to be fastest, or the `library`'s.
+    """
 
     preset: str
     scorer: dict[str, Any]
     engine: str
     precision: str = "fp32"
     ops: str = "reference"
+    products: str = "measured"
     batch: int = 1
     mode: str = "offline"
     device: str = "auto"
@@ -114,6 +119,7 @@ class Case:
         probes = f"-K{self.scorer['probes']}" if "probes" in self.scorer else ""
         kind = f"{self.scorer['kind']}{probes}-s{self.scorer['steps']}"
         ops = "" if self.ops == "reference" else f"-{self.ops}"
+        ops += "" if self.products == "measured" else f"-{self.products}"
         return f"{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
 
     def make_scorer(self) -> Scorer:
@@ -178,7 +184,7 @@ def expand(
 
 def reference_of(case: Case) -> Case:
     """The reference path on the same work."""
-    return replace(case, engine=REFERENCE, precision="fp32", ops="reference")
+    return replace(case, engine=REFERENCE, precision="fp32", ops="reference", products="measured")
 
 
 def is_bundle(preset: str) -> bool:
@@ -203,21 +209,25 @@ def load_model(case: Case) -> FlowModel:
 def random_model(spec: ModelConfig, device: torch.device, seed: int = 0) -> FlowModel:
     """A model with random, non-zero weights whose activations stay of order one.
 
-    The backbone's batch norms take the statistics of random frames, and the modulations' biases are wide enough for
-    every block to matter: otherwise a parity check would see only the first and the last layer.
+    The backbone's batch norms take the statistics of pictures like those that are measured: with others, an untrained
+    backbone's features grow by orders of magnitude and nothing of the velocity field is seen in a map. The modulations'
+    biases are wide enough for every block to matter: otherwise a parity check would see only the first and last layer.
     """
     torch.manual_seed(seed)
     with device:
         dit = DiT(spec.velocity).to(device)
     for module in [*dit.blocks, dit.final_layer]:
         nn.init.normal_(module.adaLN_modulation[1].bias, std=0.3)  # type: ignore[union-attr, operator, index]
+    with torch.no_grad():
+        # A trained velocity is as large as features less noise.
+        dit.final_layer.linear.weight.mul_(3)
     backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation).to(device)
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
     with torch.no_grad():
-        backbone(torch.randn(2, 3, spec.image.size, spec.image.size, device=device))
+        backbone(normalise(torch.from_numpy(random_pictures(4, spec.image.size)).to(device), spec.image))
     backbone.eval()
     return FlowModel(spec, dit, backbone)
 
@@ -230,10 +240,17 @@ def make_frames(case: Case, count: int, image_size: int) -> tuple[np.ndarray, st
 
         real = parity_frames(None, count + count % 2)
         return real.frames[:count], real.source
-    rng = np.random.default_rng(0)
+    return random_pictures(count, size), "random pictures"
+
+
+def random_pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Pictures uint8 (n, size, size, 3) of smooth shapes and noise.
+
+    Their contrast rises: scores that are all alike would leave a score error nothing to be relative to.
+    """
+    rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (count, 8, 8, 3))
     smooth = coarse.repeat(-(-size // 8), 1).repeat(-(-size // 8), 2)[:, :size, :size]
-    # Contrast rises from frame to frame: scores that are all alike would leave a score error nothing to be relative to.
-    contrast = np.linspace(0.3, 1, count)[:, None, None, None]
+    contrast = np.linspace(0.7, 1, count)[:, None, None, None]
     pictures = 128 + contrast * (smooth - 128 + rng.uniform(-40, 40, smooth.shape))
-    return pictures.clip(0, 255).astype(np.uint8), "random pictures"
+    return pictures.clip(0, 255).astype(np.uint8)

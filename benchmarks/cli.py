@@ -1,6 +1,7 @@
 """`flowad-bench`: speed and memory beside the reference path, each row behind a parity gate."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,8 +82,8 @@ def bench(
         )
     effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished rows are kept
-    with common.err.status("measuring") as status:
-        record = harness.run(cases, effort, lambda line: status.update(f"measuring · {line}"), rate)
+    with common.status("measuring") as tell:
+        record = harness.run(cases, effort, tell, rate, keep=_keep(output))
     _show(record, output, markdown, figures, json)
     if any(row["reason"] == "interrupted" for row in record["cases"]):
         raise typer.Exit(common.EXIT_INTERRUPTED)
@@ -114,9 +115,60 @@ def ladder(
         preset, scorer_options(scorer, steps, probes), "eager", batch=batch, device=device, parity_frames=frames
     )  # fmt: skip
     effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
-    with common.err.status("measuring") as status:
-        record = rungs.run(like, effort, lambda line: status.update(f"measuring · {line}"))
+    with common.status("measuring") as tell:
+        record = rungs.run(like, effort, tell, keep=_keep(output))
     _show(record, output, None, figures, json)
+
+
+@app.command()
+def drift(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or `demo`.")] = "demo",
+    data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
+    layout: Annotated[str, typer.Option(help="mvtec (also MPDD), visa, realiad, folder or elpv.")] = "elpv",
+    category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
+    scorer: Annotated[str, typer.Option(help="Comma-separated.")] = "density,inversion,reconstruction",
+    precision: Annotated[str, typer.Option(help="Comma-separated.")] = "bf16,fp16,fp8",
+    ops: Annotated[str, typer.Option(help="reference or fused operators.")] = "reference",
+    steps: Annotated[int, typer.Option(help="Function evaluations along the path.")] = 3,
+    probes: Annotated[int, typer.Option(help="Density: probes.")] = 1,
+    config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
+    backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Photos a call.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
+) -> None:
+    """What a precision changes on labelled photos: maps, scores, and AUROC against fp32."""
+    from flowad_fast.benchmarks import drift as drifting
+    from flowad_fast.benchmarks import record, report
+    from flowad_fast.benchmarks.cases import Case, load_model, scorer_options
+    from flowad_fast.data.layouts import read_dataset
+    from flowad_fast.evaluation import select_tests
+    from flowad_fast.precision import check_precision
+
+    dataset, kinds, precisions = read_dataset(layout, data), _words(scorer), _words(precision)
+    cases = [
+        Case(model, scorer_options(kind, steps, probes), "eager", config=None if config is None else str(config),
+             backbone_weights=None if backbone_weights is None else str(backbone_weights))
+        for kind in kinds
+    ]  # fmt: skip
+    from flowad_fast.engines.eager import torch_device
+
+    for one in precisions:
+        check_precision(one, torch_device(device))
+    photos = sum(len(samples) for samples in select_tests(dataset, category).values())
+    runs = len(kinds) * len({"fp32", *precisions})
+    with common.progress("comparing", photos * runs, quiet=json) as advance:
+        found = drifting.run(
+            load_model(cases[0]), dataset, [case.make_scorer() for case in cases], precisions, categories=category,  # type: ignore[arg-type]
+            device=device, ops=ops, batch=batch, name=Path(model).name, progress=advance,
+        )  # fmt: skip
+    if output is not None:
+        record.write(found, output)
+    if json:
+        common.print_json(found)
+    else:
+        _console().print(report.drift_table(found))
 
 
 @app.command()
@@ -151,12 +203,19 @@ def make_report(
 
         for path in sorted(folder.glob("*.json")):
             one = record.read(path)
-            if one["kind"] != "peers":
+            if one["kind"] not in report.OTHER_KINDS:
                 drawing.draw(one, folder / "figures" / path.stem)
     report.README.write_text(report.readme(folder), encoding="utf-8")
     scaling.PAGE.parent.mkdir(exist_ok=True)
     scaling.PAGE.write_text(scaling.page(folder), encoding="utf-8")
     common.out.print(f"wrote {report.README} and {scaling.PAGE}", highlight=False)
+
+
+def _keep(output: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Writes what has been measured so far, so that whatever ends the run loses only the rows under way."""
+    from flowad_fast.benchmarks import record as records
+
+    return lambda found: None if output is None else records.write(found, output)
 
 
 def _show(record: dict[str, Any], output: Path | None, markdown: Path | None, figures: Path | None, json: bool) -> None:

@@ -76,7 +76,8 @@ def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | N
 
         # Only the row's own batch: other captures would count as its memory.
         pipeline = ScoringPipeline(model, scorer, "max", case.precision, operators(case.ops))  # type: ignore[arg-type]
-        return _around(CudaGraphEngine(pipeline, case.device, (case.batch,)), model)
+        engine = CudaGraphEngine(pipeline, case.device, (case.batch,), measure_products=case.products == "measured")
+        return _around(engine, model)
     return Detector.from_model(
         model, scorer, engine=case.engine, precision=case.precision, device=case.device, ops=case.ops  # type: ignore[arg-type]
     )  # fmt: skip

@@ -44,8 +44,7 @@ def _save(path: Path, fill: Any, record: dict[str, Any]) -> Path:
 
 def _label(row: dict[str, Any]) -> str:
     probes = f" K={row['probes']}" if row["probes"] else ""
-    ops = "" if row["ops"] == "reference" else f" {row['ops']}"
-    return f"{row['scorer']}{probes} {row['engine']}{ops} {row['precision']} b{row['batch']}"
+    return f"{row['scorer']}{probes} {report.runs(row)} {row['precision']} b{row['batch']}"
 
 
 def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -109,12 +109,12 @@ def plan(preset: str, device: str, batches: tuple[int, ...], precisions: tuple[s
 
     def bench(
         engines: list[str], scorers: list[str], precision: list[str], batch: list[int], mode: str, probes: list[int],
-        ops: str = "fused",
+        ops: str = "fused", products: str = "measured",
     ) -> Callable[[float], dict[str, Any]]:  # fmt: skip
         def call(left: float) -> dict[str, Any]:
             cases = expand(
                 preset, scorers=scorers, engines=engines, precisions=precision, batches=batch, steps=[3], probes=probes,
-                modes=[mode], ops=ops, device=device, parity_frames=2,
+                modes=[mode], ops=ops, products=products, device=device, parity_frames=2,
             )  # fmt: skip
             return {"record": harness.run(cases, replace(effort, timeout=max(left - 10, 5)), tell, deadline=left)}
 
@@ -135,6 +135,8 @@ def plan(preset: str, device: str, batches: tuple[int, ...], precisions: tuple[s
          bench([engine], ["density"], fast[:1], [1], "offline", [10])),
         ("GPU tests", 30, tests),
         ("batch 1 latency", 30, bench([engine], ["inversion"], fast, [1], "single-stream", [10])),
+        ("batch 1 latency, the library's products", 30,
+         bench([engine], ["inversion"], fast, [1], "single-stream", [10], products="library")),
         ("ladder", 60, rungs),
         ("batch sweep", 60, bench([engine], ["inversion"], fast, list(batches), "offline", [10])),
         ("other engines", 60,
@@ -153,11 +155,7 @@ def check(
         raise typer.Exit(EXIT_NO_GPU)
     gpu = "dry-run" if dry_run else torch.cuda.get_device_name().replace(" ", "-")
     target = output or report.RESULTS / f"gpu-check-{gpu}.json"
-    with common.err.status("gpu-check") as status:
-
-        def tell(line: str) -> None:
-            status.update(f"gpu-check · {line}")
-
+    with common.status("gpu-check") as tell:
         if dry_run:
             effort = harness.Effort(seconds=0.2, least=2, most=5, extend=False, roof_seconds=0.02)
             parts = plan("tiny", "cpu", (1, 2), ("bf16",), tell, effort, engine="eager")

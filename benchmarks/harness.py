@@ -98,8 +98,9 @@ def started(folder: Path, effort: Effort) -> Iterator[Process]:
 
 
 def run(
-    cases: list[Case], effort: Effort, tell: Tell, line_rate: float | None = None, deadline: float = float("inf")
-) -> dict[str, Any]:
+    cases: list[Case], effort: Effort, tell: Tell, line_rate: float | None = None, deadline: float = float("inf"),
+    keep: Callable[[dict[str, Any]], object] = lambda record: None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure all cases: the record that is written as JSON; see `benchmarks/README.md` for its fields.
 
     Args:
@@ -109,11 +110,22 @@ def run(
         line_rate: frames a second in line mode; None takes 80 % of what single calls sustain.
         deadline: seconds after which no further row is begun; rows that were not begun are skipped. Ctrl-C is such a
             deadline, and skips the rows under way.
+        keep: receives the record so far, without roofs, whenever rows are finished.
     """
     before = moment()
     begun = time.time()
     rows: list[dict[str, Any]] = []
     interrupted = False
+
+    def record(measured: dict[str, Any]) -> dict[str, Any]:
+        position = {case.name: i for i, case in enumerate(cases)}
+        rows.sort(key=lambda r: position.get(r["name"], -1 if r["engine"] == REFERENCE else len(cases)))
+        now = {**environment(), "before": before, "after": moment(), "seconds": round(time.time() - begun, 1)}
+        preset = ", ".join(dict.fromkeys(case.preset for case in cases))
+        return {
+            "schema": SCHEMA, "kind": "bench", "preset": preset, "environment": now, "cases": rows, "roofs": measured
+        }  # fmt: skip
+
     with tempfile.TemporaryDirectory(prefix="flowad-bench-") as scratch:
         folder = Path(scratch)
         ordered = sorted(cases, key=lambda c: json.dumps(reference_of(c).as_dict(), sort_keys=True))
@@ -129,18 +141,10 @@ def run(
                 stopped = {"status": "skipped", "reason": "interrupted"}
                 rows += [empty_row(case, stopped) for case in members]
                 interrupted, deadline = True, -1.0
-        position = {case.name: i for i, case in enumerate(cases)}
-        rows.sort(key=lambda r: position.get(r["name"], -1 if r["engine"] == REFERENCE else len(cases)))
+            keep(record({"reason": "not measured yet"}))
         tell("roofs")
         measured = {"reason": "interrupted"} if interrupted else _roofs(rows, folder, effort)
-    return {
-        "schema": SCHEMA,
-        "kind": "bench",
-        "preset": ", ".join(dict.fromkeys(case.preset for case in cases)),
-        "environment": {**environment(), "before": before, "after": moment(), "seconds": round(time.time() - begun, 1)},
-        "cases": rows,
-        "roofs": measured,
-    }
+        return record(measured)
 
 
 def _group(
@@ -171,6 +175,7 @@ def _group(
             row, turns = _candidate(case, ref, outputs[case.name], folder, effort, line_rate)
             taken += turns
             rows.append(row)
+            tell(f"{case.name}: {_said(row)}")
         if ref is not None and ref_row is not None:
             try:
                 taken = taken or _turns(ref, None, effort, reference.mode)
@@ -196,6 +201,15 @@ def _group(
             row["ratio_to_reference"]["memory"] = round(theirs_mb / max(ours, 1.0), 3) if known else None  # type: ignore[operator, type-var]
         _judge(row, answer, outputs[row["name"]], expected, independent)
     return ([ref_row] if ref_row is not None else []) + rows
+
+
+def _said(row: dict[str, Any]) -> str:
+    """A row in a few words, before its parity is known."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    ratio = row["ratio_to_reference"]
+    beside = f", {ratio['speed']:.2f} times the reference path" if ratio else ""
+    return f"p50 {row['latency_ms']['p50']:.1f} ms{beside}"
 
 
 class WorkerError(Exception):
@@ -317,8 +331,10 @@ def empty_row(case: Case, answer: dict[str, Any]) -> dict[str, Any]:
         "options": case.scorer,
         "engine": case.engine,
         "ran": answer.get("engine"),
+        "details": answer.get("details"),
         "precision": case.precision,
         "ops": case.ops,
+        "products": case.products if case.engine == "cudagraph" else None,
         "batch": case.batch,
         "steps": case.scorer["steps"],
         "nfe": answer.get("nfe"),

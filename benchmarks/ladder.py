@@ -1,7 +1,8 @@
 """The ladder: one optimisation a rung, each measured as a row of its own, with speed, memory and drift."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from flowad_fast.benchmarks import harness
 from flowad_fast.benchmarks.cases import REFERENCE, Case
@@ -17,32 +18,51 @@ class Rung:
     engine: str
     precision: str = "fp32"
     ops: str = "reference"
-    gpu: bool = False
-    """Needs a GPU: elsewhere the fused operators are plain torch, which would measure the rung below again."""
+    products: str = "library"
+    only: Literal["cuda", "cpu"] | None = None
+    """Where it is a step up. On a CPU the fused operators are plain torch, which would measure the rung below again,
+    and bf16 is slower than fp32, so that later rungs do not stand on it."""
 
 
 RUNGS = (
     Rung(0, "reference path", REFERENCE),
     Rung(1, "modulation table", "eager"),
     Rung(2, "bf16", "eager", "bf16"),
-    Rung(3, "torch.compile", "compile", "bf16"),
-    Rung(4, "fused Triton kernels", "eager", "bf16", "fused", gpu=True),
-    Rung(5, "one CUDA graph", "cudagraph", "bf16", "fused", gpu=True),
-    Rung(6, "fp8", "cudagraph", "fp8", "fused", gpu=True),
+    Rung(3, "torch.compile", "compile", "bf16", only="cuda"),
+    Rung(3, "torch.compile, fp32", "compile", only="cpu"),
+    Rung(3, "ONNX Runtime, fp32", "onnxruntime", only="cpu"),
+    Rung(4, "fused Triton kernels", "eager", "bf16", "fused", only="cuda"),
+    Rung(5, "one CUDA graph", "cudagraph", "bf16", "fused", only="cuda"),
+    Rung(6, "fp8", "cudagraph", "fp8", "fused", only="cuda"),
+    Rung(7, "fastest matrix products, bf16", "cudagraph", "bf16", "fused", "measured", only="cuda"),
+    Rung(7, "fastest matrix products, fp8", "cudagraph", "fp8", "fused", "measured", only="cuda"),
 )
-"""Better matrix products (stream-K, fused epilogues) are the rung after these; there is nothing to switch on yet."""
 
 
-def run(like: Case, effort: harness.Effort, tell: harness.Tell, deadline: float = float("inf")) -> dict[str, Any]:
-    """Measure every rung with the scorer, batch and model of `like`; a record whose rows carry `rung`."""
+def run(
+    like: Case, effort: harness.Effort, tell: harness.Tell, deadline: float = float("inf"),
+    keep: Callable[[dict[str, Any]], object] = lambda record: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure every rung with the scorer, batch and model of `like`; a record whose rows carry `rung`.
+
+    Arguments as `harness.run`. A rung of GPUs is a row without figures on a CPU, one of CPUs no row on a GPU.
+    """
     here = torch_device(like.device).type
-    rungs = [(r, replace(like, engine=r.engine, precision=r.precision, ops=r.ops)) for r in RUNGS]
-    runnable = [case for rung, case in rungs if here == "cuda" or not rung.gpu]
-    record = harness.run(runnable, effort, tell, deadline=deadline)
-    measured = {row["name"]: row for row in record["cases"]}
-    rows = []
-    for rung, case in rungs:
-        absent = {"status": "not available", "reason": f"rung {rung.number}, {rung.name}, needs an NVIDIA GPU"}
-        row = measured.get(case.name) or harness.empty_row(case, absent)
-        rows.append(row | {"rung": rung.number, "rung_name": rung.name})
-    return record | {"cases": rows, "kind": "ladder"}
+    rungs = [(rung, _case(rung, like)) for rung in RUNGS if rung.only in (None, here, "cuda")]
+    runnable = [case for rung, case in rungs if rung.only in (None, here)]
+
+    def climbed(record: dict[str, Any]) -> dict[str, Any]:
+        measured = {row["name"]: row for row in record["cases"]}
+        rows = []
+        for rung, case in rungs:
+            absent = {"status": "not available", "reason": f"rung {rung.number}, {rung.name}, needs an NVIDIA GPU"}
+            row = measured.get(case.name) or harness.empty_row(case, absent)
+            rows.append(row | {"rung": rung.number, "rung_name": rung.name})
+        return record | {"cases": rows, "kind": "ladder"}
+
+    return climbed(harness.run(runnable, effort, tell, deadline=deadline, keep=lambda record: keep(climbed(record))))
+
+
+def _case(rung: Rung, like: Case) -> Case:
+    products = rung.products if rung.engine == "cudagraph" else like.products
+    return replace(like, engine=rung.engine, precision=rung.precision, ops=rung.ops, products=products)

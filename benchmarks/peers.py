@@ -180,8 +180,8 @@ def peers(
         for one in preset.split(",")
         if one
     ]
-    with common.err.status("measuring") as status:
-        found = run(methods.split(","), batch, device, seconds, ours, lambda line: status.update(f"measuring · {line}"))
+    with common.status("measuring") as tell:
+        found = run(methods.split(","), batch, device, seconds, ours, tell)
     record.write(found, output)
     for row in found["cases"]:
         ok = row["status"] == "ok"

@@ -47,7 +47,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     On one GPU, times are compared. On a CPU, where two runs never have the machine to themselves in the same way,
     ratios to the reference path are, since both sides of a pair met the same noise. `change` is new speed over old; a
     verdict needs the intervals of both runs to exclude 1, and a change above both runs' own spread.
+
+    Raises:
+        ConfigError: a record without speeds.
     """
+    for record in (old, new):
+        if record["kind"] == "drift":
+            raise ConfigError("a record of drift has no speeds to compare; give records of flowad-bench or its ladder")
     theirs = {(row["preset"], row["name"]): row for row in old["cases"]}
     same_gpu = _same_gpu(old, new)
     return [

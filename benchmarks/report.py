@@ -1,5 +1,6 @@
 """A record as a table for people: on the terminal, and as Markdown."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     mode = "" if row["mode"] == "offline" else f", {row['mode']}"
     left = [
         rung + row["scorer"],
-        row["engine"] + ("" if row["ops"] == "reference" else f" {row['ops']}") + mode,
+        runs(row) + mode,
         row["precision"],
         str(row["batch"]),
         _text(row["nfe"]),
@@ -50,6 +51,12 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['roof']['share']:.0%}" if row["roof"] else "",
         f"{row['prediction']['measured_over_predicted']:.2f}" if row["prediction"] else "",
     ]
+
+
+def runs(row: dict[str, Any]) -> str:
+    """What runs a row: the engine, its operators, and matrix products where they are not those measured fastest."""
+    ops = "" if row["ops"] == "reference" else f" {row['ops']}"
+    return row["engine"] + ops + (", library products" if row.get("products") == "library" else "")
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
@@ -136,8 +143,8 @@ def readme(folder: Path = RESULTS) -> str:
     for name, record in records.items():
         title = record.get("title") or f"{name}: {record['preset']}"
         parts.append(f"### {title}\n\n{_machine(record)}\n")
-        if record["kind"] == "peers":
-            parts.append(peers_markdown(record))
+        if record["kind"] in OTHER_KINDS:
+            parts.append(OTHER_KINDS[record["kind"]](record))
             continue
         parts.append(markdown(record))
         parts += [
@@ -183,7 +190,7 @@ def _best(method: paper.Reported, records: dict[str, dict[str, Any]]) -> list[st
     rows = [
         (record["environment"]["gpu"] is not None, row["fps"], row, record)
         for record in records.values()
-        for row in record["cases"]
+        for row in (record["cases"] if record["kind"] != "drift" else ())
         if row["status"] == "ok"
         and row["engine"] != "reference"
         and (row.get("method") == method.name if record["kind"] == "peers" else _is_paper_row(row, method))
@@ -226,6 +233,57 @@ def peers_markdown(record: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def drift_cells(record: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Heads and rows of a record of drift."""
+    head = (
+        "scorer", "precision", "AUROC", "change, points (95 %)", "rank corr. of scores", "largest score error",
+        "map RMS error", "largest map error",
+    )  # fmt: skip
+    body = []
+    for row in record["cases"]:
+        change = row["auroc_change"]
+        fp32 = row["precision"] == "fp32"
+        body.append(
+            [
+                row["scorer"],
+                row["precision"] + ("" if row["ops"] == "reference" else f" {row['ops']}"),
+                f"{row['auroc']:.4f}",
+                "" if fp32 else f"{change['points']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
+                "" if fp32 else f"{row['score_spearman']:.5f}",
+                *("" if fp32 else f"{row[key]:.1e}" for key in ("score_error", "map_rms", "map_error")),
+            ]
+        )
+    return head, body
+
+
+def drift_table(record: dict[str, Any]) -> Table:
+    """A record of drift for a terminal."""
+    head, body = drift_cells(record)
+    table = Table(title=f"drift against fp32 · {record['preset']} · {where(record)}", title_justify="left")
+    for i, column in enumerate(head):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for line in body:
+        table.add_row(*line)
+    return table
+
+
+def drift_markdown(record: dict[str, Any]) -> str:
+    """A record of drift as a Markdown table."""
+    head, body = drift_cells(record)
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(line) + " |" for line in body]
+    one = record["cases"][0]
+    lines += [
+        "",
+        f"{one['photos']} photos of {record['dataset']}, {one['defective']} defective; {one['engine']}. A change of "
+        "AUROC is in points of 100, its interval from a bootstrap over the photos. Errors are relative to the "
+        f"standard deviation of fp32's scores, or of a photo's fp32 map ({one['maps']} maps, the median of their RMS "
+        "errors and the largest of all).",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def comparison(lines: list[dict[str, Any]]) -> Table:
     """The result of `record.compare` for a terminal."""
     result = Table(title="new against old", title_justify="left")
@@ -241,3 +299,7 @@ def comparison(lines: list[dict[str, Any]]) -> Table:
             line["basis"] or line["reason"],
         )
     return result
+
+
+OTHER_KINDS: dict[str, Callable[[dict[str, Any]], str]] = {"peers": peers_markdown, "drift": drift_markdown}
+"""Records whose rows are not the harness's, by kind, and how they are written."""

@@ -79,7 +79,7 @@ def _measured(folder: Path) -> str:
     rows: list[tuple[str, dict[str, Any]]] = []
     for path in sorted(folder.glob("*.json")):
         record = read(path)
-        if record["kind"] != "peers":
+        if record["kind"] not in report.OTHER_KINDS:
             machine = record["environment"]["gpu"] or record["environment"]["cpu"]
             rows += [(machine, row) for row in record["cases"] if row["status"] == "ok" and row["prediction"]]
     if not rows:

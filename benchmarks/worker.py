@@ -78,6 +78,7 @@ class Worker:
         velocity = spec.velocity
         return {
             "engine": first.engine,
+            "details": self.detector.details,
             "load_s": round(loaded - start, 3),
             "start_s": round(started - loaded, 3),
             "compile_s": round(prepared - before, 3),

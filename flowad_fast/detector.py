@@ -197,6 +197,15 @@ class Detector:
         """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
         return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the engine measured and chose on this machine, as JSON values; {} where it has nothing to choose.
+
+        `attention`, its `attention_ms` by backend, and for cudagraph `products`: by batch size and by part of a block
+        what was `chosen`, and `us` (microseconds) of every candidate.
+        """
+        return dict(getattr(self._engine, "details", {}))
+
     def __call__(
         self, frames: np.ndarray | Sequence[np.ndarray], classes: Sequence[str | int] | str | int | None = None
     ) -> Detection:

@@ -8,13 +8,14 @@ import copy
 import platform
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from typing import TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowad_fast.config import Precision
+from flowad_fast.kernels import reference
 from flowad_fast.kernels.reference import quantise_rows
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -32,8 +33,30 @@ Quantised = tuple[Tensor, Tensor]
 """Rows in e4m3 (..., D) with their float32 scales (..., 1)."""
 
 
+class Split(NamedTuple):
+    """The product of `kernels.linear_split_k`: rows and columns of a program, parts of the inner dimension."""
+
+    rows: int
+    columns: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"split {self.rows}x{self.columns}/{self.parts}"
+
+
+LIBRARY: Final = "library"
+"""The GPU's own matrix product."""
+GELU: Final = "library with GELU"
+"""The same with GELU in its epilogue."""
+Product = Literal["library", "library with GELU"] | Split
+"""What runs a layer, see `flowad_fast.products`."""
+
+
 class Linear(nn.Module):
-    """x W^T + b in the dtype of W; float32 layers share the parameters that they are made of."""
+    """x W^T + b in the dtype of W; float32 layers share the parameters that they are made of.
+
+    `products` says for some numbers of rows what runs the product; the library runs all others.
+    """
 
     quantised = False
 
@@ -42,22 +65,41 @@ class Linear(nn.Module):
         self.dtype = dtype
         self.weight = _parameter(weight, dtype)
         self.bias = None if bias is None else _parameter(bias, dtype)
+        self.products: dict[int, Product] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) of any floating dtype to (..., out) in the layer's dtype."""
-        return F.linear(x.to(self.dtype), self.weight, self.bias)
+        return self._product(x, self.bias)
 
     def tangent(self, dx: Tensor | Quantised) -> Tensor:
         """As `forward`, without the bias."""
         assert isinstance(dx, Tensor), "only fp8 layers are given quantised rows"
-        return F.linear(dx.to(self.dtype), self.weight)
+        return self._product(dx, None)
+
+    def fuses_gelu(self, x: Tensor) -> bool:
+        """Whether `gelu_tanh` is how the layer is to run on x."""
+        return _product_of(self.products, x) == GELU
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """`forward` and GELU in the product's epilogue; CUDA's is the tanh form, for which the CPU has none."""
+        flat = x.to(self.dtype).flatten(0, -2)
+        return torch._addmm_activation(self.bias, flat, self.weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        split = _product_of(self.products, x)
+        if isinstance(split, Split):
+            from flowad_fast.kernels.linear_split_k import linear_split_k
+
+            return linear_split_k(x.to(self.dtype), self.weight, bias, *split)
+        return F.linear(x.to(self.dtype), self.weight, bias)
 
 
 class Fp8Linear(nn.Module):
     """x W^T + b with x and W in e4m3, one float32 scale a row of each; bfloat16 out.
 
-    On a GPU it is torch's scaled matrix product. torch has none with row scales on the CPU, so there the same quantised
-    values are multiplied in float32: the drift is that of fp8, the speed is not.
+    On a GPU it is torch's scaled matrix product, or for the numbers of rows in `products` another one. torch has none
+    with row scales on the CPU, so there the same quantised values are multiplied in float32: the drift is that of fp8,
+    the speed is not.
     """
 
     quantised = True
@@ -69,6 +111,7 @@ class Fp8Linear(nn.Module):
         self.weight = _parameter(q, q.dtype)
         self.scale = _parameter(scale.T.contiguous(), torch.float32)
         self.bias = None if bias is None else _parameter(bias, torch.bfloat16)
+        self.products: dict[int, Product] = {}
 
     def forward(self, x: Tensor | Quantised) -> Tensor:
         """(..., in), or rows that are quantised already, to (..., out) bfloat16."""
@@ -80,9 +123,13 @@ class Fp8Linear(nn.Module):
 
     def _product(self, x: Tensor | Quantised, bias: Tensor | None) -> Tensor:
         q, scale = x if isinstance(x, tuple) else quantise_rows(x)
+        split = _product_of(self.products, q)
+        if isinstance(split, Split):
+            from flowad_fast.kernels.linear_split_k import linear_split_k_fp8
+
+            return linear_split_k_fp8(q, scale, self.weight, self.scale, bias, *split)
         if q.device.type == "cpu":
-            out = F.linear(q.float(), self.weight.float()) * (scale * self.scale)
-            return (out if bias is None else out + bias).bfloat16()
+            return reference.linear_split_k_fp8(q, scale, self.weight, self.scale, bias)
         flat = torch._scaled_mm(
             q.flatten(0, -2),
             self.weight.t(),
@@ -119,6 +166,10 @@ class PackedLinear(nn.Module):
         assert isinstance(dx, Tensor), "only fp8 layers are given quantised rows"
         return torch.ops.mkldnn._linear_pointwise(dx, self._packed, None, "none", [], "")
 
+    def fuses_gelu(self, x: Tensor) -> bool:
+        """Whether `gelu_tanh` is how the layer is to run on x: always."""
+        return True
+
     def gelu_tanh(self, x: Tensor) -> Tensor:
         """`forward` and the tanh form of GELU in one pass."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "tanh")
@@ -154,6 +205,11 @@ def make_linear(
         if all(size % FP8_MULTIPLE == 0 for size in weight.shape):
             return Fp8Linear(weight, bias)
     return Linear(weight, bias, weight.dtype if precision in ("fp32", "tf32") else DTYPES[precision])
+
+
+def _product_of(products: dict[int, Product], x: Tensor) -> Product:
+    # Without choices, as when a graph is traced, the number of rows must stay open.
+    return products.get(x.shape[:-1].numel(), LIBRARY) if products else LIBRARY
 
 
 def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import reference
-from flowad_fast.linear import AnyLinear, PackedLinear, Quantised, make_linear
+from flowad_fast.linear import AnyLinear, Fp8Linear, Quantised, make_linear
 
 
 class Attention(nn.Module):
@@ -226,14 +226,17 @@ class TabledDiT(nn.Module):
             x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
             o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
             x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
-            if isinstance(block.fc1, PackedLinear):
-                assert isinstance(h, Tensor), "packed layers are float32"
-                h = block.fc1.gelu_tanh(h)
-            else:
-                h = self._gelu(block.fc2, block.fc1(h))
-            o, gate = block.fc2(h), gate_m
+            o, gate = block.fc2(self.fc1_gelu(block, h)), gate_m
         _, h = self._gate_norm(self.head, x, o, gate, *final.unbind(1))
         return _unpatchify(self.head(h), self.config).to(tokens.dtype)
+
+    def fc1_gelu(self, block: TabledBlock, h: Tensor | Quantised) -> Tensor | Quantised:
+        """The MLP of a block up to its second layer, in what that layer takes."""
+        if block.fc2.quantised:
+            return self.ops.gelu_tanh_fp8(block.fc1(h))
+        if isinstance(h, Tensor) and not isinstance(block.fc1, Fp8Linear) and block.fc1.fuses_gelu(h):
+            return block.fc1.gelu_tanh(h)
+        return self.ops.gelu_tanh(block.fc1(h))
 
     def dual(
         self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None, chunk: int | None = None
@@ -285,9 +288,6 @@ class TabledDiT(nn.Module):
             x, q, scales = self.ops.gate_residual_ln_modulate_fp8(x, o, gate, shift, scale)
             return x, (q, scales)
         return self.ops.gate_residual_ln_modulate(x, o, gate, shift, scale, consumer.dtype)
-
-    def _gelu(self, consumer: AnyLinear, x: Tensor) -> Tensor | Quantised:
-        return self.ops.gelu_tanh_fp8(x) if consumer.quantised else self.ops.gelu_tanh(x)
 
     def _gate_norm_dual(
         self,

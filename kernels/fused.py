@@ -13,6 +13,7 @@ from flowad_fast.kernels.gate_residual_ln_modulate import (
     gate_residual_ln_modulate_fp8,
 )
 from flowad_fast.kernels.gelu_tanh import gelu_tanh, gelu_tanh_dual, gelu_tanh_dual_fp8, gelu_tanh_fp8
+from flowad_fast.kernels.linear_split_k import linear_split_k, linear_split_k_fp8
 from flowad_fast.kernels.ln_modulate import ln_modulate, ln_modulate_dual, ln_modulate_dual_fp8, ln_modulate_fp8
 from flowad_fast.kernels.pyramid_gather import pyramid_gather
 from flowad_fast.kernels.quantise_rows import quantise_rows
@@ -34,6 +35,8 @@ __all__ = [
     "gelu_tanh_dual_fp8",
     "gelu_tanh_fp8",
     "layer_norm",
+    "linear_split_k",
+    "linear_split_k_fp8",
     "ln_modulate",
     "ln_modulate_dual",
     "ln_modulate_dual_fp8",

@@ -163,6 +163,22 @@ def gelu_tanh_dual_fp8(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return *quantise_rows(y), *quantise_rows(dy)
 
 
+def linear_split_k(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 64, columns: int = 64, parts: int = 1
+) -> Tensor:
+    """x W^T + b; how a GPU would cut the work (`rows`, `columns`, `parts`) changes nothing here."""
+    return F.linear(x, weight, bias)
+
+
+def linear_split_k_fp8(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, rows: int = 64,
+    columns: int = 64, parts: int = 1,
+) -> Tensor:  # fmt: skip
+    """`linear_split_k` of e4m3 rows (..., D) and weights (N, D) with their scales (..., 1) and (1, N): bfloat16."""
+    out = F.linear(q.float(), weight.float()) * (scale * weight_scale)
+    return (out if bias is None else out + bias).bfloat16()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d)."""
     return F.scaled_dot_product_attention(q, k, v)

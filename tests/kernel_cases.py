@@ -40,6 +40,8 @@ class Case:
     operator: str
     label: str
     make: Callable[["Draw"], tuple]
+    launches: int = 1
+    """Kernels that a call starts."""
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.label}"
@@ -115,6 +117,17 @@ def _affine(a: float, b: float, ref: bool | None, transposed: bool) -> Callable:
     return make
 
 
+def _linear(rows: int, inner: int, width: int, *tiling: int, fp8: bool = False) -> Callable:
+    def make(d: Draw) -> tuple:
+        x, weight, bias = d.half_rows(rows, inner), d(width, inner) / inner**0.5, d(width)
+        if not fp8:
+            return x, weight, bias, *tiling
+        (q, scale), (w, w_scale) = reference.quantise_rows(x), reference.quantise_rows(weight)
+        return q, scale, w, w_scale.T.contiguous(), bias, *tiling
+
+    return make
+
+
 def _stages(channels: tuple[int, ...], factors: tuple[int, ...], last: bool) -> Callable:
     def make(d: Draw) -> tuple:
         stages = [d(2, c, 5 * s, 7 * s) for c, s in zip(channels, factors, strict=True)]
@@ -156,6 +169,11 @@ def _cases() -> list[Case]:
         Case("affine_step_error", "reference-transposed", _affine(0.9, 0.3, True, transposed=True)),
         Case("affine_error_map", "flow", _affine(1.0, -1 / 3, False, transposed=False)),
         Case("affine_error_map", "reference", _affine(0.9, 0.3, True, transposed=False)),
+        Case("linear_split_k", "35x272to80", _linear(35, 272, 80, 16, 32, 1)),
+        Case("linear_split_k", "35x272to80-parts3", _linear(35, 272, 80, 32, 32, 3), launches=2),
+        Case("linear_split_k", "5x192to40-empty-part", _linear(5, 192, 40, 16, 16, 4), launches=2),
+        Case("linear_split_k_fp8", "35x272to80", _linear(35, 272, 80, 16, 32, 1, fp8=True)),
+        Case("linear_split_k_fp8", "35x784to80-parts3", _linear(35, 784, 80, 32, 32, 3, fp8=True), launches=2),
         Case("pyramid_gather", "four", _stages((6, 10, 24, 40), (8, 4, 2, 1), last=False)),
         Case("pyramid_gather", "four-channels-last", _stages((6, 10, 24, 40), (8, 4, 2, 1), last=True)),
         Case("pyramid_gather", "two", _stages((3, 5), (4, 1), last=False)),
@@ -210,6 +228,9 @@ def _exact(operator: str, args: tuple) -> tuple[Tensor, ...]:
     wide = [_widened(arg) for arg in args]
     if operator == "quantise_rows":
         return (wide[0],)
+    if operator == "linear_split_k_fp8":
+        q, scale, weight, weight_scale, bias, *_ = wide
+        return (q @ weight.T * (scale * weight_scale) + bias,)
     return _tuple(getattr(reference, operator.removesuffix("_fp8"))(*wide))
 
 

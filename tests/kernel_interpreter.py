@@ -40,14 +40,15 @@ def _convert(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: o
 
 
 def _dot(builder: object, a: object, b: object, *rest: object) -> object:
-    # The interpreter multiplies the bit patterns of bfloat16 operands.
+    # The interpreter multiplies the bit patterns of bfloat16 and e4m3 operands.
     return _interpreter_dot(builder, _widened(a), _widened(b), *rest)
 
 
 def _widened(x: object) -> object:
-    if x.dtype.scalar != tl.bfloat16:
+    kind = x.dtype.scalar
+    if kind not in (tl.bfloat16, tl.float8e4nv):
         return x
-    return interpreter.TensorHandle(_convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+    return interpreter.TensorHandle(_convert(x.data, kind, tl.float32, None).view(np.float32), tl.float32)
 
 
 _interpreter_dot = interpreter.InterpreterBuilder.create_dot
@@ -61,7 +62,10 @@ launch.runs_triton = lambda x: True
 
 import kernel_cases  # noqa: E402
 
-from flowad_fast.kernels import fused  # noqa: E402
+from flowad_fast.config import VelocityConfig  # noqa: E402
+from flowad_fast.kernels import fused, reference  # noqa: E402
+from flowad_fast.linear import Split  # noqa: E402
+from flowad_fast.velocity import DiT, TabledDiT  # noqa: E402
 
 
 def _poisoned() -> dict[str, bool]:
@@ -81,6 +85,41 @@ def _poisoned() -> dict[str, bool]:
     }
 
 
+def _velocity() -> dict[str, dict]:
+    """The whole field on its kernels against the same precision in plain torch, and both against float32.
+
+    Its second run takes the split product, too.
+    """
+    torch.manual_seed(0)
+    config = VelocityConfig(channels=48, height=4, width=5, hidden_size=96, depth=2, num_heads=2, mlp_ratio=2.0)
+    dit = DiT(config)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter.requires_grad_(False), std=0.08)
+    x, z = torch.randn(2, 20, 48), torch.randn(2, 1, 20, 48).sign()
+    exact = TabledDiT(dit, (0.5,)).dual(x, z, 0)
+    results = {}
+    for precision in ("fp32", "bf16", "fp16", "fp8"):
+        plain = TabledDiT(dit, (0.5,), precision, reference).dual(x, z, 0)
+        for split in (False, True):
+            field = TabledDiT(dit, (0.5,), precision, fused)
+            for block in field.blocks if split else ():
+                for layer in (block.qkv, block.proj, block.fc1, block.fc2):
+                    # The primal's rows in three parts, one of them empty; the tangents' in one.
+                    layer.products = {40: Split(16, 32, 3), 80: Split(32, 16, 1)}
+            before = launches
+            got = (field(x, 0), *field.dual(x, z, 0))
+            results[f"{precision}{'-split' if split else ''}"] = {
+                "launches": launches - before,
+                "error": [_rms(a, b) for a, b in zip(got, (exact[0], *exact), strict=True)],
+                "torch": [_rms(a, b) for a, b in zip((plain[0], *plain), (exact[0], *exact), strict=True)],
+            }
+    return results
+
+
+def _rms(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
 def main() -> None:
     # Uninitialised memory becomes NaN, so that what a kernel does not write is seen.
     torch.use_deterministic_algorithms(True)
@@ -91,7 +130,7 @@ def main() -> None:
             before = launches
             entries = kernel_cases.measure(case, dtype, "cpu")
             results[f"{case}-{name}"] = {"entries": entries, "launches": launches - before}
-    json.dump({"cases": results, "poisoned": _poisoned()}, sys.stdout)
+    json.dump({"cases": results, "poisoned": _poisoned(), "velocity": _velocity()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowad_fast.benchmarks import clock, gpu_check, harness, paper, record, report, roofs, scaling
+from flowad_fast.benchmarks import clock, gpu_check, harness, ladder, paper, record, report, roofs, scaling
 from flowad_fast.benchmarks.cases import (
     PRESETS,
     REFERENCE,
@@ -16,19 +16,23 @@ from flowad_fast.benchmarks.cases import (
     function_evaluations,
     make_frames,
     random_model,
+    random_pictures,
     reference_of,
     scorer_options,
+    spec_of,
 )
 from flowad_fast.benchmarks.cli import app
 from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import ConfigError, EngineUnavailableError
+from flowad_fast.model import FlowModel
+from flowad_fast.scorers import Inversion
 
 EFFORT = harness.Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
 ROW_KEYS = {
-    "name", "preset", "mode", "scorer", "options", "engine", "ran", "precision", "ops", "batch", "steps", "nfe",
-    "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity", "density", "latency_ms",
-    "device_time_ms", "fps", "stability", "line", "memory_mb", "ratio_to_reference", "load_s", "export_s", "start_s",
-    "compile_s", "first_call_s", "roof", "prediction",
+    "name", "preset", "mode", "scorer", "options", "engine", "ran", "details", "precision", "ops", "products",
+    "batch", "steps", "nfe", "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity",
+    "density", "latency_ms", "device_time_ms", "fps", "stability", "line", "memory_mb", "ratio_to_reference",
+    "load_s", "export_s", "start_s", "compile_s", "first_call_s", "roof", "prediction",
 }  # fmt: skip
 
 
@@ -251,8 +255,22 @@ def test_random_models_are_seeded_and_of_order_one():
     assert source == "random pictures" and frames.shape == (3, 64, 64, 3) and frames.std() > 10
     x1 = a.features(frames)
     assert torch.equal(x1, b.features(frames))
-    assert 0.1 < x1.std() < 10
     assert all(parameter.abs().max() > 0 for parameter in a.dit.parameters())
+
+
+@pytest.mark.parametrize("backbone, size", [("efficientnet-lite0", 64), ("efficientnet-b4", 256)])
+def test_a_random_models_maps_show_its_field(backbone: str, size: int):
+    """Untrained features that grow by orders of magnitude would drown the field, and the parity gate with it."""
+    model = random_model(spec_of(32, 2, 2, backbone=backbone, size=size), torch.device("cpu"))
+    frames = random_pictures(4, size)
+    x1, scorer, y = model.features(frames), Inversion(steps=3), torch.arange(4)
+    assert all(0.3 < one.std() < 6 for one in x1)
+    before = scorer.map(model, x1, y)
+    model.dit.blocks[0].mlp.fc1.weight.data *= 1.1
+    changed = (scorer.map(FlowModel(model.spec, model.dit, model.backbone), x1, y) - before).abs()
+    # Each several times the gate's limit of a thousandth.
+    relative = [float(one.max() / map.std()) for one, map in zip(changed, before, strict=True)]
+    assert min(relative) > 4e-3, relative
 
 
 def test_gemm_roof_is_the_models_own_products():
@@ -304,6 +322,32 @@ def test_gpu_check_keeps_what_it_has_and_stays_in_its_budget(tmp_path):
     assert "boom" in saved["parts"][0]["reason"] and "1000000 s needed" in saved["parts"][2]["reason"]
     assert [row["engine"] for row in saved["cases"]] == [REFERENCE, "eager"]
     assert saved["roofs"]["gemm"]
+
+
+def test_finished_rows_are_kept_while_others_run():
+    kept: list[dict] = []
+    harness.run(
+        [tiny(), tiny("reconstruction")], EFFORT, quiet, keep=lambda found: kept.append(json.loads(json.dumps(found)))
+    )
+    assert [len(found["cases"]) for found in kept] == [2, 4]
+    assert kept[0]["cases"][1]["status"] == "ok" and kept[0]["roofs"] == {"reason": "not measured yet"}
+
+
+def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch):
+    asked: list[list[Case]] = []
+
+    def run(cases: list[Case], *_, **__) -> dict:
+        asked.append(cases)
+        return {"cases": [harness.empty_row(case, {"status": "ok"}) for case in cases]}
+
+    monkeypatch.setattr(ladder.harness, "run", run)
+    rows = {(row["rung"], row["rung_name"]): row for row in ladder.run(tiny(), EFFORT, quiet)["cases"]}
+    assert [case.engine for case in asked[0]] == [REFERENCE, "eager", "eager", "compile", "onnxruntime"]
+    assert {number for number, _ in rows} == set(range(8)) and rows[5, "one CUDA graph"]["status"] == "not available"
+    monkeypatch.setattr(ladder, "torch_device", lambda device: torch.device("cuda"))
+    rows = {row["name"]: row for row in ladder.run(tiny(), EFFORT, quiet)["cases"]}
+    assert len(rows) == len(asked[1]) == 9 and "onnxruntime" not in {row["engine"] for row in rows.values()}
+    assert [case.products for case in asked[1] if case.engine == "cudagraph"] == ["library"] * 2 + ["measured"] * 2
 
 
 def test_gpu_check_plan_covers_what_is_asked():

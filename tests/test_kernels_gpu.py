@@ -44,6 +44,8 @@ def _paper_cases() -> list[kernel_cases.Case]:
     cases = [case("attention_dual", "paper", attention(2, 8, N, D // 8, K, views=True))]
     for suffix in ("", "_fp8"):
         cases += [
+            case("linear_split_k" + suffix, "paper", kernel_cases._linear(N, 4 * D, D, 128, 128, 4, fp8=bool(suffix))),
+            case("linear_split_k" + suffix, "paper-whole", kernel_cases._linear(N, D, D, 64, 64, 1, fp8=bool(suffix))),
             case("gate_residual_ln_modulate" + suffix, "paper", ln(2, N, D, False, residual=True)),
             case("gate_residual_ln_modulate_dual" + suffix, "paper", ln(2, N, D, False, K, residual=True)),
             case("gelu_tanh" + suffix, "paper", lambda d: (3 * d(2, N, 4 * D),)),

@@ -29,7 +29,10 @@ def _same(got: object, expected: object) -> None:
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_registration(case: kernel_cases.Case) -> None:
     args = case.make(Draw(torch.float32))
-    torch.library.opcheck(getattr(torch.ops.flowad, case.operator).default, args)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(isinstance(arg, Tensor) and arg.dtype == reference.FP8 for arg in args):
+        checks.remove("test_schema")  # torch multiplies the inputs by a number to see whether they change
+    torch.library.opcheck(getattr(torch.ops.flowad, case.operator).default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("case", FIRST, ids=str)
@@ -40,7 +43,7 @@ def test_cpu_runs_the_reference(case: kernel_cases.Case) -> None:
 
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_fake_results_are_those_of_a_gpu(case: kernel_cases.Case) -> None:
-    """The launchers themselves, traced on GPU tensors without storage: one kernel, results like the reference's."""
+    """The launchers themselves, traced on GPU tensors without storage: results like the reference's."""
     args = case.make(Draw(torch.bfloat16))
     expected = _leaves(getattr(reference, case.operator)(*args))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -52,7 +55,7 @@ def test_fake_results_are_those_of_a_gpu(case: kernel_cases.Case) -> None:
         graph = make_fx(lambda *args: launcher(*args))(*fakes)
         got = _leaves(getattr(fused, case.operator)(*fakes))
     kernels = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in node.name]
-    assert len(kernels) == 1
+    assert len(kernels) == case.launches
     for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.device.type == "cuda"
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,22 @@ def command(function: Callable[..., Any]) -> Callable[[], None]:
 def print_json(value: Any) -> None:
     """`value` as JSON on standard output, for machines."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def status(description: str) -> Iterator[Callable[[str], None]]:
+    """What a long command is doing, on standard error; yields `tell(line)`.
+
+    A terminal shows the last line, a file or pipe gets every line with the seconds since the start.
+    """
+    if err.is_terminal:
+        with err.status(description) as shown:
+            yield lambda line: shown.update(f"{description} · {line}")
+        return
+    start = time.monotonic()
+    yield lambda line: err.print(
+        f"{time.monotonic() - start:6.0f} s  {line}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 @contextmanager

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What a detector needs from a backend. `run` may be called from many threads."""
+    """What a detector needs from a backend. `run` may be called from many threads.
+
+    An engine that measures and chooses on the machine also has `details`, see `Detector.details`.
+    """
 
     name: str
     device: str

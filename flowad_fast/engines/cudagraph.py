@@ -27,6 +27,8 @@ from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.linear import DTYPES
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.precision import arithmetic, check_precision
+from flowad_fast.products import ProductChoice, choose_products
+from flowad_fast.velocity import TabledDiT
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that are captured."""
@@ -211,7 +213,9 @@ class CudaGraphEngine:
 
     A frame size is captured when it is first seen, or ahead of time by `prepare`. A bucket for which memory does not
     suffice is left out with a warning; larger batches are then split to the buckets that exist.
-    `attention` is the backend that was captured: the fastest, measured here unless a stored choice is given.
+    `attention` is the backend that was captured: the fastest, measured here unless a stored choice is given. With
+    `measure_products` a bucket's matrix products are the fastest of the candidates in `products`, measured before its
+    first capture; without, they are the library's.
     """
 
     name = "cudagraph"
@@ -223,6 +227,7 @@ class CudaGraphEngine:
         buckets: tuple[int, ...] = BUCKETS,
         step: type[DirectStep] = CudaGraphStep,
         attention: str | None = None,
+        measure_products: bool = True,
     ) -> None:
         self._device = torch_device(device)
         if step.needs_gpu and self._device.type != "cuda":
@@ -234,11 +239,21 @@ class CudaGraphEngine:
         self.pipeline = pipeline.on(self._device)
         dtype = DTYPES[pipeline.precision]
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
+        self.products: dict[int, list[ProductChoice]] | None = {} if measure_products else None
         self._buckets = tuple(sorted(set(buckets)))
         self._step = step
         self._streams = Streams(self._device)
         self._captures: OrderedDict[tuple[int, int], _Capture] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def details(self) -> dict[str, object]:
+        """See `Detector.details`: the attention backend, and by captured bucket what runs the matrix products."""
+        chosen = {
+            bucket: {choice.part: {"chosen": choice.chosen, "us": choice.microseconds} for choice in choices}
+            for bucket, choices in (self.products or {}).items()
+        }
+        return {"attention": self.attention.backend, "attention_ms": self.attention.milliseconds, "products": chosen}
 
     def buckets(self, height: int, width: int) -> tuple[int, ...]:
         """The batch sizes, ascending, that frames of this size run in; captures them if need be."""
@@ -317,6 +332,7 @@ class CudaGraphEngine:
     def _make_step(self, static: Buffers | None, bucket: int, height: int, width: int) -> DirectStep | None:
         """The step of a bucket, None when memory does not suffice."""
         try:
+            self._choose_products(bucket)
             with self._streams.on(self._streams.compute):
                 buffers = static or Buffers.make(self.pipeline, bucket, height, width, self._device)
                 return self._step(self.pipeline, buffers.first(bucket), self._streams, self.attention)
@@ -327,6 +343,14 @@ class CudaGraphEngine:
         if self._streams.cuda:
             torch.cuda.empty_cache()
         return None
+
+    def _choose_products(self, bucket: int) -> None:
+        if self.products is None or bucket in self.products:
+            return
+        field = self.pipeline.velocity
+        assert isinstance(field, TabledDiT), "pipelines hold the inference form"
+        with arithmetic(self.pipeline.precision, self._device):
+            self.products[bucket] = choose_products(field, bucket * field.config.tokens)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

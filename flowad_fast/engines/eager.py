@@ -55,6 +55,11 @@ class EagerEngine:
         dtype = DTYPES[pipeline.precision]
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
 
+    @property
+    def details(self) -> dict[str, object]:
+        """See `Detector.details`."""
+        return {"attention": self.attention.backend, "attention_ms": self.attention.milliseconds}
+
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
         return self._limit.run(self._run, frames, y)

@@ -1,0 +1,132 @@
+"""The choice between the library's matrix products and ours: by a clock of the tests, and measured on a GPU."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowad_fast import products
+from flowad_fast.config import VelocityConfig
+from flowad_fast.kernels import fused
+from flowad_fast.linear import GELU, LIBRARY, Fp8Linear, Linear, Split
+from flowad_fast.products import MOST_ROWS, candidates, choose_products
+from flowad_fast.velocity import DiT, TabledDiT
+
+PAPER_ROWS = 256
+H100 = 132
+
+
+def layer(width: int, inner: int, fp8: bool = False) -> Linear | Fp8Linear:
+    weight = torch.zeros(width, inner, dtype=torch.bfloat16)
+    return Fp8Linear(weight, None) if fp8 else Linear(weight, None, torch.bfloat16)
+
+
+def field(precision: str, device: str = "cpu", **options: object) -> TabledDiT:
+    torch.manual_seed(0)
+    config = VelocityConfig(
+        channels=32, height=16, width=16, hidden_size=256, depth=2, num_heads=2, **options  # type: ignore[arg-type]
+    )  # fmt: skip
+    dit = DiT(config).to(device)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter.requires_grad_(False), std=0.05)
+    return TabledDiT(dit, (0.5,), precision, fused)  # type: ignore[arg-type]
+
+
+def ticking(times: list[float]) -> Callable[[Callable[[], object]], float]:
+    """A clock that runs what it is given and then says the next of `times`, for ever."""
+
+    def forever() -> Iterator[float]:
+        while True:
+            yield from times
+
+    ticks = forever()
+
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        return next(ticks)
+
+    return clock
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidates of a GPU that is small enough for these models; without GELU, which has no epilogue on the CPU."""
+    monkeypatch.setattr(products, "candidates", lambda one, rows, *_: candidates(one, rows, 16, gelu=False))
+
+
+def test_candidates_fill_a_gpu_without_flooding_it() -> None:
+    for width, inner in ((2048, 2048), (2048, 8192), (6144, 2048), (8192, 2048)):
+        library, *splits = candidates(layer(width, inner), PAPER_ROWS, H100, gelu=False)
+        assert library == LIBRARY and 2 <= len(splits) <= 10
+        for split in splits:
+            assert isinstance(split, Split)
+            programs = PAPER_ROWS // split.rows * width // split.columns * split.parts
+            assert H100 / 2 <= programs <= 2 * H100
+    assert candidates(layer(2048, 8192), MOST_ROWS + 1, H100, gelu=False) == [LIBRARY]
+    assert candidates(layer(8192, 2048), MOST_ROWS + 1, H100, gelu=True) == [LIBRARY, GELU]
+    assert GELU not in candidates(layer(8192, 2048, fp8=True), PAPER_ROWS, H100, gelu=True)
+    float32 = Linear(torch.zeros(2048, 8192), None, torch.float32)
+    assert candidates(float32, PAPER_ROWS, H100, gelu=True) == [LIBRARY]
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_the_fastest_is_kept_and_computes_the_same() -> None:
+    own, library = field("bf16"), field("bf16")
+    choices = choose_products(own, PAPER_ROWS, ticking([9.0, 5.0, 7.0]))
+    assert {choice.part for choice in choices} <= {"qkv", "proj", "fc1", "fc2"} and choices
+    first = choices[0]
+    assert first.chosen == min(first.microseconds, key=lambda name: first.microseconds[name]) != LIBRARY
+    assert all(str(block.qkv.products[PAPER_ROWS]) == first.chosen for block in own.blocks)  # type: ignore[union-attr]
+    x = torch.randn(1, PAPER_ROWS, 32)
+    torch.testing.assert_close(own(x, 0), library(x, 0))
+
+
+def test_nothing_is_chosen_where_there_is_no_choice() -> None:
+    assert choose_products(field("bf16"), PAPER_ROWS) == [], "the CPU has the library only"
+    assert choose_products(field("fp32"), PAPER_ROWS, ticking([1.0])) == []
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_parts_that_a_rule_splits_between_precisions_keep_the_library() -> None:
+    own = field("fp8", keep_bf16=("blocks.0.qkv",))
+    choices = choose_products(own, PAPER_ROWS, ticking([2.0, 1.0]))
+    assert choices and "qkv" not in {choice.part for choice in choices}
+    assert all(not block.qkv.products for block in own.blocks)  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_every_candidate_computes_the_same_on_a_gpu(precision: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    own = field(precision, "cuda")
+    x = torch.randn(1, PAPER_ROWS, 32, device="cuda")
+    expected = own(x, 0)
+    tried = 0
+    for part in ("qkv", "proj", "fc1", "fc2"):
+        layers = [getattr(block, part) for block in own.blocks]
+        for one in candidates(layers[0], PAPER_ROWS, 16, gelu=part == "fc1" and precision != "fp8"):
+            for each in layers:
+                each.products[PAPER_ROWS] = one
+            assert _rms(own(x, 0), expected) < (2e-2 if precision == "fp8" else 5e-3), (part, str(one))
+            tried += 1
+        for each in layers:
+            each.products.clear()
+    assert tried > 8
+
+
+@pytest.mark.gpu
+def test_products_are_measured_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    own = field("bf16", "cuda")
+    choices = choose_products(own, PAPER_ROWS)
+    assert "fc1" in {choice.part for choice in choices}
+    for choice in choices:
+        assert LIBRARY in choice.microseconds
+        assert choice.microseconds[choice.chosen] == min(choice.microseconds.values()) > 0
+
+
+def _rms(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
