@@ -1,6 +1,5 @@
 """Engines as rows: the product's own, and the reference path in the same clothes."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,10 @@ import torch
 
 import flowad_fast
 from flowad_fast.benchmarks.cases import REFERENCE, Case
-from flowad_fast.config import Precision
 from flowad_fast.decision import image_score
 from flowad_fast.detector import Detector, operators
 from flowad_fast.engines import Engine, backend
-from flowad_fast.engines.eager import EagerEngine, torch_device
+from flowad_fast.engines.eager import torch_device
 from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.export.exporter import FAILED_PARITY, export_bundle
 from flowad_fast.export.formats import FORMATS
@@ -48,11 +46,12 @@ class ReferenceEngine:
     def on_device(self, frames: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The same on tensors of the engine's device."""
         spec = self.model.spec
-        with torch.no_grad():
-            tokens = self.model.backbone(normalise(frames, spec.image))
-        x1 = from_tokens(tokens, spec.velocity.height, spec.velocity.width)
-        maps = ops.upsample(reference_map(self.model, self.scorer, x1, y), spec.image.size)
-        return maps, image_score(maps, "max")
+        with arithmetic("fp32", self._device):
+            with torch.no_grad():
+                tokens = self.model.backbone(normalise(frames, spec.image))
+            x1 = from_tokens(tokens, spec.velocity.height, spec.velocity.width)
+            maps = ops.upsample(reference_map(self.model, self.scorer, x1, y), spec.image.size)
+            return maps, image_score(maps, "max")
 
 
 def needs_artefact(engine: str) -> bool:
@@ -93,15 +92,6 @@ def _around(engine: Engine, model: FlowModel) -> Detector:
     )
 
 
-def prepare(detector: Detector, frames: np.ndarray, conditional: bool) -> None:
-    """Compile or capture ahead of the first call, for engines that do so."""
-    engine: Any = detector._engine
-    if detector.engine.startswith("cudagraph"):
-        engine.prepare(*frames.shape[1:3])
-    elif hasattr(engine, "prepare"):
-        engine.prepare(frames.shape[1:3], 0 if conditional else None)
-
-
 def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, folder: Path) -> str:
     """A bundle with the artefact that the case's engine runs; returns its folder.
 
@@ -132,37 +122,17 @@ def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | No
     Empty where the engine has no such entry (its frames always come from the host).
     """
     engine: Any = detector._engine
+    if not hasattr(engine, "on_device"):
+        return []
     device = torch.device(engine.device)
-    stream = torch.cuda.current_stream(device)
-    x = torch.from_numpy(frames).to(device)
-    y = None
+    x, y = torch.from_numpy(frames).to(device), None
     if classes is not None:
         y = torch.tensor([detector.class_names.index(name) for name in classes], device=device)
-    precision: Precision = "fp32"
-    call: Callable[[torch.Tensor, torch.Tensor | None], object]
-    if isinstance(engine, ReferenceEngine):
-        call = engine.on_device
-    elif isinstance(engine, EagerEngine):
-        call, precision = engine.pipeline, engine.pipeline.precision
-    elif detector.engine.startswith("compile"):
-        call, precision = engine._compiled, engine.pipeline.precision
-    elif detector.engine.startswith("cudagraph"):
-        step, stream = engine._captures[frames.shape[1:3]].steps[len(frames)], engine._streams.compute
-
-        def call(_x: torch.Tensor, _y: torch.Tensor | None) -> object:
-            return step.replay()
-
-    else:
-        return []
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    with (
-        torch.inference_mode(not isinstance(engine, ReferenceEngine)),
-        torch.cuda.stream(stream),
-        arithmetic(precision, device),
-    ):
+    with torch.cuda.device(device):
         for begin, end in marks:
             begin.record()
-            call(x, y)
+            engine.on_device(x, y)
             end.record()
-    torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in marks]

@@ -34,12 +34,32 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
 
 def _save(path: Path, fill: Any, record: dict[str, Any]) -> Path:
     figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
-    fill(axes)
+    labels = fill(axes)
     axes.set_title(f"{record['preset']} · {report.where(record)}", fontsize=8, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    if labels:
+        _place(axes, labels)
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def _place(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
+    """Texts beside their points (x, y), moved down where they would cover each other, and to the left at the edge."""
+    axes.figure.canvas.draw()  # the layout, and with it where points lie, is known from here on
+    taken: list[Any] = []
+    for x, y, text in sorted(labels, key=lambda one: (-one[1], one[0])):
+        place: dict[str, Any] = {"xytext": (7, -3), "ha": "left"}
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "#999", "shrinkA": 0, "shrinkB": 3}
+        note = axes.annotate(text, (x, y), textcoords="offset points", fontsize=7, arrowprops=line, **place)
+        if note.get_window_extent().x1 > axes.bbox.x1:
+            note.set_ha("right")
+            note.set_position((-7, -3))
+        box, down = note.get_window_extent(), 0
+        while any(box.translated(0, -down).overlaps(other) for other in taken):
+            down += 1
+        note.set_position((note.get_position()[0], -3 - down * 72 / axes.figure.dpi))
+        taken.append(box.translated(0, -down))
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -47,14 +67,15 @@ def _label(row: dict[str, Any]) -> str:
     return f"{row['scorer']}{probes} {report.runs(row)} {row['precision']} b{row['batch']}"
 
 
-def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    labels = []
     for row in rows:
         memory = footprint(row["memory_mb"])
         if memory is None:
             continue
         marker = "x" if row["engine"] == "reference" else "o"
         axes.plot(memory / 1e3, row["fps"], marker, color=COLOURS[row["scorer"]], ms=7)
-        axes.annotate(_label(row), (memory / 1e3, row["fps"]), xytext=(6, 4), textcoords="offset points", fontsize=7)
+        labels.append((memory / 1e3, row["fps"], _label(row)))
     points: dict[tuple[float, float], list[str]] = {}
     for method in paper.FLOWAD.values():
         assert method.memory_gb is not None, "FlowAD's rows have a memory figure"
@@ -67,6 +88,7 @@ def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
     axes.margins(0.15)
     axes.set(xscale="log", yscale="log", xlabel="memory, GB", ylabel="frames a second")
+    return labels
 
 
 def _latency(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -79,13 +101,14 @@ def _latency(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set(xscale="log", xlabel="latency, ms a call: box quartiles, whiskers minimum and p90, circles beyond")
 
 
-def _roofline(axes: Axes, rows: list[dict[str, Any]], roofs: dict[str, Any]) -> None:
+def _roofline(axes: Axes, rows: list[dict[str, Any]], roofs: dict[str, Any]) -> list[tuple[float, float, str]]:
     shown = [row for row in rows if row["prediction"]]
+    labels = []
     for row in shown:
         work, moved = row["prediction"]["gflop"], row["prediction"]["gb"]
         point = (work / moved, work / row["latency_ms"]["p50"])
         axes.plot(*point, "x" if row["engine"] == "reference" else "o", color=COLOURS[row["scorer"]], ms=7)
-        axes.annotate(_label(row), point, xytext=(6, -3), textcoords="offset points", fontsize=7)
+        labels.append((*point, _label(row)))
     tops: dict[str, float] = {}
     for gemm in roofs["gemm"]:
         tops[gemm["precision"]] = max(tops.get(gemm["precision"], 0.0), gemm.get("tflop_s", 0.0))
@@ -98,6 +121,7 @@ def _roofline(axes: Axes, rows: list[dict[str, Any]], roofs: dict[str, Any]) -> 
             axes.plot(xs, [xs[0] * roofs["copy_gb_s"] / 1e3, top, top], color="#999", lw=1)
             axes.annotate(f"{precision} products", (xs[2], top), ha="right", va="bottom", fontsize=7, color="#777")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte (account)", ylabel="TFLOP/s")
+    return labels
 
 
 def _ladder(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -152,7 +152,8 @@ def _group(
 ) -> list[dict[str, Any]]:
     """All engines on the same work: each takes turns with one process that runs the reference path.
 
-    In line mode frames come at their own pace, so there is nothing to take turns with.
+    In line mode frames come at their own pace, so there is nothing to take turns with. An engine that does not fit into
+    memory beside the reference path runs once more when that has ended.
     """
     pairing = reference.mode != "line"
     rows: list[dict[str, Any]] = []
@@ -166,16 +167,21 @@ def _group(
             ref_row = empty_row(reference, answer)
             if answer["status"] != "ok":
                 ref = None
+                stack.close()  # what a process holds that failed would be missing for the others
         taken: list[Turn] = []
+        crowded: list[Case] = []
         for case in cases:
             if case.engine == REFERENCE and pairing:
                 continue
             tell(case.name)
             outputs[case.name] = folder / f"{uuid.uuid4().hex}.npz"
             row, turns = _candidate(case, ref, outputs[case.name], folder, effort, line_rate)
+            tell(f"{case.name}: {_said(row)}")
+            if row["status"] == "out of memory" and ref is not None:
+                crowded.append(case)
+                continue
             taken += turns
             rows.append(row)
-            tell(f"{case.name}: {_said(row)}")
         if ref is not None and ref_row is not None:
             try:
                 taken = taken or _turns(ref, None, effort, reference.mode)
@@ -186,6 +192,10 @@ def _group(
                 ref_row["parity"] = {"passed": True, "note": "the reference itself; reverse mode has noise of its own"}
             except WorkerError as error:
                 ref_row |= {"status": error.status, "reason": error.reason}
+    for case in crowded:
+        row, _ = _candidate(case, None, outputs[case.name], folder, effort, line_rate)
+        tell(f"{case.name}, without the reference path in memory: {_said(row)}")
+        rows.append(row)
     tell(f"{reference.name}: parity")
     expected, independent = folder / "expected.npz", folder / f"independent-{reference.scorer['steps']}.npz"
     with started(folder, effort) as judge:
@@ -195,6 +205,12 @@ def _group(
             continue
         if ref_row is not None and ref_row["status"] != "ok":
             row["note"] = f"no ratio: the reference path is {ref_row['status']} ({ref_row['reason']})"
+        elif ref_row is not None and row["ratio_to_reference"] is None:
+            times = ref_row["latency_ms"]["p50"] / row["latency_ms"]["p50"]
+            row["note"] = (
+                "not in turn with the reference path, since both do not fit in memory; the reference path's median is "
+                f"{times:.2f} times as long"
+            )
         elif ref_row is not None:
             ours, theirs_mb = footprint(row["memory_mb"]), footprint(ref_row["memory_mb"])
             known = ours is not None and theirs_mb is not None

@@ -20,8 +20,8 @@ class Rung:
     ops: str = "reference"
     products: str = "library"
     only: Literal["cuda", "cpu"] | None = None
-    """Where it is a step up. On a CPU the fused operators are plain torch, which would measure the rung below again,
-    and bf16 is slower than fp32, so that later rungs do not stand on it."""
+    """Where it is a step up. On a CPU the fused operators are plain torch, which would measure the rung below again;
+    whether bf16 pays there depends on the CPU, so that later rungs do not stand on it."""
 
 
 RUNGS = (

@@ -69,7 +69,7 @@ class Worker:
         self.classes = [names[i % len(names)] for i in range(len(frames))] if names else None
         self.memory = PeakMemory(self.device)
         before = time.perf_counter()
-        engines.prepare(self.detector, self.batch, self.classes is not None)
+        self.detector.prepare(*self.batch.shape[1:3])
         prepared = time.perf_counter()
         first = self._score(self.batch)
         first_call = time.perf_counter() - prepared

@@ -281,7 +281,7 @@ def _measured(
     except EngineUnavailableError as error:
         unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": _line(error)})
         return Outcome(UNMEASURED, _line(error), unmeasured, size)
-    parity = compare(got, expected, frames.source, artefact.precision, engine.device, frames.labels)
+    parity = compare(got, expected, frames.source, artefact.precision, engine.device, frames.labels, manifest.aggregate)
     checked = artefact.model_copy(update={"parity": parity, "unmeasured": None})
     return Outcome(OK if parity.passed else FAILED_PARITY, "" if parity.passed else _excess(parity), checked, size)
 

@@ -18,6 +18,7 @@ that was exported from it. Whatever ran, the detection says so.
 """
 
 import importlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -220,9 +221,7 @@ class Detector:
             FrameError: not uint8 RGB of the accepted size; nothing is converted by guess.
             ConfigError: a class that the model does not have.
         """
-        engine = self._engine
-        if engine is None:
-            raise EngineUnavailableError("this detector was closed; load the bundle again")
+        engine = self._running_engine()
         batch = check_frames(frames, self.frame_size)
         y = class_indices(classes, len(batch), self.class_names, self.num_classes, self.conditional)
         names = self._names(y, len(batch))
@@ -233,6 +232,32 @@ class Detector:
         maps, raw = engine.run(batch, None if y is None else y.numpy())
         invalid = self._doubts(batch, maps, raw)
         return Detection(maps, raw, names, tuple(invalid), self.engine, self.calibration)
+
+    def prepare(self, height: int, width: int) -> float:
+        """Do ahead of time what the first call for frames of this size would wait for: compile, capture, allocate.
+
+        Args:
+            height: of the frames.
+            width: of the frames.
+
+        Returns:
+            Seconds that it took.
+
+        Raises:
+            FrameError: the model takes another size.
+        """
+        start = time.perf_counter()
+        engine = self._running_engine()
+        black = check_frames(np.zeros((1, height, width, 3), np.uint8), self.frame_size)
+        if hasattr(engine, "prepare"):
+            engine.prepare(height, width)
+        engine.run(black, np.zeros(1, np.int64) if self.conditional else None)
+        return time.perf_counter() - start
+
+    def _running_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineUnavailableError("this detector was closed; load the bundle again")
+        return self._engine
 
     def close(self) -> None:
         """Free the engine; later calls raise EngineUnavailableError, calls in flight finish."""

@@ -333,6 +333,21 @@ def test_finished_rows_are_kept_while_others_run():
     assert kept[0]["cases"][1]["status"] == "ok" and kept[0]["roofs"] == {"reason": "not measured yet"}
 
 
+def test_an_engine_without_memory_beside_the_reference_is_measured_after_it(monkeypatch):
+    candidate = harness._candidate
+
+    def crowded(case: Case, ref: object, *rest) -> tuple:
+        if ref is not None:
+            return harness.empty_row(case, {"status": "out of memory", "reason": "fake"}), []
+        return candidate(case, ref, *rest)
+
+    monkeypatch.setattr(harness, "_candidate", crowded)
+    reference, row = harness.run([tiny()], EFFORT, quiet)["cases"]
+    assert (reference["status"], row["status"]) == ("ok", "ok") and reference["latency_ms"]["n"] >= 3
+    assert row["ratio_to_reference"] is None and row["parity"]["passed"]
+    assert re.search(r"both do not fit in memory; the reference path's median is \d+\.\d\d times", row["note"])
+
+
 def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch):
     asked: list[list[Case]] = []
 

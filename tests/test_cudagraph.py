@@ -76,6 +76,18 @@ def test_padding_splitting_and_buffering_leave_the_results_as_they_are(pipeline:
     close(engine.run(frames(batch), None), EagerEngine(pipeline, "cpu").run(frames(batch), None))
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_frames_on_the_device_give_what_frames_on_the_host_give(conditional: bool) -> None:
+    engine = CudaGraphEngine(ScoringPipeline(small_model(conditional), Inversion()), "cpu", BUCKETS, DirectStep)
+    y = np.array([2, 0, 1, 1, 2]) if conditional else None
+    expected = engine.run(frames(5), y)
+    classes = None if y is None else torch.from_numpy(y)
+    maps, scores = engine.on_device(torch.from_numpy(frames(5)), classes)
+    engine.on_device(torch.from_numpy(frames(4, seed=3)), None if classes is None else classes[:4])
+    np.testing.assert_array_equal(maps.numpy(), expected[0])
+    np.testing.assert_array_equal(scores.numpy(), expected[1])
+
+
 def test_results_of_a_call_outlive_the_next_call(pipeline: ScoringPipeline) -> None:
     engine = CudaGraphEngine(pipeline, "cpu", BUCKETS, DirectStep)
     maps, scores = engine.run(frames(3), None)

@@ -240,9 +240,39 @@ def test_thresholds_are_per_class() -> None:
 # Life of a detector
 
 
-def test_closed_detector(detector: Detector) -> None:
+@pytest.mark.parametrize("conditional", [False, True])
+def test_prepare_asks_the_engine_and_runs_one_frame(conditional: bool) -> None:
+    class Preparing(FakeEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prepared: list[tuple[int, int]] = []
+            self.classes: list[np.ndarray | None] = []
+
+        def prepare(self, height: int, width: int) -> None:
+            assert not self.calls
+            self.prepared.append((height, width))
+
+        def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+            self.classes.append(y)
+            return super().run(frames, y)
+
+    engine = Preparing()
+    detector = fake(engine=engine, conditional=conditional, num_classes=3, frame_size=(64, 80))
+    assert 0 <= detector.prepare(64, 80) < 60
+    assert engine.prepared == [(64, 80)] and engine.calls == [1]
+    assert engine.classes[0] is None if not conditional else engine.classes[0].tolist() == [0]
+    with pytest.raises(FrameError, match="64"):
+        detector.prepare(80, 64)
+    plain = FakeEngine()
+    fake(engine=plain).prepare(64, 64)
+    assert plain.calls == [1]
+
+
+def test_closed_detector() -> None:
     closing = fake()
     closing.close()
+    with pytest.raises(EngineUnavailableError, match="was closed"):
+        closing.prepare(64, 64)
     with pytest.raises(EngineUnavailableError, match="was closed"):
         closing(photos(1))
 

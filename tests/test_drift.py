@@ -51,6 +51,10 @@ def photos(tmp_path: Path) -> Path:
         for i in range(count):
             pixels = RNG.integers(0, 255, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).resize((80, 80)).save(folder / f"{i}.png")
+    masks = root / "part" / "ground_truth" / "scratch"
+    masks.mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(np.full((80, 80), 255, np.uint8)).save(masks / f"{i}_mask.png")
     return root
 
 

@@ -434,6 +434,24 @@ def test_both_bounds_decide(precision: Any) -> None:
         assert compare((maps + error * scale, scores), (maps, scores), "", precision, "cpu").passed is passes
 
 
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize(
+    ("aggregate", "units"),
+    [("max", [1]), ("mean", [1]), ("sum", [64]), ("diff", [2]), ("diff+sum", [2, 64])],
+)
+def test_a_score_may_be_off_by_what_the_allowed_map_error_does_to_it(
+    precision: Any, aggregate: Any, units: list[int]
+) -> None:
+    maps, _ = outputs()
+    scores = image_score(torch.from_numpy(maps), aggregate).numpy()
+    for term, unit in enumerate(units):
+        for share, passes in ((0.9, True), (1.1, False)):
+            off = scores.astype(np.float64).reshape(len(maps), -1)
+            off[2, term] += share * unit * TOLERANCES[precision].max * maps.std()
+            got = off.reshape(scores.shape)
+            assert compare((maps, got), (maps, scores), "", precision, "cpu", None, aggregate).passed is passes
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("where", [0, 1])
 def test_what_is_not_finite_fails_and_still_fits_into_json(value: float, where: int) -> None:
@@ -461,7 +479,8 @@ def test_rank_correlation_and_auroc_of_the_worse_term() -> None:
     reference = np.stack([np.arange(6), np.arange(6)], 1).astype(np.float32)
     got = reference.copy()
     got[:, 1] = got[::-1, 1]
-    parity = compare((maps, got), (maps, reference), "", "fp32", "cpu", np.array([0, 0, 0, 1, 1, 1]))
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    parity = compare((maps, got), (maps, reference), "", "fp32", "cpu", labels, "diff+sum")
     assert parity.spearman == pytest.approx(-1)
     assert parity.auroc_difference == -1.0
     assert not parity.passed  # by the score's error, although the maps are equal

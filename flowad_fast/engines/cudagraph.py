@@ -154,6 +154,18 @@ class Streams:
             stream.wait_event(after)
         return torch.cuda.stream(stream)
 
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """The compute stream, after what the caller's current stream holds; that one then waits for it."""
+        if self.compute is None:
+            yield
+            return
+        callers = torch.cuda.current_stream(self.compute.device)
+        self.compute.wait_stream(callers)
+        with torch.cuda.stream(self.compute):
+            yield
+        callers.wait_stream(self.compute)
+
     def event(self, stream: "torch.cuda.Stream | None") -> "torch.cuda.Event | None":
         """An event that marks the present end of `stream`."""
         return None if stream is None else stream.record_event()
@@ -269,6 +281,23 @@ class CudaGraphEngine:
         """See `Engine`."""
         with self._lock, self._running():
             return self._run(frames, y)
+
+    def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `run`, on tensors of the engine's device, in order with the caller's current stream."""
+        with self._lock, self._running():
+            capture = self._capture(*frames.shape[1:3])
+            found = []
+            with self._streams.in_order():
+                for piece in cut(len(frames), tuple(capture.steps)):
+                    step, rows = capture.steps[piece.bucket], slice(piece.start, piece.start + piece.take)
+                    static = step.buffers.first(piece.take)
+                    static.frames.copy_(frames[rows])
+                    if static.y is not None and y is not None:
+                        static.y.copy_(y[rows])
+                    step.replay()
+                    found.append((static.maps.clone(), static.scores.clone()))
+            maps, scores = zip(*found, strict=True)
+            return torch.cat(maps), torch.cat(scores)
 
     def _run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         capture = self._capture(*frames.shape[1:3])

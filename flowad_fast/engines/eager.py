@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowad_fast.attention import choose_attention
 from flowad_fast.engines.memory import BatchLimit
@@ -66,6 +67,10 @@ class EagerEngine:
 
     def _run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         classes = None if y is None else torch.from_numpy(y).to(self._device)
-        with torch.inference_mode(), arithmetic(self.pipeline.precision, self._device), self.attention.active():
-            maps, scores = self.pipeline(torch.from_numpy(frames).to(self._device), classes)
+        maps, scores = self.on_device(torch.from_numpy(frames).to(self._device), classes)
         return maps.cpu().numpy(), scores.cpu().numpy()
+
+    def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `run`, on tensors of the engine's device; a batch that does not fit is an error here."""
+        with torch.inference_mode(), arithmetic(self.pipeline.precision, self._device), self.attention.active():
+            return self.pipeline(frames, y)

@@ -3,7 +3,6 @@
 import platform
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -46,27 +45,21 @@ class InductorEngine:
         self._compiled = torch.compile(self.pipeline, dynamic=True, fullgraph=True, mode=mode)
         self._lock = threading.Lock()
 
-    def prepare(self, size: tuple[int, int], y: int | None = None) -> float:
-        """Compile now for frames of this height and width, which the first calls would pay for otherwise.
-
-        Args:
-            size: height and width.
-            y: any class index of a conditional model, None for an unconditional one.
-
-        Returns:
-            Seconds that it took.
-        """
-        start = time.perf_counter()
+    def prepare(self, height: int, width: int) -> None:
+        """Compile now for frames of this size, which the first calls would pay for otherwise."""
         for batch in (1, 2):  # a first batch of 3 would be taken for the three colours, and get a graph of its own
-            frames = np.random.RandomState(0).randint(0, 256, (batch, *size, 3)).astype(np.uint8)
-            self.run(frames, None if y is None else np.full(batch, y))
-        return time.perf_counter() - start
+            frames = np.random.RandomState(0).randint(0, 256, (batch, height, width, 3)).astype(np.uint8)
+            self.run(frames, np.zeros(batch, np.int64) if self.pipeline.conditional else None)
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        with self._lock, torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
-            maps, scores = self._compiled(*_inputs(frames, y, self._device))
+        maps, scores = self.on_device(*_inputs(frames, y, self._device))
         return maps.cpu().numpy(), scores.cpu().numpy()
+
+    def on_device(self, frames: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `run`, on tensors of the engine's device."""
+        with self._lock, torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
+            return self._compiled(*([frames] if y is None else [frames, y]))
 
 
 class AotInductorEngine:
