@@ -68,7 +68,9 @@ def run(
     rows = []
     for scorer in scorers:
         first: tuple[NDArray[np.float64], NDArray[np.float32]] | None = None
-        for precision in ("fp32", *(p for p in precisions if p != "fp32")):
+        others = [precision for precision in precisions if precision != "fp32"]
+        every: list[Precision] = ["fp32", *others]
+        for precision in every:
             detector = Detector.from_model(model, scorer, precision=precision, device=device, ops=ops)
             recorder = Recorder(detector, max(total // PARITY_PHOTOS, 1))
             report = evaluate(recorder, dataset, categories, batch, detector.image_size, progress)

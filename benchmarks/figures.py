@@ -53,7 +53,7 @@ def _place(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
         line = {"arrowstyle": "-", "lw": 0.4, "color": "#999", "shrinkA": 0, "shrinkB": 3}
         note = axes.annotate(text, (x, y), textcoords="offset points", fontsize=7, arrowprops=line, **place)
         if note.get_window_extent().x1 > axes.bbox.x1:
-            note.set_ha("right")
+            note.set_horizontalalignment("right")
             note.set_position((-7, -3))
         box, down = note.get_window_extent(), 0
         while any(box.translated(0, -down).overlaps(other) for other in taken):

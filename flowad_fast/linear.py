@@ -82,6 +82,7 @@ class Linear(nn.Module):
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
         """`forward` and GELU in the product's epilogue; CUDA's is the tanh form, for which the CPU has none."""
+        assert self.bias is not None, "the layer before GELU has a bias"
         flat = x.to(self.dtype).flatten(0, -2)
         return torch._addmm_activation(self.bias, flat, self.weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
 

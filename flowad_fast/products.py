@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowad_fast.kernels.reference import quantise_rows
-from flowad_fast.linear import GELU, LIBRARY, AnyLinear, Fp8Linear, Linear, Product, Split
+from flowad_fast.linear import GELU, LIBRARY, AnyLinear, Fp8Linear, Linear, Product, Quantised, Split
 from flowad_fast.velocity import TabledDiT
 
 TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
@@ -94,8 +94,8 @@ def _microseconds(
     field: TabledDiT, part: str, layers: list[Linear | Fp8Linear], rows: int, product: Product, clock: Clock
 ) -> float:
     """Time a block of a product and, for the first of the MLP, of the GELU behind it."""
-    x: Tensor | tuple[Tensor, Tensor] = torch.randn(rows, layers[0].weight.shape[1], device=layers[0].weight.device)
-    x = quantise_rows(x) if layers[0].quantised else x.to(layers[0].dtype)
+    drawn = torch.randn(rows, layers[0].weight.shape[1], device=layers[0].weight.device)
+    x: Tensor | Quantised = quantise_rows(drawn) if layers[0].quantised else drawn.to(layers[0].dtype)
     for layer in layers:
         layer.products[rows] = product
 
