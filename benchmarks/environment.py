@@ -36,13 +36,15 @@ def environment() -> dict[str, Any]:
         "gpu_count": torch.cuda.device_count() if cuda else 0,
         "cuda": torch.version.cuda if cuda else None,
         "compute_capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "command": command(sys.argv[1:]),
+        "command": command(sys.argv[0], sys.argv[1:]),
     }
 
 
-def command(arguments: Sequence[str]) -> str:
+def command(program: str, arguments: Sequence[str]) -> str:
     """The command line for a record; of absolute paths the last part only, since records are published."""
-    return " ".join(["flowad-bench", *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
+    module = Path(program).stem
+    name = f"python -m flowad_fast.benchmarks.{module}" if Path(program).suffix == ".py" else "flowad-bench"
+    return " ".join([name, *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
 
 
 def moment() -> dict[str, Any]:

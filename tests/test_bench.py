@@ -431,5 +431,7 @@ def test_cli_refuses_nonsense(arguments, message):
 def test_records_do_not_tell_where_they_were_made():
     from flowad_fast.benchmarks.environment import command
 
-    shown = command(["--preset", "demo", "--output", "/home/someone/results/a.json", "results/b.json"])
+    options = ["--preset", "demo", "--output", "/home/someone/results/a.json", "results/b.json"]
+    shown = command("/home/someone/bin/flowad-bench", options)
     assert shown == "flowad-bench --preset demo --output a.json results/b.json"
+    assert command("/x/peers.py", ["--seconds", "8"]) == "python -m flowad_fast.benchmarks.peers --seconds 8"
