@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from flowad_fast.benchmarks import paper, report  # noqa: E402
-from flowad_fast.benchmarks.memory import footprint  # noqa: E402
+from flowad_fast.benchmarks.memory import whole  # noqa: E402
 
 COLOURS = {"density": "#c1440e", "inversion": "#1f6f8b", "reconstruction": "#3d8f5f"}
 
@@ -70,7 +70,7 @@ def _label(row: dict[str, Any]) -> str:
 def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
     labels = []
     for row in rows:
-        memory = footprint(row["memory_mb"])
+        memory = whole(row["memory_mb"])
         if memory is None:
             continue
         marker = "x" if row["engine"] == "reference" else "o"
@@ -87,7 +87,7 @@ def _fps_memory(axes: Axes, rows: list[dict[str, Any]]) -> list[tuple[float, flo
             ha="right", fontsize=7, color="#777",
         )  # fmt: skip
     axes.margins(0.15)
-    axes.set(xscale="log", yscale="log", xlabel="memory, GB", ylabel="frames a second")
+    axes.set(xscale="log", yscale="log", xlabel="peak memory, GB, weights included", ylabel="frames a second")
     return labels
 
 

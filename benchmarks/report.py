@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from flowad_fast.benchmarks import paper
-from flowad_fast.benchmarks.memory import footprint
+from flowad_fast.benchmarks.memory import footprint, whole
 from flowad_fast.benchmarks.record import read
 
 COLUMNS = (
@@ -129,6 +129,8 @@ def _number(value: float | None) -> str:
     """About four digits."""
     if value is None:
         return ""
+    if 0 < value < 0.1:
+        return f"{value:.2g}"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -182,7 +184,8 @@ def _table1(records: dict[str, dict[str, Any]]) -> str:
         measured = ["not run", "", "", ""] if found is None else found
         reported = [_text(float(method.fps)), "–" if method.memory_gb is None else _text(float(method.memory_gb))]
         lines.append("| " + " | ".join([method.name, *reported, *measured, method.note]) + " |")
-    return "\n".join([*lines, "", paper.CONFLICT, ""])
+    counted = "Measured GB include the weights: the allocator's peak on a GPU, the whole process's on a CPU."
+    return "\n".join([*lines, "", f"{counted} {paper.CONFLICT}", ""])
 
 
 def _best(method: paper.Reported, records: dict[str, dict[str, Any]]) -> list[str] | None:
@@ -198,7 +201,7 @@ def _best(method: paper.Reported, records: dict[str, dict[str, Any]]) -> list[st
     if not rows:
         return None
     _, fps, row, record = max(rows, key=lambda found: found[:2])
-    memory = footprint(row["memory_mb"])
+    memory = whole(row["memory_mb"])
     how = f"{row['engine']} {row['precision']}, batch {row['batch']}"
     return [_number(fps), "" if memory is None else f"{memory / 1e3:.2f}", how, where(record)]
 

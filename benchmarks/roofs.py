@@ -65,7 +65,7 @@ def _gemms(shape: dict[str, int], m: int, precision: str, device: torch.device, 
         "rows": m,
         "ms": {name: round(ms, 4) for name, ms in times.items()},
         "block_ms": round(block, 4),
-        "tflop_s": round(flops / block / 1e9, 4),
+        "tflop_s": float(f"{flops / block / 1e9:.4g}"),  # never rounded to zero, however small the model
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowad_fast.benchmarks import clock, gpu_check, harness, ladder, paper, record, report, roofs, scaling
+from flowad_fast.benchmarks import clock, gpu_check, harness, ladder, memory, paper, record, report, roofs, scaling
 from flowad_fast.benchmarks.cases import (
     PRESETS,
     REFERENCE,
@@ -435,3 +435,10 @@ def test_records_do_not_tell_where_they_were_made():
     shown = command("/home/someone/bin/flowad-bench", options)
     assert shown == "flowad-bench --preset demo --output a.json results/b.json"
     assert command("/x/peers.py", ["--seconds", "8"]) == "python -m flowad_fast.benchmarks.peers --seconds 8"
+
+
+def test_memory_beside_published_figures_includes_the_weights():
+    cpu = {"peak": 500.0, "above_idle": 40.0}
+    assert (memory.whole(cpu), memory.footprint(cpu)) == (500.0, 40.0)
+    gpu = {**cpu, "allocator_peak": 900.0}
+    assert memory.whole(gpu) == memory.footprint(gpu) == 900.0
