@@ -50,7 +50,7 @@ def _place(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
     taken: list[Any] = []
     for x, y, text in sorted(labels, key=lambda one: (-one[1], one[0])):
         place: dict[str, Any] = {"xytext": (7, -3), "ha": "left"}
-        line = {"arrowstyle": "-", "lw": 0.4, "color": "#999", "shrinkA": 0, "shrinkB": 3}
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "#999", "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
         note = axes.annotate(text, (x, y), textcoords="offset points", fontsize=7, arrowprops=line, **place)
         if note.get_window_extent().x1 > axes.bbox.x1:
             note.set_horizontalalignment("right")
