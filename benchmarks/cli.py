@@ -143,6 +143,7 @@ def drift(
     from flowad_fast.benchmarks import record, report
     from flowad_fast.benchmarks.cases import Case, load_model, scorer_options
     from flowad_fast.data.layouts import read_dataset
+    from flowad_fast.engines.eager import torch_device
     from flowad_fast.evaluation import select_tests
     from flowad_fast.precision import check_precision
 
@@ -152,8 +153,6 @@ def drift(
              backbone_weights=None if backbone_weights is None else str(backbone_weights))
         for kind in kinds
     ]  # fmt: skip
-    from flowad_fast.engines.eager import torch_device
-
     for one in precisions:
         check_precision(one, torch_device(device))
     photos = sum(len(samples) for samples in select_tests(dataset, category).values())

@@ -327,9 +327,8 @@ def roc_curves(labels: NDArray[np.int_], scores: dict[str, NDArray[np.float64]])
 
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (method, values), colour in zip(
-        _baseline_last(scores), ("#e76f51", "#2a9d8f", "#5a7dd6", "#888888"), strict=False
-    ):
+    colours = ("#e76f51", "#2a9d8f", "#5a7dd6", "#888888")
+    for (method, values), colour in zip(_baseline_last(scores), colours[: len(scores)], strict=True):
         false, true, _ = roc_curve(labels, values)
         axes.plot(false, true, label=method, color=colour, linestyle="--" if method == BASELINE else "-")
     axes.set(xlabel="good cells rejected", ylabel="defective cells found", xlim=(0, 1), ylim=(0, 1.01))

@@ -1,6 +1,6 @@
 """A record as a table for people: on the terminal, and as Markdown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record's rows as a Markdown table with its remarks."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in record["cases"]]
+    lines = _table_lines(COLUMNS, [cells(row) for row in record["cases"]])
     return "\n".join([*lines, "", *(f"- {remark}" for remark in remarks(record)), ""])
 
 
@@ -119,6 +118,11 @@ def where(record: dict[str, Any]) -> str:
     e = record["environment"]
     machine = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
     return f"{machine}, torch {e['packages']['torch']}, commit {e['commit']}"
+
+
+def _table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
 
 
 def _text(value: Any) -> str:
@@ -178,14 +182,15 @@ def _table1(records: dict[str, dict[str, Any]]) -> str:
         "method", "FPS, paper, reported (H100)", "GB, paper, reported", "FPS, this machine, measured",
         "GB, this machine, measured", "how", "machine", "note",
     )  # fmt: skip
-    lines = ["## The paper's efficiency columns", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    rows = []
     for method in paper.METHODS.values():
         found = _best(method, records)
         measured = ["not run", "", "", ""] if found is None else found
         reported = [_text(float(method.fps)), "–" if method.memory_gb is None else _text(float(method.memory_gb))]
-        lines.append("| " + " | ".join([method.name, *reported, *measured, method.note]) + " |")
+        rows.append([method.name, *reported, *measured, method.note])
     counted = "Measured GB include the weights: the allocator's peak on a GPU, the whole process's on a CPU."
-    return "\n".join([*lines, "", f"{counted} {paper.CONFLICT}", ""])
+    table = _table_lines(heads, rows)
+    return "\n".join(["## The paper's efficiency columns", "", *table, "", f"{counted} {paper.CONFLICT}", ""])
 
 
 def _best(method: paper.Reported, records: dict[str, dict[str, Any]]) -> list[str] | None:
@@ -221,7 +226,7 @@ def _is_paper_row(row: dict[str, Any], method: paper.Reported) -> bool:
 def peers_markdown(record: dict[str, Any]) -> str:
     """Other methods' rows: measured by `peers.py` with the same frames and clock."""
     head = ("method", "FPS", "p50 ms", "memory MB", "batch", "status")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for row in record["cases"]:
         ok = row["status"] == "ok"
         values = [
@@ -232,8 +237,8 @@ def peers_markdown(record: dict[str, Any]) -> str:
             str(row["batch"]),
             row["status"] if ok else f"{row['status']}: {row['reason']}",
         ]
-        lines.append("| " + " | ".join(values) + " |")
-    return "\n".join([*lines, ""])
+        rows.append(values)
+    return "\n".join([*_table_lines(head, rows), ""])
 
 
 def drift_cells(record: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -273,8 +278,7 @@ def drift_table(record: dict[str, Any]) -> Table:
 def drift_markdown(record: dict[str, Any]) -> str:
     """A record of drift as a Markdown table."""
     head, body = drift_cells(record)
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(line) + " |" for line in body]
+    lines = _table_lines(head, body)
     one = record["cases"][0]
     lines += [
         "",

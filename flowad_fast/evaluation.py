@@ -214,7 +214,7 @@ def plot_report(report: Report, path: str | Path) -> None:
         bars.legend(fontsize="small", ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
     cells = lower.subplots(grid_rows, columns, squeeze=False).ravel()
-    for cell, category in zip(cells, categories, strict=False):
+    for cell, category in zip(cells[: len(categories)], categories, strict=True):
         rows = [row for row in report.images if row.category == category and row.score is not None]
         for label, name in enumerate(("good", "defective")):
             values = [row.score for row in rows if row.label == label and row.score is not None]

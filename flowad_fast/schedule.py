@@ -5,6 +5,7 @@ f is the network's raw output, so what the network was trained to predict (`pred
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import ConfigError
@@ -70,7 +71,7 @@ def invad(steps: int) -> tuple[Row, ...]:
     levels = [alpha_bar[t] for t in times] + [0.0]
     return tuple(
         Row(float(t), math.sqrt(up / here), math.sqrt(1 - up) - math.sqrt(up * (1 - here) / here))
-        for t, here, up in zip(times, levels, levels[1:], strict=False)
+        for t, (here, up) in zip(times, pairwise(levels), strict=True)
     )
 
 

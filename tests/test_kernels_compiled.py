@@ -78,7 +78,9 @@ class Launch:
     def values(self) -> dict[str, object]:
         """The kernel's arguments by name."""
         names = self.kernel.arg_names
-        values = dict(zip(names, self.arguments, strict=False)) | {k: v for k, v in self.options.items() if k in names}
+        values = dict(zip(names[: len(self.arguments)], self.arguments, strict=True)) | {
+            k: v for k, v in self.options.items() if k in names
+        }
         assert set(values) == set(names)
         return values
 
@@ -277,7 +279,7 @@ def test_compilers_see_what_a_kernel_writes(name: str, launches: list[Launch], m
     results = CALLS[name]()
     stored = {t.untyped_storage()._cdata for t in (results if isinstance(results, tuple) else (results,))}
     for launch in reversed(launches):
-        values = {n: v for n, v in launch.values().items()}
+        values = launch.values()
         tensors = {n: v.untyped_storage()._cdata for n, v in values.items() if isinstance(v, Tensor)}
         written = [n for n, storage in tensors.items() if storage in stored]
         assert written
