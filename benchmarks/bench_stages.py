@@ -10,11 +10,11 @@ import torch
 
 from flowad_fast.benchmarks.bench_kernels import CUDA, DEVICE, synchronised
 from flowad_fast.benchmarks.cases import PRESETS, Case, make_frames, random_model, scorer_options
-from flowad_fast.decision import image_score
-from flowad_fast.image import normalise
-from flowad_fast.integration import to_tokens
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.integration import to_tokens
+from flowad_fast.stages.score import image_score
 
 BATCH = 32 if CUDA else 1
 

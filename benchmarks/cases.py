@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from flowad_fast import bundle
-from flowad_fast.checkpoint import load_checkpoint
+from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, VelocityConfig, validated
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import ConfigError, nearest
-from flowad_fast.features import BACKBONES, FeatureExtractor
-from flowad_fast.image import normalise
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import SCORERS, Scorer, scorer_adapter
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.features import BACKBONES, FeatureExtractor
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.scorers import SCORERS, Scorer, scorer_adapter
+from flowad_fast.stages.velocity import DiT
 
 MODES = ("offline", "single-stream", "line")
 REFERENCE = "reference"

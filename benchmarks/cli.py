@@ -143,9 +143,9 @@ def drift(
     from flowad_fast.benchmarks import record, report
     from flowad_fast.benchmarks.cases import Case, load_model, scorer_options
     from flowad_fast.data.layouts import read_dataset
-    from flowad_fast.engines.eager import torch_device
-    from flowad_fast.evaluation import select_tests
-    from flowad_fast.precision import check_precision
+    from flowad_fast.engines.device import torch_device
+    from flowad_fast.engines.precision import check_precision
+    from flowad_fast.evaluation.evaluate import select_tests
 
     dataset, kinds, precisions = read_dataset(layout, data), _words(scorer), _words(precision)
     cases = [

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from flowad_fast.data.samples import Sample
     from flowad_fast.model import FlowModel
-    from flowad_fast.scorers import Scorer
+    from flowad_fast.stages.scorers import Scorer
 
 ALPHA = 0.05
 """Accepted false-reject rate; the calibration split has three times the good parts that it needs."""
@@ -86,7 +86,7 @@ def demo(
     """Export the demo checkpoint, benchmark it, judge the test cells, and write a report."""
     began = time.perf_counter()
     from flowad_fast.data.layouts import read_dataset
-    from flowad_fast.scorers import Density, Inversion, Reconstruction
+    from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 
     # One probe ranks the cells as well as two; three evaluations of the velocity field for each scorer.
     scorers = (Density(steps=3, probes=1), Inversion(steps=3), Reconstruction(steps=6, tau=0.5))
@@ -166,7 +166,7 @@ def export(scorer: "Scorer", target: Path, model: "FlowModel | None" = None) -> 
     Raises:
         ParityError: an artefact does not agree with the fp32 reference.
     """
-    from flowad_fast.checkpoint import load_checkpoint
+    from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.export.exporter import export_bundle
     from flowad_fast.export.frames import DEMO, good_parts, parity_frames
 
@@ -184,7 +184,7 @@ def benchmark(bundles: Sequence[Path], tell: Callable[[str], None]) -> dict[str,
     from flowad_fast.benchmarks import harness
     from flowad_fast.benchmarks.cases import Case
     from flowad_fast.bundle import read
-    from flowad_fast.scorers import scorer_adapter
+    from flowad_fast.stages.scorers import scorer_adapter
 
     cases = [Case(str(bundle), scorer_adapter.dump_python(read(bundle)[1].scorer), "onnxruntime") for bundle in bundles]
     return harness.run(cases, harness.QUICK, tell)
@@ -225,7 +225,7 @@ def judge(bundle: Path, test: Sequence["Sample"], results: Path) -> tuple[Outcom
 def _outcome(
     method: str, options: str, engine: str, test: Sequence["Sample"], scores: NDArray[np.float64], **more: Any
 ) -> Outcome:
-    from flowad_fast.metrics import image_metrics
+    from flowad_fast.evaluation.metrics import image_metrics
 
     metrics: dict[str, Any] = {**image_metrics([s.label for s in test], scores)}
     return Outcome(method, options, engine, **metrics, **more)
@@ -236,7 +236,7 @@ def baseline_scores(train: Sequence["Sample"], test: Sequence["Sample"]) -> NDAr
     import torch
 
     from flowad_fast.benchmarks.gaussian import PositionGaussians
-    from flowad_fast.checkpoint import load_checkpoint
+    from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.data.images import read_frame
     from flowad_fast.kernels import reference as ops
 
@@ -278,7 +278,7 @@ def pictures(
 
     import flowad_fast
     from flowad_fast.cli.inspect import heat_ranges, inspect_files, threshold
-    from flowad_fast.overlay import overlay
+    from flowad_fast.evaluation.overlay import overlay
 
     if folder.exists():
         shutil.rmtree(folder)
@@ -403,7 +403,7 @@ def _jpeg(picture: NDArray[np.uint8]) -> str:
 
 def _colour_bar() -> str:
     """The heat's colours as an overlay on grey shows them, from no heat to most."""
-    from flowad_fast.overlay import overlay
+    from flowad_fast.evaluation.overlay import overlay
 
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None].repeat(12, 0)
     return _jpeg(overlay(np.full((12, 256, 3), 128, np.uint8), ramp, 0, 1))

@@ -18,9 +18,9 @@ from flowad_fast.config import Precision
 from flowad_fast.data.samples import Dataset
 from flowad_fast.detector import Detection, Detector
 from flowad_fast.errors import ConfigError
-from flowad_fast.evaluation import evaluate, select_tests
+from flowad_fast.evaluation.evaluate import evaluate, select_tests
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Scorer, scorer_adapter
+from flowad_fast.stages.scorers import Scorer, scorer_adapter
 
 RESAMPLES = 2000
 """Of the photos, for the interval of a difference of AUROC."""

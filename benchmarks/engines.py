@@ -1,34 +1,36 @@
 """Engines as rows: the product's own, and the reference path in the same clothes."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import flowad_fast
 from flowad_fast.benchmarks.cases import REFERENCE, Case
-from flowad_fast.decision import image_score
-from flowad_fast.detector import Detector, operators
+from flowad_fast.detector import Detector
 from flowad_fast.engines import Engine, backend
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
+from flowad_fast.engines.precision import arithmetic
+from flowad_fast.engines.start import operators
 from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.export.exporter import FAILED_PARITY, export_bundle
 from flowad_fast.export.formats import FORMATS
-from flowad_fast.image import normalise
-from flowad_fast.integration import from_tokens
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.precision import arithmetic
 from flowad_fast.reference_path import reference_map
-from flowad_fast.scorers import Scorer
+from flowad_fast.stages.arithmetic import Arithmetic
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.integration import from_tokens
+from flowad_fast.stages.score import image_score
+from flowad_fast.stages.scorers import Scorer
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """The paper's cost model from frame to score: reference path, with the same image, backbone and score stages."""
 
     name = REFERENCE
+    on_tensors = True
 
     def __init__(self, model: FlowModel, scorer: Scorer, device: str) -> None:
         self._device = torch_device(device)
@@ -56,7 +58,7 @@ class ReferenceEngine:
 
 def needs_artefact(engine: str) -> bool:
     """Whether an engine runs exported artefacts only."""
-    return engine != REFERENCE and backend(engine).from_model is None
+    return engine != REFERENCE and backend(engine).starts_from == "artefact"
 
 
 def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | None) -> Detector:
@@ -74,7 +76,8 @@ def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | N
         from flowad_fast.engines.cudagraph import CudaGraphEngine
 
         # Only the row's own batch: other captures would count as its memory.
-        pipeline = ScoringPipeline(model, scorer, "max", case.precision, operators(case.ops))  # type: ignore[arg-type]
+        how = Arithmetic(case.precision, operators(case.ops))  # type: ignore[arg-type]
+        pipeline = ScoringPipeline(model, scorer, "max", how)
         engine = CudaGraphEngine(pipeline, case.device, (case.batch,), measure_products=case.products == "measured")
         return _around(engine, model)
     return Detector.from_model(
@@ -83,13 +86,7 @@ def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | N
 
 
 def _around(engine: Engine, model: FlowModel) -> Detector:
-    return Detector(
-        engine,
-        image_size=model.spec.image.size,
-        class_names=model.class_names,
-        num_classes=model.config.num_classes,
-        conditional=model.config.use_class_labels,
-    )
+    return Detector(engine, model.spec)
 
 
 def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, folder: Path) -> str:
@@ -121,13 +118,13 @@ def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | No
 
     Empty where the engine has no such entry (its frames always come from the host).
     """
-    engine: Any = detector._engine
-    if not hasattr(engine, "on_device"):
+    engine = detector.running()
+    if not engine.on_tensors:
         return []
     device = torch.device(engine.device)
     x, y = torch.from_numpy(frames).to(device), None
     if classes is not None:
-        y = torch.tensor([detector.class_names.index(name) for name in classes], device=device)
+        y = torch.from_numpy(detector.classes.indices(classes, len(frames))).to(device)
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
     with torch.cuda.device(device):
         for begin, end in marks:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from flowad_fast.benchmarks import harness
 from flowad_fast.benchmarks.cases import REFERENCE, Case
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from flowad_fast.benchmarks.environment import environment, moment
 from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
 from flowad_fast.cli import common
 from flowad_fast.config import ImageConfig
-from flowad_fast.decision import invalid_frames
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import EngineUnavailableError
-from flowad_fast.image import normalise
+from flowad_fast.stages.frames import invalid_frames
+from flowad_fast.stages.image import normalise
 
 GOOD_PARTS = 200
 """Good parts that PatchCore's memory bank stands for: about a category of MVTec AD."""

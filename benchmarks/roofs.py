@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
+from flowad_fast.engines.precision import arithmetic
 from flowad_fast.kernels.account import Roofs, VelocityShape, account, predicted_seconds
-from flowad_fast.precision import arithmetic
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,15 +19,15 @@ from flowad_fast import bundle
 from flowad_fast.benchmarks import engines, roofs
 from flowad_fast.benchmarks.cases import Case, function_evaluations, load_model, make_frames
 from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
-from flowad_fast.decision import calibrate, image_score
 from flowad_fast.detector import Detector
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
+from flowad_fast.engines.precision import arithmetic
 from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
-from flowad_fast.precision import arithmetic
-from flowad_fast.reference_path import reference_map
-from flowad_fast.scorers import Density, Scorer
+from flowad_fast.stages.decision import calibrate
+from flowad_fast.stages.score import image_score
+from flowad_fast.stages.scorers import Density, Scorer
 
 INDEPENDENT_PROBES = 10
 """Probes of the independent density estimate that every density row is compared with."""
@@ -169,10 +169,7 @@ class Worker:
         for i in range(len(frames)):
             y1 = None if y is None else y[i : i + 1]
             x1 = model.features(frames[i : i + 1])
-            # Reverse mode has other per-location noise, so density's yardstick is the forward-mode scorer in fp32.
-            cells.append(
-                scorer.map(model, x1, y1) if isinstance(scorer, Density) else reference_map(model, scorer, x1, y1)
-            )
+            cells.append(scorer.expected(model, x1, y1))
         maps = ops.upsample(torch.cat(cells), model.spec.image.size)
         raw = image_score(maps, "max")
         np.savez(path, maps=maps.cpu().numpy(), raw=raw.cpu().numpy(), cells=torch.cat(cells).cpu().numpy())

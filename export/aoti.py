@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate
 from flowad_fast.engines.inductor import PORTABLE, cpp_compiler, target
+from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.precision import arithmetic, check_precision
-from flowad_fast.scorers import Scorer
+from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.scorers import Scorer
 
 
 def write(

@@ -10,19 +10,20 @@ from rich.table import Table
 
 from flowad_fast import bundle
 from flowad_fast.bundle import Manifest
-from flowad_fast.checkpoint import DEMO, load_checkpoint, sha256
+from flowad_fast.checkpoints.load import DEMO, load_checkpoint
 from flowad_fast.cli import common
-from flowad_fast.config import ModelConfig, Precision, validated
-from flowad_fast.decision import AGGREGATES, require_parts
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.config import Precision, validated
+from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import ConfigError, ParityError, nearest
+from flowad_fast.evaluation.probes import ProbeChoice, choose_probes
 from flowad_fast.export.exporter import ExportResult, Outcome, check_bundle, export_bundle, recalibrate
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
 from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
 from flowad_fast.export.verify import ParityFrames
+from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
-from flowad_fast.probes import ProbeChoice, choose_probes
-from flowad_fast.scorers import SCORERS, Density, Scorer
+from flowad_fast.stages.decision import AGGREGATES, require_parts
+from flowad_fast.stages.scorers import SCORERS, Density, Scorer
 
 FORMAT_HELP = f"Comma-separated, or auto: {', '.join(f.name for f in FORMATS.values() if f.auto)}. " + " ".join(
     f"{f.name}: {f.description}." for f in FORMATS.values()
@@ -87,7 +88,7 @@ def export(
         chosen.rows(model.config)  # refuses scorers that the model cannot have
         _ = model.backbone
         frames = parity_frames(data)
-        good = None if calibrate is None else good_parts(calibrate, _classes(model.spec))
+        good = None if calibrate is None else good_parts(calibrate, model.spec.classes.labels)
         if good is not None:
             require_parts(good.classes, alpha, score)
         choice = None
@@ -161,19 +162,12 @@ def _chosen_probes(
         )
         pairs = [(good.frames[i], good.classes[i]) for i in index]
         same = [(frame, name) for frame, name in pairs if frame.shape == pairs[0][0].shape]
-        names = [name if model.class_names else int(name) for _, name in same if name]
+        names = [model.spec.classes.label(name) for _, name in same if name]
         return choose_probes(model, scorer, np.stack([frame for frame, _ in same]), names or None)
     normal = frames.frames if frames.labels is None else frames.frames[frames.labels == 0]
     count = model.config.num_classes
     names = [i % count for i in range(len(normal[:PROBE_FRAMES]))]
     return choose_probes(model, scorer, normal[:PROBE_FRAMES], names if model.config.use_class_labels else None)
-
-
-def _classes(spec: ModelConfig) -> tuple[str, ...]:
-    """The names of the folders of good parts: the classes, or their numbers where a model has no names for them."""
-    if not spec.velocity.use_class_labels:
-        return ()
-    return spec.class_names or tuple(str(i) for i in range(spec.velocity.num_classes))
 
 
 def _report(result: ExportResult, json: bool) -> None:
@@ -233,7 +227,7 @@ def _recalibrate(source: str, calibrate: str, alpha: float, device: str, json: b
 
     _, manifest = bundle.read(source, verify=False)
     with common.err.status("calibrating"):
-        manifest = recalibrate(source, good_parts(calibrate, _classes(manifest.model)), alpha, device)
+        manifest = recalibrate(source, good_parts(calibrate, manifest.model.classes.labels), alpha, device)
     if json:
         common.print_json({"bundle": source, "manifest": manifest.model_dump(mode="json")})
     else:

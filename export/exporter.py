@@ -17,19 +17,20 @@ import numpy as np
 import flowad_fast
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest, Parity
-from flowad_fast.checkpoint import sha256
 from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate, Calibration, calibrate, invalid_frames, require_parts
 from flowad_fast.detector import Detector, load
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError, FrameError
 from flowad_fast.export.card import model_card
 from flowad_fast.export.formats import BATCH, FORMATS, WORKSPACE_MIB, Built, Request
 from flowad_fast.export.frames import GoodParts
 from flowad_fast.export.onnx_graph import OPSET
 from flowad_fast.export.verify import ParityFrames, compare, reference_outputs, run_in_batches
-from flowad_fast.model import FlowModel, class_indices
-from flowad_fast.scorers import Scorer
+from flowad_fast.files import sha256
+from flowad_fast.model import FlowModel
+from flowad_fast.stages.decision import Aggregate, Calibration, calibrate, require_parts
+from flowad_fast.stages.frames import invalid_frames
+from flowad_fast.stages.scorers import Scorer
 
 Outputs = tuple[np.ndarray, np.ndarray]
 CARD = "README.md"
@@ -370,7 +371,7 @@ def _check_good(good: GoodParts, alpha: float, aggregate: Aggregate) -> None:
 def _calibration(detector: Detector, good: GoodParts, alpha: float) -> Calibration:
     raw = []
     for frame, name, label in zip(good.frames, good.classes, good.labels, strict=True):
-        detection = detector(frame, (name if detector.class_names else int(name)) if name else None)
+        detection = detector(frame, detector.classes.label(name) if name else None)
         if detection.invalid[0]:
             raise FrameError(f"calibration frame {label}: {detection.invalid[0]}; remove it")
         raw.append(detection.raw_score)
@@ -390,10 +391,7 @@ def _classes(model: FlowModel, given: ParityFrames) -> np.ndarray | None:
     classes: Any = given.classes
     if model.config.use_class_labels and classes is None:
         classes = [i % model.config.num_classes for i in range(len(given.frames))]
-    y = class_indices(
-        classes, len(given.frames), model.class_names, model.config.num_classes, model.config.use_class_labels
-    )
-    return None if y is None else y.numpy()
+    return model.spec.classes.indices(classes, len(given.frames))
 
 
 def _line(error: Exception) -> str:

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from flowad_fast.bundle import Artefact, EngineName, Manifest
-from flowad_fast.checkpoint import save_checkpoint
+from flowad_fast.checkpoints.load import save_checkpoint
 from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate
-from flowad_fast.detector import start_engine
 from flowad_fast.engines import Engine
+from flowad_fast.engines.precision import PRECISIONS
+from flowad_fast.engines.start import start_engine
 from flowad_fast.engines.tensorrt import FLAVOURS
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.export import aoti, onnx_graph, tensorrt_engine, triton_server
 from flowad_fast.model import FlowModel
-from flowad_fast.precision import PRECISIONS
-from flowad_fast.scorers import Scorer
+from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.scorers import Scorer
 
 AUTO = "auto"
 BATCH = (1, 8, 64)

@@ -15,7 +15,7 @@ import onnx_ir
 
 from flowad_fast.errors import ExportError
 from flowad_fast.kernels.reference import FP8_MAX
-from flowad_fast.linear import FP8_MULTIPLE
+from flowad_fast.stages.linear import FP8_MULTIPLE
 
 OPSET = 19
 """First opset whose QuantizeLinear knows e4m3."""

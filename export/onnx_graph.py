@@ -12,12 +12,12 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError
 from flowad_fast.export import onnx_fp8
 from flowad_fast.export.graph import Boundary, boundary
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Scorer
+from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.scorers import Scorer
 
 OPSET = 20
 """Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flowad_fast.config import Precision
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.tensorrt import Flavour, Log, import_library
 from flowad_fast.errors import ConfigError, EngineUnavailableError, ExportError
 

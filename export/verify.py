@@ -7,13 +7,13 @@ import torch
 
 from flowad_fast.bundle import Parity
 from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate, image_score
 from flowad_fast.engines import Engine
 from flowad_fast.errors import ParityError
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
-from flowad_fast.reference_path import reference_map
-from flowad_fast.scorers import Density, Scorer
+from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.score import image_score
+from flowad_fast.stages.scorers import Scorer
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ def reference_outputs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Map (n, S, S) and raw score of the fp32 reference.
 
-    The training form, adaLN computed at every step. For density the divergence comes from the forward-mode scorer,
-    which the tests hold against the exact trace; reverse mode has other per-location noise.
+    See `Scorer.expected`: the training form, adaLN computed at every evaluation.
     """
     classes = None if y is None else torch.from_numpy(y)
     maps = []
     for i in range(len(frames)):
         y1 = None if classes is None else classes[i : i + 1]
         x1 = model.features(frames[i : i + 1])
-        maps.append(scorer.map(model, x1, y1) if isinstance(scorer, Density) else reference_map(model, scorer, x1, y1))
+        maps.append(scorer.expected(model, x1, y1))
     upsampled = ops.upsample(torch.cat(maps), model.spec.image.size)
     return upsampled.numpy(), image_score(upsampled, aggregate).numpy()
 

@@ -11,13 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowad_fast.checkpoint import load_checkpoint, load_velocity, save_checkpoint
+    from flowad_fast.checkpoints.load import load_checkpoint, load_velocity, save_checkpoint
     from flowad_fast.config import VelocityConfig
-    from flowad_fast.decision import Verdict
     from flowad_fast.detector import Detection, Detector, load
-    from flowad_fast.integration import integrate
     from flowad_fast.model import FlowModel
-    from flowad_fast.scorers import Density, Inversion, Reconstruction
+    from flowad_fast.stages.decision import Verdict
+    from flowad_fast.stages.integration import integrate
+    from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 
 __version__ = "0.1.0"
 
@@ -25,16 +25,16 @@ _HOME = {
     "load": "detector",
     "Detector": "detector",
     "Detection": "detector",
-    "Verdict": "decision",
-    "load_checkpoint": "checkpoint",
-    "load_velocity": "checkpoint",
-    "save_checkpoint": "checkpoint",
+    "Verdict": "stages.decision",
+    "load_checkpoint": "checkpoints.load",
+    "load_velocity": "checkpoints.load",
+    "save_checkpoint": "checkpoints.load",
     "FlowModel": "model",
     "VelocityConfig": "config",
-    "integrate": "integration",
-    "Density": "scorers",
-    "Inversion": "scorers",
-    "Reconstruction": "scorers",
+    "integrate": "stages.integration",
+    "Density": "stages.scorers",
+    "Inversion": "stages.scorers",
+    "Reconstruction": "stages.scorers",
 }
 
 __all__ = [

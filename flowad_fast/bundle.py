@@ -19,11 +19,11 @@ from typing import Any, Literal
 import filelock
 from pydantic import Field
 
-from flowad_fast.checkpoint import sha256
 from flowad_fast.config import Frozen, ModelConfig, Precision, parse, read_mapping
-from flowad_fast.decision import Aggregate, Calibration
 from flowad_fast.errors import BundleError
-from flowad_fast.scorers import Scorer
+from flowad_fast.files import sha256
+from flowad_fast.stages.decision import Aggregate, Calibration
+from flowad_fast.stages.scorers import Scorer
 
 MANIFEST, REJECTED = "manifest.json", "rejected.json"
 ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")

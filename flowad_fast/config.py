@@ -5,10 +5,12 @@ scores.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +29,66 @@ TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3,
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 """Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model: their names in index order (empty where they have none), and how many.
+
+    An unconditional model has none: `conditional` is False.
+    """
+
+    names: tuple[str, ...] = ()
+    count: int = 1
+    conditional: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What names each class for a person: the names, or the numbers; () for an unconditional model."""
+        if not self.conditional:
+            return ()
+        return self.names or tuple(str(i) for i in range(self.count))
+
+    def label(self, text: str) -> str | int:
+        """A class that a person named, as `indices` takes it: a number where the model has no names."""
+        return int(text) if not self.names and text.isdecimal() else text
+
+    def indices(
+        self, given: Sequence[str | int] | str | int | None, batch: int
+    ) -> "np.ndarray[tuple[int], np.dtype[np.int64]] | None":
+        """Names or indices as y (batch,) int64, None for an unconditional model; a single one stands for all.
+
+        Raises:
+            ConfigError: a class that the model does not have, classes for an unconditional model, or none for a
+                conditional one; the message names the classes.
+        """
+        known = ", ".join(self.names) if self.names else f"0..{self.count - 1}"
+        if not self.conditional:
+            if given is not None:
+                raise ConfigError("the model is unconditional but classes were given; omit them")
+            return None
+        if given is None:
+            raise ConfigError(f"the model is conditional; give the class of each frame: {known}")
+        wanted = [given] * batch if isinstance(given, (str, int)) else list(given)
+        if len(wanted) == 1:
+            wanted *= batch
+        if len(wanted) != batch:
+            raise ConfigError(f"{len(wanted)} classes for {batch} frames")
+        found = np.empty(batch, np.int64)
+        for i, one in enumerate(wanted):
+            if isinstance(one, str):
+                if one not in self.names:
+                    raise ConfigError(f"class {one!r} is not in the model; {nearest(one, self.names)}")
+                found[i] = self.names.index(one)
+            elif 0 <= int(one) < self.count:
+                found[i] = int(one)
+            else:
+                raise ConfigError(f"class index {one} is not in the model; expected 0..{self.count - 1}: {known}")
+        return found
+
+    def of(self, y: "np.ndarray | None", batch: int) -> tuple[str, ...]:
+        """The label of each index in y (batch,); "" for an unconditional model."""
+        return ("",) * batch if y is None else tuple(self.labels[int(i)] for i in y)
 
 
 class Frozen(BaseModel):
@@ -119,6 +181,12 @@ class ModelConfig(Frozen):
             raise ValueError(f"a {self.image.size}-pixel image gives a {self.image.size // 16}² grid, "
                              f"not {v.height}x{v.width}")  # fmt: skip
         return self
+
+    @property
+    def classes(self) -> Classes:
+        """The model's classes."""
+        conditional = self.velocity.use_class_labels
+        return Classes(self.class_names if conditional else (), self.velocity.num_classes, conditional)
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

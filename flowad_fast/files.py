@@ -38,3 +38,9 @@ def make_folder(folder: Path) -> None:
 def digest(value: Any) -> str:
     """SHA-256 of a value's JSON, hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

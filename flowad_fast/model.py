@@ -1,20 +1,19 @@
 """A trained model in memory: the velocity field, and the field with its backbone and preprocessing."""
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowad_fast.config import ModelConfig, Precision, VelocityConfig
-from flowad_fast.errors import ConfigError, nearest
-from flowad_fast.features import FeatureExtractor
-from flowad_fast.image import normalise
-from flowad_fast.integration import from_tokens, to_tokens
-from flowad_fast.kernels import reference
-from flowad_fast.schedule import velocity_factors
-from flowad_fast.velocity import DiT, TabledDiT
+from flowad_fast.errors import ConfigError
+from flowad_fast.stages.arithmetic import FP32, Arithmetic
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.integration import from_tokens, to_tokens
+from flowad_fast.stages.schedule import velocity_factors
+from flowad_fast.stages.velocity import DiT, TabledDiT
 
 
 class VelocityModel:
@@ -50,14 +49,14 @@ class VelocityModel:
         alpha, beta = velocity_factors(self.config.pred_type, t)
         return beta * out if alpha == 0 else alpha * x + beta * out
 
-    def at(self, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference) -> TabledDiT:
+    def at(self, times: tuple[float, ...], how: Arithmetic = FP32) -> TabledDiT:
         """The inference form at fixed times; the last few are kept, as long as the weights stay where they are."""
-        key = (times, precision, ops.__name__)
+        key = (times, how.precision, how.ops.__name__)
         table = self._tables.get(key)
         if table is None or table.table.device != self.device:
             while len(self._tables) >= 4:
                 self._tables.pop(next(iter(self._tables)))
-            table = self._tables[key] = TabledDiT(self.dit, times, precision, ops)
+            table = self._tables[key] = TabledDiT(self.dit, times, how)
         return table
 
     def check_classes(self, y: Tensor | None, batch: int) -> Tensor | None:
@@ -109,7 +108,7 @@ class FlowModel(VelocityModel):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names in index order; empty for unconditional models."""
-        return self.spec.class_names if self.config.use_class_labels else ()
+        return self.spec.classes.names
 
     def features(self, frames: np.ndarray | Tensor) -> Tensor:
         """X1 of frames uint8 (B, H, W, 3): (B, C, h, w) float32 on the model's device."""
@@ -121,8 +120,9 @@ class FlowModel(VelocityModel):
         return from_tokens(tokens, self.config.height, self.config.width)
 
     def class_indices(self, classes: Sequence[str | int] | None, batch: int) -> Tensor | None:
-        """Class names or indices (one, or one a frame) as y (B,); see `class_index`."""
-        return class_indices(classes, batch, self.class_names, self.config.num_classes, self.config.use_class_labels)
+        """Class names or indices (one, or one per frame) as y (B,); see `Classes.indices`."""
+        y = self.spec.classes.indices(classes, batch)
+        return None if y is None else torch.from_numpy(y)
 
     def to(self, device: torch.device | str) -> "FlowModel":
         """Move the weights; returns self."""
@@ -130,37 +130,3 @@ class FlowModel(VelocityModel):
         if isinstance(self._backbone, nn.Module):
             self._backbone.to(device)
         return self
-
-
-def class_indices(
-    classes: Sequence[str | int] | str | int | None, batch: int, names: tuple[str, ...], count: int, conditional: bool
-) -> Tensor | None:
-    """Class names or indices as y (B,) int64; a single one stands for the whole batch.
-
-    Raises:
-        ConfigError: a class that the model does not have, classes for an unconditional model, or none for a
-            conditional one; the message names the classes.
-    """
-    known = ", ".join(names) if names else f"0..{count - 1}"
-    if not conditional:
-        if classes is not None:
-            raise ConfigError("the model is unconditional but classes were given; omit them")
-        return None
-    if classes is None:
-        raise ConfigError(f"the model is conditional; give the class of each frame: {known}")
-    wanted = [classes] * batch if isinstance(classes, (str, int)) else list(classes)
-    if len(wanted) == 1:
-        wanted *= batch
-    if len(wanted) != batch:
-        raise ConfigError(f"{len(wanted)} classes for {batch} frames")
-    indices = []
-    for one in wanted:
-        if isinstance(one, str):
-            if one not in names:
-                raise ConfigError(f"class {one!r} is not in the model; {nearest(one, names)}")
-            indices.append(names.index(one))
-        elif 0 <= int(one) < count:
-            indices.append(int(one))
-        else:
-            raise ConfigError(f"class index {one} is not in the model; expected 0..{count - 1}: {known}")
-    return torch.tensor(indices, dtype=torch.int64)

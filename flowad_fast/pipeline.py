@@ -1,26 +1,24 @@
 """Frames to map and raw score as one module: what the eager engine runs and what every exporter traces."""
 
 import copy
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from flowad_fast.config import Precision
-from flowad_fast.decision import Aggregate, aggregated
-from flowad_fast.image import normalise
-from flowad_fast.integration import StepField
-from flowad_fast.kernels import reference
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import PROBE_BYTES, Scorer
+from flowad_fast.stages.arithmetic import FP32, Arithmetic
+from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.integration import StepField
+from flowad_fast.stages.score import aggregated
+from flowad_fast.stages.scorers import Scorer
 
 
 class ScoringPipeline(nn.Module):
     """Frames (B, H, W, 3) uint8 and class indices (B,) to map (B, S, S) and raw score (B,), float32.
 
     S is the model's image size. The raw score is (B, 2) for the aggregate `diff+sum`, see `decision.aggregated`.
-    `precision` is that of the velocity field's matrix products, `ops` the namespace of operators, and `probe_bytes` the
-    memory that one chunk of density probes may take; the backbone, the map and the score are float32.
+    `how` is the arithmetic of the velocity field and the loop; the backbone, the map and the score are float32.
     """
 
     def __init__(
@@ -28,17 +26,21 @@ class ScoringPipeline(nn.Module):
         model: FlowModel,
         scorer: Scorer,
         aggregate: Aggregate = "max",
-        precision: Precision = "fp32",
-        ops: ModuleType = reference,
-        probe_bytes: int = PROBE_BYTES,
+        how: Arithmetic = FP32,
     ) -> None:
         super().__init__()
         self.image = model.spec.image
         self.grid = (model.config.height, model.config.width)
         self.conditional = model.config.use_class_labels
         self.backbone = model.backbone
-        self.scorer = scorer.prepare(model, precision, ops, probe_bytes)
-        self.aggregate, self.precision, self.ops = aggregate, precision, ops
+        self.scorer = scorer.prepare(model, how)
+        self.aggregate, self.precision, self.ops = aggregate, how.precision, how.ops
+
+    @property
+    def arithmetic(self) -> str:
+        """Precision and operators for people, e.g. " (bf16, fused)"; "" for float32 with plain torch operators."""
+        ops = self.ops.__name__.rpartition(".")[2]
+        return "" if (self.precision, ops) == ("fp32", "reference") else f" ({self.precision}, {ops})"
 
     @property
     def velocity(self) -> StepField:

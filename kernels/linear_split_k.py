@@ -5,7 +5,8 @@ At batch 1 the paper's field multiplies 256 rows. The two products of a block th
 inner dimension in S parts there are S times as many programs at the same reuse. Their float32 parts are summed by a
 second kernel in a fixed order, so results repeat bit for bit.
 
-Which split is best, and whether it beats the GPU's own library, is measured where it runs: see `flowad_fast.products`.
+Which split is best, and whether it beats the GPU's own library, is measured where it runs: see
+`flowad_fast.engines.products`.
 """
 # mypy: allow-untyped-defs
 

@@ -9,9 +9,9 @@ import torch
 
 import flowad_fast
 from flowad_fast.config import ModelConfig, VelocityConfig
-from flowad_fast.features import FeatureExtractor
 from flowad_fast.model import FlowModel, VelocityModel
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.velocity import DiT
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))

@@ -64,8 +64,9 @@ import kernel_cases  # noqa: E402
 
 from flowad_fast.config import VelocityConfig  # noqa: E402
 from flowad_fast.kernels import fused, reference  # noqa: E402
-from flowad_fast.linear import Split  # noqa: E402
-from flowad_fast.velocity import DiT, TabledDiT  # noqa: E402
+from flowad_fast.stages.arithmetic import Arithmetic  # noqa: E402
+from flowad_fast.stages.linear import Split  # noqa: E402
+from flowad_fast.stages.velocity import DiT, TabledDiT  # noqa: E402
 
 
 def _poisoned() -> dict[str, bool]:
@@ -99,9 +100,9 @@ def _velocity() -> dict[str, dict]:
     exact = TabledDiT(dit, (0.5,)).dual(x, z, 0)
     results = {}
     for precision in ("fp32", "bf16", "fp16", "fp8"):
-        plain = TabledDiT(dit, (0.5,), precision, reference).dual(x, z, 0)
+        plain = TabledDiT(dit, (0.5,), Arithmetic(precision, reference)).dual(x, z, 0)
         for split in (False, True):
-            field = TabledDiT(dit, (0.5,), precision, fused)
+            field = TabledDiT(dit, (0.5,), Arithmetic(precision, fused))
             for block in field.blocks if split else ():
                 for layer in (block.qkv, block.proj, block.fc1, block.fc2):
                     # The primal's rows in three parts, one of them empty; the tangents' in one.

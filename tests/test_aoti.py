@@ -20,12 +20,12 @@ from flowad_fast.detector import Detector
 from flowad_fast.engines.inductor import AotInductorEngine, target
 from flowad_fast.errors import BundleError, EngineUnavailableError
 from flowad_fast.export.exporter import export_bundle
-from flowad_fast.features import FeatureExtractor
-from flowad_fast.image import resize_weights
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.scorers import Inversion
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.image import resize_weights
+from flowad_fast.stages.scorers import Inversion
+from flowad_fast.stages.velocity import DiT
 
 pytestmark = pytest.mark.timeout(600)
 CPP = Path(__file__).parents[1] / "export" / "cpp"

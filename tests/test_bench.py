@@ -25,7 +25,7 @@ from flowad_fast.benchmarks.cli import app
 from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import ConfigError, EngineUnavailableError
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Inversion
+from flowad_fast.stages.scorers import Inversion
 
 EFFORT = harness.Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
 ROW_KEYS = {

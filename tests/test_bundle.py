@@ -8,11 +8,11 @@ import pytest
 
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest, Parity
-from flowad_fast.checkpoint import sha256
 from flowad_fast.config import ModelConfig, VelocityConfig
-from flowad_fast.decision import Calibration, ClassCalibration
 from flowad_fast.errors import BundleError, ConfigError
-from flowad_fast.scorers import SCORERS, Density
+from flowad_fast.files import sha256
+from flowad_fast.stages.decision import Calibration, ClassCalibration
+from flowad_fast.stages.scorers import SCORERS, Density
 
 MODEL = ModelConfig(
     velocity=VelocityConfig(channels=192, height=4, width=4, hidden_size=16, depth=1, num_heads=2),

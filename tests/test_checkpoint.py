@@ -13,11 +13,11 @@ import yaml
 from conftest import TINY, as_training_saves, class_state, small_model
 
 import flowad_fast
-from flowad_fast import checkpoint
-from flowad_fast.checkpoint import load_checkpoint, load_velocity, save_checkpoint
+from flowad_fast.checkpoints import load as checkpoint
+from flowad_fast.checkpoints.load import load_checkpoint, load_velocity, save_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, VelocityConfig
 from flowad_fast.errors import CheckpointError, ConfigError
-from flowad_fast.features import BACKBONES, FeatureExtractor
+from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -159,7 +159,7 @@ def invad_state() -> dict[str, torch.Tensor]:
     import weights
 
     config = VelocityConfig(channels=272, height=16, width=16, hidden_size=64, depth=2, num_heads=4, num_classes=15)
-    from flowad_fast.velocity import DiT
+    from flowad_fast.stages.velocity import DiT
 
     net = {f"net.{key}": value for key, value in weights.fill(DiT(config).state_dict()).items()}
     return net | {"cls_embed.weight": torch.zeros(15, 8)}

@@ -14,11 +14,12 @@ from flowad_fast.engines.cudagraph import CudaGraphEngine, CudaGraphStep, Direct
 from flowad_fast.engines.eager import EagerEngine
 from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.errors import EngineUnavailableError
-from flowad_fast.features import FeatureExtractor
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.scorers import Density, Inversion, Reconstruction
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.arithmetic import Arithmetic
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
+from flowad_fast.stages.velocity import DiT
 
 BUCKETS = (1, 2, 4)
 
@@ -254,7 +255,7 @@ def test_graphs_compute_what_the_eager_engine_computes(scorer: Inversion | Recon
 def test_one_graph_a_bucket_and_memory_stays_flat() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    engine = CudaGraphEngine(ScoringPipeline(small_model(), Inversion(), precision="bf16"), "cuda", BUCKETS)
+    engine = CudaGraphEngine(ScoringPipeline(small_model(), Inversion(), how=Arithmetic("bf16")), "cuda", BUCKETS)
     assert engine.buckets(64, 64) == BUCKETS
     assert all(isinstance(step, CudaGraphStep) for step in engine._captures[64, 64].steps.values())
     engine.run(frames(9), None)

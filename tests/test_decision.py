@@ -4,18 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowad_fast.decision import (
-    Aggregate,
-    Calibration,
-    Range,
-    calibrate,
-    combine,
-    image_score,
-    invalid_frames,
-    parts_needed,
-    require_parts,
-)
 from flowad_fast.errors import CalibrationError
+from flowad_fast.stages.decision import Aggregate, Calibration, Range, calibrate, combine, parts_needed, require_parts
+from flowad_fast.stages.frames import invalid_frames
+from flowad_fast.stages.score import image_score
 
 
 @pytest.mark.parametrize(

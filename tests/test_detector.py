@@ -10,10 +10,13 @@ import psutil
 import pytest
 from conftest import photos, small_model
 
-from flowad_fast.decision import Calibration, ClassCalibration, Range
-from flowad_fast.detector import Detector, check_frames
+from flowad_fast.config import ModelConfig
+from flowad_fast.detector import Detector
+from flowad_fast.engines import Engine
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FrameError
-from flowad_fast.scorers import Density, Inversion, Reconstruction
+from flowad_fast.stages.decision import Calibration, ClassCalibration, Range
+from flowad_fast.stages.frames import check_frames
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 
 CLASSES = ("bottle", "screw")
 
@@ -28,7 +31,7 @@ def conditional() -> Detector:
     return Detector.from_model(small_model(classes=CLASSES), Inversion(steps=2), device="cpu")
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Maps whose maximum is the frame's first pixel; remembers what it was given."""
 
     name, device = "fake", "cpu"
@@ -43,8 +46,14 @@ class FakeEngine:
         return np.broadcast_to(score[:, None, None], (len(frames), 64, 64)).astype(np.float32), score
 
 
-def fake(calibration: Calibration | None = None, engine: FakeEngine | None = None, **options: Any) -> Detector:
-    return Detector(engine or FakeEngine(), image_size=64, calibration=calibration, **options)
+def fake(
+    calibration: Calibration | None = None, engine: FakeEngine | None = None, classes: int = 0, **options: Any
+) -> Detector:
+    field = {"channels": 192, "height": 4, "width": 4, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    if classes:
+        field |= {"num_classes": classes, "use_class_labels": True}
+    spec = ModelConfig(velocity=field, backbone="efficientnet-lite0", image={"size": 64})  # type: ignore[arg-type]
+    return Detector(engine or FakeEngine(), spec, calibration=calibration, **options)
 
 
 def calibration(threshold: float, *names: str) -> Calibration:
@@ -186,6 +195,14 @@ def test_frozen_camera() -> None:
     assert "frozen camera" in (detector(np.stack([frames[0], frames[0]])).invalid[1] or "")
 
 
+def test_a_frozen_camera_is_one_camera() -> None:
+    detector = fake(calibration(1e9))
+    left, right = detector.camera(), detector.camera()
+    frames = photos(1)
+    assert left(frames).verdict == right(frames).verdict == ("good",), "two cameras may show the same"
+    assert left(frames).verdict == ("invalid",) and detector(frames).verdict == ("good",)
+
+
 def test_diff_sum_needs_its_ranges() -> None:
     engine = FakeEngine(lambda frames: np.zeros(len(frames), np.float32))
     engine.run = lambda frames, y: (np.ones((len(frames), 64, 64), np.float32), np.tile([2.0, 30.0], (len(frames), 1)))  # type: ignore[method-assign]
@@ -257,7 +274,7 @@ def test_prepare_asks_the_engine_and_runs_one_frame(conditional: bool) -> None:
             return super().run(frames, y)
 
     engine = Preparing()
-    detector = fake(engine=engine, conditional=conditional, num_classes=3, frame_size=(64, 80))
+    detector = fake(engine=engine, classes=3 if conditional else 0, frame_size=(64, 80))
     assert 0 <= detector.prepare(64, 80) < 60
     assert engine.prepared == [(64, 80)] and engine.calls == [1]
     assert engine.classes[0] is None if not conditional else engine.classes[0].tolist() == [0]

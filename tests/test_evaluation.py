@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowad_fast import evaluation
 from flowad_fast.cli import eval as cli
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Dataset
 from flowad_fast.errors import CalibrationError, ConfigError, FrameError
-from flowad_fast.evaluation import Report, evaluate, plot_report, save_mistakes, worst_mistakes
-from flowad_fast.metrics import METRICS, image_metrics, pixel_metrics
-from flowad_fast.overlay import overlay
+from flowad_fast.evaluation import evaluate as evaluation
+from flowad_fast.evaluation.evaluate import Report, evaluate, plot_report, save_mistakes, worst_mistakes
+from flowad_fast.evaluation.metrics import METRICS, image_metrics, pixel_metrics
+from flowad_fast.evaluation.overlay import overlay
 
 SIZE = 16
 

@@ -15,9 +15,8 @@ from PIL import Image
 
 import flowad_fast
 from flowad_fast import bundle, detector
-from flowad_fast.checkpoint import load_checkpoint, save_checkpoint, sha256
+from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import ModelConfig, VelocityConfig
-from flowad_fast.decision import image_score
 from flowad_fast.engines import Engine
 from flowad_fast.errors import (
     BundleError,
@@ -32,10 +31,12 @@ from flowad_fast.export.exporter import check_bundle, export_bundle, recalibrate
 from flowad_fast.export.formats import FORMATS, Built, Format, Request, parse_batch, parse_formats
 from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
 from flowad_fast.export.verify import TOLERANCES, ParityFrames, compare
-from flowad_fast.features import FeatureExtractor
+from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Density, Inversion, Reconstruction, Scorer
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.score import image_score
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
+from flowad_fast.stages.velocity import DiT
 
 # Here, since the server may be started by a test of another file, and takes no more imports then.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["flowad_fast.export.exporter"])

@@ -14,7 +14,7 @@ import torch
 from test_export import names, perturbed, photos, raising, save, tiny, tree
 
 from flowad_fast import bundle
-from flowad_fast.checkpoint import save_checkpoint
+from flowad_fast.checkpoints.load import save_checkpoint
 from flowad_fast.cli import common
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.export import cli

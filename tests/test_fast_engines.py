@@ -7,22 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from flowad_fast import drift
-from flowad_fast.attention import BACKENDS, choose_attention
 from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
-from flowad_fast.detector import Detector, load, operators
-from flowad_fast.drift import linear_report
-from flowad_fast.engines import ENGINES, start_from_model
+from flowad_fast.detector import Detector, load
+from flowad_fast.engines import ENGINES
+from flowad_fast.engines.attention import BACKENDS, choose_attention
 from flowad_fast.engines.eager import EagerEngine
+from flowad_fast.engines.precision import PRECISIONS, arithmetic, check_precision
+from flowad_fast.engines.start import operators, start_from_model
 from flowad_fast.errors import ConfigError, EngineUnavailableError
-from flowad_fast.features import FeatureExtractor
+from flowad_fast.evaluation import drift
+from flowad_fast.evaluation.drift import linear_report
+from flowad_fast.evaluation.probes import choose_probes
 from flowad_fast.kernels import fused
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.precision import PRECISIONS, arithmetic, check_precision
-from flowad_fast.probes import choose_probes
-from flowad_fast.scorers import Density, Inversion
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.arithmetic import Arithmetic
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.scorers import Density, Inversion
+from flowad_fast.stages.velocity import DiT
 
 CPU = torch.device("cpu")
 
@@ -113,7 +115,7 @@ def test_an_engine_of_exported_bundles_does_not_start_from_a_model(model: FlowMo
 
 
 def test_an_engine_leaves_the_model_where_it_is(model: FlowModel) -> None:
-    pipeline = ScoringPipeline(model, Inversion(), precision="bf16")
+    pipeline = ScoringPipeline(model, Inversion(), how=Arithmetic("bf16"))
     moved = pipeline.on(torch.device("meta"))
     assert moved.velocity.table.device.type == "meta"  # type: ignore[attr-defined]
     assert model.device == CPU and pipeline.velocity.table.device == CPU  # type: ignore[attr-defined]
@@ -173,7 +175,7 @@ def test_every_layers_error_is_reported(model: FlowModel, frames: np.ndarray) ->
         low, high = (1e-4, 1e-2) if one.name in kept else (1e-2, 1e-1)
         assert low < one.rms < high and one.worst > one.rms, one
         assert one.arithmetic in ("bf16", "fp8 (emulated on cpu)")
-    half = linear_report(model, frames[:2], precision="bf16")
+    half = linear_report(model, frames[:2], how=Arithmetic("bf16"))
     assert all(one.arithmetic == "bf16" and one.rms < 1e-2 for one in half)
     field = model.at(tuple(row.t for row in Inversion().rows(model.config)))
     assert not any(module._forward_hooks for module in field.modules()), "the model is left as it was"

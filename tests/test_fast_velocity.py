@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from flowad_fast.config import VelocityConfig
-from flowad_fast.integration import run_dual, to_tokens
 from flowad_fast.kernels import fused, reference
-from flowad_fast.linear import Fp8Linear, Linear, PackedLinear, can_pack, make_linear, pack
 from flowad_fast.model import VelocityModel
 from flowad_fast.reference_path import reference_map
-from flowad_fast.scorers import Density, Inversion, Reconstruction
-from flowad_fast.velocity import DiT, TabledDiT
+from flowad_fast.stages.arithmetic import Arithmetic
+from flowad_fast.stages.integration import run_dual, to_tokens
+from flowad_fast.stages.linear import Fp8Linear, Linear, PackedLinear, can_pack, make_linear, pack
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
+from flowad_fast.stages.velocity import DiT, TabledDiT
 
 TIMES = (1.0, 0.5)
 TINY = {"channels": 6, "height": 4, "width": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
@@ -45,7 +46,7 @@ def test_in_float32_it_equals_the_training_form(ops: ModuleType, options: dict[s
     model = random_model(**options)
     x = tokens(model)
     y = torch.tensor([2, 0, 1]) if model.config.use_class_labels else None
-    field = TabledDiT(model.dit, TIMES, "fp32", ops)
+    field = TabledDiT(model.dit, TIMES, Arithmetic("fp32", ops))
     for step, t in enumerate(TIMES):
         expected = model.dit(x, torch.full((3,), t), y)
         assert relative(field(x, step, y), expected) < 2e-5
@@ -55,8 +56,8 @@ def test_float32_shares_the_weights_and_half_precision_halves_them() -> None:
     model = random_model()
     weight = model.dit.blocks[0].attn.qkv.weight
     assert model.at(TIMES).blocks[0].qkv.weight is weight
-    assert model.at(TIMES, "bf16").blocks[0].qkv.weight.nbytes * 2 == weight.nbytes
-    assert model.at(TIMES, "bf16") is model.at(TIMES, "bf16") is not model.at(TIMES)
+    assert model.at(TIMES, Arithmetic("bf16")).blocks[0].qkv.weight.nbytes * 2 == weight.nbytes
+    assert model.at(TIMES, Arithmetic("bf16")) is model.at(TIMES, Arithmetic("bf16")) is not model.at(TIMES)
 
 
 @pytest.mark.parametrize("ops", [reference, fused])
@@ -66,7 +67,7 @@ def test_drift_grows_from_fp16_to_bf16_to_fp8_and_stays_bounded(ops: ModuleType,
     x, z = tokens(model), torch.sign(tokens(model, 2, 5))[:, None]
 
     def run(precision: str) -> Tensor:
-        field = model.at(TIMES, precision, ops)  # type: ignore[arg-type]
+        field = model.at(TIMES, Arithmetic(precision, ops))  # type: ignore[arg-type]
         out = field.dual(x, z, 0)[1] if tangents else field(x, 0)
         assert out.dtype == torch.float32
         return out
@@ -101,7 +102,7 @@ def test_zero_rows_stay_zero_in_fp8() -> None:
 
 def test_layers_are_kept_in_bf16_by_name_or_because_of_their_size() -> None:
     model = random_model(channels=16, hidden_size=32, keep_bf16=("blocks.1.fc*", "head"))
-    field = model.at(TIMES, "fp8")
+    field = model.at(TIMES, Arithmetic("fp8"))
     kinds = {name: type(layer) for name, layer in field.named_modules() if hasattr(layer, "quantised")}
     assert {name for name, kind in kinds.items() if kind is Linear} == {"blocks.1.fc1", "blocks.1.fc2", "head"}
     assert len(kinds) == 10
@@ -132,7 +133,7 @@ def test_each_probes_total_equals_that_of_reverse_mode(ops: ModuleType, options:
     x1 = tokens(model, 2).transpose(1, 2).unflatten(2, (4, 4))
     y = torch.tensor([1, 0]) if model.config.use_class_labels else None
     rows = scorer.rows(model.config)
-    field = model.at(tuple(row.t for row in rows), "fp32", ops)
+    field = model.at(tuple(row.t for row in rows), Arithmetic("fp32", ops))
     shares = run_dual(field, rows, to_tokens(x1), scorer.draw(model.config), y)[1]
     expected = autograd_shares(model, scorer, x1, y)
     torch.testing.assert_close(shares.sum(-1), expected.sum(-1), rtol=1e-4, atol=1e-4)
@@ -163,20 +164,20 @@ def test_exact_density_equals_the_trace_of_autograds_jacobian() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_memory_budgets_change_nothing_but_memory(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowad_fast import scorers
+    from flowad_fast.stages import maps
 
     model = random_model()
     x = tokens(model, 2)
     scorer = Density(steps=2, probes=7, exact=exact)
     whole = scorer.prepare(model)
     count = len(whole.probes)
-    assert whole.plan(2, x.device) == pytest.approx((scorers.PROBE_BYTES // (whole.state_bytes * 2),
-                                                     scorers.WIDE_BYTES["cpu"] // (whole.wide_bytes * 2)))  # fmt: skip
+    assert whole.plan(2, x.device) == pytest.approx((Arithmetic().probe_bytes // (whole.state_bytes * 2),
+                                                     maps.WIDE_BYTES["cpu"] // (whole.wide_bytes * 2)))  # fmt: skip
     expected, error = whole(x), whole.with_error(x)[1]
     for together in (1, 3, count):
         for wide in (1, 2, count):
-            part = scorer.prepare(model, probe_bytes=whole.state_bytes * 2 * together)
-            monkeypatch.setitem(scorers.WIDE_BYTES, "cpu", whole.wide_bytes * 2 * wide)
+            part = scorer.prepare(model, Arithmetic(probe_bytes=whole.state_bytes * 2 * together))
+            monkeypatch.setitem(maps.WIDE_BYTES, "cpu", whole.wide_bytes * 2 * wide)
             assert part.plan(2, x.device) == (together, wide)
             assert relative(part(x), expected) < 1e-5
             assert torch.allclose(part.with_error(x)[1], error, atol=1e-4)
@@ -211,7 +212,7 @@ def test_scorers_agree_with_the_reference_path(scorer: Inversion | Reconstructio
 @pytest.mark.parametrize("scorer", [Inversion(), Density(probes=2)])
 def test_half_precision_exports_as_plain_torch_operators(precision: str, scorer: Inversion | Density) -> None:
     model = random_model()
-    module = scorer.prepare(model, precision)  # type: ignore[arg-type]
+    module = scorer.prepare(model, Arithmetic(precision))  # type: ignore[arg-type]
     x = tokens(model, 2)
     with torch.no_grad():
         program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
@@ -225,7 +226,10 @@ def test_keep_rules_change_what_a_scorer_computes() -> None:
     x = tokens(model)
     kept = VelocityModel(model.config.model_copy(update={"keep_bf16": ("*",)}), model.dit)
     kept.dit.config = kept.config
-    fp8, bf16 = random_model(channels=16, hidden_size=64, std=0.1).at(TIMES, "fp8"), kept.at(TIMES, "fp8")
+    fp8, bf16 = (
+        random_model(channels=16, hidden_size=64, std=0.1).at(TIMES, Arithmetic("fp8")),
+        kept.at(TIMES, Arithmetic("fp8")),
+    )
     expected = random_model(channels=16, hidden_size=64, std=0.1).at(TIMES)(x, 0)
     assert relative(bf16(x, 0), expected) < 0.5 * relative(fp8(x, 0), expected)
 

@@ -18,10 +18,10 @@ from flowad_fast.benchmarks.cases import random_model, spec_of
 from flowad_fast.cli import inspect as cli
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.errors import ConfigError, FrameError
+from flowad_fast.evaluation.overlay import heat_range, overlay
 from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.frames import GoodParts
-from flowad_fast.overlay import heat_range, overlay
-from flowad_fast.scorers import Inversion
+from flowad_fast.stages.scorers import Inversion
 
 RNG = np.random.default_rng(0)
 

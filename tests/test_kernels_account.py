@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowad_fast.config import VelocityConfig
 from flowad_fast.kernels import fused
 from flowad_fast.kernels.account import H100, OpCost, VelocityShape, account, predicted_seconds, table
-from flowad_fast.velocity import DiT, TabledDiT
+from flowad_fast.stages.velocity import DiT, TabledDiT
 
 PAPER = VelocityShape()
 SMALL = VelocityShape(hidden=48, depth=2, heads=4, tokens=16, channels=20, mlp=192, image=64)

@@ -19,6 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import identify_mutated_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flowad_fast.engines.products import TILES
 from flowad_fast.kernels import (
     affine_step,
     attention_dual,
@@ -32,7 +33,6 @@ from flowad_fast.kernels import (
     upsample_score,
 )
 from flowad_fast.kernels.attention_dual import MAX_KEYS
-from flowad_fast.products import TILES
 
 MODULES = (
     affine_step,

@@ -12,16 +12,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdiffeq import odeint
 
 import flowad_fast
-from flowad_fast import Density, Inversion, Reconstruction, schedule
+from flowad_fast import Density, Inversion, Reconstruction
 from flowad_fast.config import ImageConfig, VelocityConfig
-from flowad_fast.decision import AGGREGATES, image_score
 from flowad_fast.errors import ConfigError
-from flowad_fast.image import normalise
-from flowad_fast.integration import run, to_tokens
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel, VelocityModel
 from flowad_fast.reference_path import reference_map
-from flowad_fast.velocity import DiT
+from flowad_fast.stages import schedule
+from flowad_fast.stages.decision import AGGREGATES
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.integration import run, to_tokens
+from flowad_fast.stages.score import image_score
+from flowad_fast.stages.velocity import DiT
 
 TOLERANCE = 1e-4
 """Largest error relative to the standard deviation of the expected output."""
@@ -246,7 +248,7 @@ def test_the_position_of_patches(golden: Path) -> None:
     dit = DiT(config)
     x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(9))
     expected = dit.x_embedder.proj(x).flatten(2).transpose(1, 2)
-    from flowad_fast.velocity import _patchify, _token_weight, _unpatchify
+    from flowad_fast.stages.velocity import _patchify, _token_weight, _unpatchify
 
     patches = _patchify(to_tokens(x), config)
     got = patches @ _token_weight(dit.x_embedder.proj).T + dit.x_embedder.proj.bias

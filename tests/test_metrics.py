@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from flowad_fast.metrics import METRICS, image_metrics, mean_ad, pixel_metrics
+from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean_ad, pixel_metrics
 
 
 def brute_ranking(labels, scores):

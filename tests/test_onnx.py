@@ -16,12 +16,12 @@ from flowad_fast.engines.onnxruntime import HEAVY, OnnxRuntimeEngine, check_exte
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.export import onnx_fp8, onnx_graph
 from flowad_fast.export.graph import StepModule, boundary, step_boundary
-from flowad_fast.features import FeatureExtractor
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.scorers import Density, Inversion, Reconstruction, Scorer
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
+from flowad_fast.stages.velocity import DiT
 
 SCORERS: tuple[Scorer, ...] = (Inversion(steps=2), Reconstruction(steps=4), Density(steps=2, probes=2))
 # Largest map error relative to the map's standard deviation; ONNX Runtime's CPU kernels compute fp16 in float32.
@@ -303,11 +303,11 @@ import numpy as np, torch
 from pathlib import Path
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.export import onnx_graph
-from flowad_fast.features import FeatureExtractor
+from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.scorers import Inversion
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.scorers import Inversion
+from flowad_fast.stages.velocity import DiT
 
 torch.manual_seed(0)
 velocity = VelocityConfig(channels=272, height=16, width=16, hidden_size=2048, depth=16, num_heads=8)

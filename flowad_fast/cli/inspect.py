@@ -104,7 +104,7 @@ def _judge(detector: "Detector", paths: Sequence[Path], frames: Sequence[Any], n
     verdicts: list[Status]
     plain = [Result(path, "error", class_name=name, frame=frame) for path, frame in zip(paths, frames, strict=True)]
     try:
-        detection = detector(np.stack(frames), _class(detector, name) if name else None)
+        detection = detector(np.stack(frames), detector.classes.label(name) if name else None)
     except (FrameError, ConfigError) as error:
         return [replace(result, frame=None, reason=_one_line(error)) for result in plain]
     try:
@@ -123,11 +123,6 @@ def _judge(detector: "Detector", paths: Sequence[Path], frames: Sequence[Any], n
             plain, detection.invalid, verdicts, scores, detection.map, strict=True
         )
     ]
-
-
-def _class(detector: "Detector", name: str) -> str | int:
-    """`name`, as an index for models that have classes without names."""
-    return int(name) if not detector.class_names and name.isdigit() else name
 
 
 def _one_line(error: Exception) -> str:
@@ -240,7 +235,7 @@ def heat_ranges(
 
     Classes of which no file can be scored are left out.
     """
-    from flowad_fast.overlay import heat_range
+    from flowad_fast.evaluation.overlay import heat_range
 
     names = [""] * len(paths) if classes is None else list(classes)
     ranges = {}
@@ -370,7 +365,7 @@ def _drawing(
     """A function that writes a result's overlay, on the scale that the folder `overlays` has or is given now."""
     from PIL import Image
 
-    from flowad_fast.overlay import overlay
+    from flowad_fast.evaluation.overlay import overlay
 
     known = _read_scale(overlays / SCALE, bundle)
     missing = [i for i in range(len(paths)) if (classes[i] if classes else "") not in known]
@@ -416,7 +411,7 @@ def _classes(
         if class_name is not None or class_from_folder:
             raise ConfigError("the bundle is unconditional but a class was given; leave it out")
         return None
-    valid = detector.class_names or tuple(str(i) for i in range(detector.num_classes))
+    valid = detector.classes.labels
     if class_from_folder:
         return [path.relative_to(folder).parts[0] for path in paths]
     if class_name is None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowad_fast import training
 from flowad_fast.cli import common
 from flowad_fast.config import parse, read_mapping
-from flowad_fast.training_config import TrainConfig
+from flowad_fast.training import loop as training
+from flowad_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from flowad_fast.training_data import Progress as Report
+    from flowad_fast.training.batches import Progress as Report
 
 _OPTION_NAMES = {"root": "--data", "categories": "--category"}
 """Options that are not the field's name with dashes."""

@@ -1,35 +1,61 @@
-"""Backends: one file each, one protocol. An engine turns a batch of frames into maps and raw scores.
+"""Backends: one file each, one base class. An engine turns a batch of frames into maps and raw scores.
 
-`ENGINES` is the open registry. An engine starts from a model in memory, from an artefact of a bundle, or both; its
-module is imported when it is started, and one that cannot run here raises EngineUnavailableError, naming what is
-missing.
+`ENGINES` is the open registry, name to where its class is. An engine starts from a model in memory, or from an artefact
+of a bundle; its module is imported when it is started, and one that cannot run here raises EngineUnavailableError,
+naming what is missing. `engines.start` chooses and starts; to add an engine, see CONTRIBUTING.md.
 """
 
-from collections.abc import Callable
+import importlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from flowad_fast.errors import EngineUnavailableError, nearest
 
 if TYPE_CHECKING:
-    from flowad_fast.bundle import Artefact
-    from flowad_fast.pipeline import ScoringPipeline
+    from torch import Tensor
 
 
-class Engine(Protocol):
-    """What a detector needs from a backend. `run` may be called from many threads.
+class Engine(ABC):
+    """What a detector needs from a backend. `run` may be called from many threads; the hooks do nothing by default.
 
-    An engine that measures and chooses on the machine also has `details`, see `Detector.details`.
+    Attributes:
+        name: its name in `ENGINES`.
+        device: what it runs on: `cpu`, `cuda:0`, ...
+        on_tensors: whether it has `on_device`.
     """
 
     name: str
     device: str
+    on_tensors = False
 
+    @abstractmethod
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Frames uint8 (B, H, W, 3), classes int64 (B,) or None: map (B, S, S) and raw score (B,) float32."""
+
+    def on_device(self, frames: "Tensor", y: "Tensor | None") -> "tuple[Tensor, Tensor]":
+        """As `run`, on tensors of the engine's device, results left there.
+
+        Raises:
+            EngineUnavailableError: the engine takes its frames from the host only.
+        """
+        raise EngineUnavailableError(f"the engine {self.name} takes frames from the host; call run()")
+
+    def prepare(self, height: int, width: int) -> None:
+        """Do ahead of time what the first frames of this size would wait for: compile, capture, allocate."""
+        return
+
+    @property
+    def title(self) -> str:
+        """What runs, for people: the engine and where, e.g. "onnxruntime on cpu"."""
+        return f"{self.name} on {self.device}"
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What it measured and chose on this machine, as JSON values; see `Detector.details`."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -38,61 +64,47 @@ class Backend:
 
     Attributes:
         description: one line for help and tables.
-        from_model: starts it from a scoring pipeline and a device string (`auto`, `cpu`, `cuda`, `cuda:N`).
-        from_artefact: starts it from the first file of a bundle's artefact, the artefact, and a device string.
+        place: its module and class. The class is called with (pipeline, device) when it starts from a model, otherwise
+            with (path of the artefact's first file, artefact, device).
         artefact: the `Artefact.engine` that it reads; engines that start from a model read the weights, "eager".
+        starts_from: what it is given.
+        requires: the extra of this project that it needs, for messages; "" where the light runtime is enough.
     """
 
     description: str
+    place: str
     artefact: str
-    from_model: "Callable[[ScoringPipeline, str], Engine] | None" = None
-    from_artefact: "Callable[[Path, Artefact, str], Engine] | None" = None
+    starts_from: Literal["model", "artefact"] = "artefact"
+    requires: str = "model"
 
+    def engine(self) -> type[Engine]:
+        """The engine's class, imported now.
 
-def _eager(pipeline: "ScoringPipeline", device: str) -> Engine:
-    from flowad_fast.engines.eager import EagerEngine
-
-    return EagerEngine(pipeline, device)
-
-
-def _cudagraph(pipeline: "ScoringPipeline", device: str) -> Engine:
-    from flowad_fast.engines.cudagraph import CudaGraphEngine
-
-    return CudaGraphEngine(pipeline, device)
-
-
-def _onnxruntime(path: Path, artefact: "Artefact", device: str) -> Engine:
-    from flowad_fast.engines.onnxruntime import OnnxRuntimeEngine
-
-    return OnnxRuntimeEngine(path, device, files=[Path(name).name for name in artefact.files])
-
-
-def _tensorrt(path: Path, artefact: "Artefact", device: str) -> Engine:
-    from flowad_fast.engines.tensorrt import TensorRTEngine
-
-    return TensorRTEngine(path, artefact, device)
-
-
-def _compile(pipeline: "ScoringPipeline", device: str) -> Engine:
-    from flowad_fast.engines.inductor import InductorEngine
-
-    return InductorEngine(pipeline, device)
-
-
-def _inductor(path: Path, artefact: "Artefact", device: str) -> Engine:
-    from flowad_fast.engines.inductor import AotInductorEngine
-
-    return AotInductorEngine(path, artefact, device)
+        Raises:
+            EngineUnavailableError: a package that it needs is not installed.
+        """
+        module, _, name = self.place.partition(":")
+        try:
+            return getattr(importlib.import_module(f"flowad_fast.engines.{module}"), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("flowad_fast"):
+                raise
+            raise EngineUnavailableError(
+                f"{self.description} needs the package {error.name}, which is not installed: "
+                f'pip install "flowad-fast[{self.requires}]"'
+            ) from None
 
 
 ENGINES: dict[str, Backend] = {
-    "eager": Backend("torch, operator by operator", "eager", from_model=_eager),
-    "cudagraph": Backend("one CUDA graph from frames to score", "eager", from_model=_cudagraph),
-    "onnxruntime": Backend("the exported ONNX graph in ONNX Runtime", "onnxruntime", from_artefact=_onnxruntime),
-    "compile": Backend("torch.compile of the pipeline, in this process", "eager", from_model=_compile),
-    "inductor": Backend("the package that AOTInductor has compiled", "inductor", from_artefact=_inductor),
-    "tensorrt": Backend("a TensorRT engine, on the kind of GPU that built it", "tensorrt", from_artefact=_tensorrt),
-    "tensorrt-rtx": Backend("a TensorRT-RTX engine, on RTX GPUs", "tensorrt-rtx", from_artefact=_tensorrt),
+    "eager": Backend("torch, operator by operator", "eager:EagerEngine", "eager", "model"),
+    "cudagraph": Backend("one CUDA graph from frames to score", "cudagraph:CudaGraphEngine", "eager", "model"),
+    "onnxruntime": Backend(
+        "the exported ONNX graph in ONNX Runtime", "onnxruntime:OnnxRuntimeEngine", "onnxruntime", requires=""
+    ),
+    "compile": Backend("torch.compile of the pipeline, in this process", "inductor:InductorEngine", "eager", "model"),
+    "inductor": Backend("the package that AOTInductor has compiled", "inductor:AotInductorEngine", "inductor"),
+    "tensorrt": Backend("a TensorRT engine, on the kind of GPU that built it", "tensorrt:TensorRTEngine", "tensorrt"),
+    "tensorrt-rtx": Backend("a TensorRT-RTX engine, on RTX GPUs", "tensorrt:TensorRTEngine", "tensorrt-rtx"),
 }
 """Engines by name."""
 
@@ -106,19 +118,3 @@ def backend(name: str) -> Backend:
     if name not in ENGINES:
         raise EngineUnavailableError(f"unknown engine {name!r}; {nearest(name, (*ENGINES, 'auto'))}")
     return ENGINES[name]
-
-
-def start_from_model(name: str, pipeline: "ScoringPipeline", device: str = "auto") -> Engine:
-    """Start the engine `name` on a scoring pipeline.
-
-    Raises:
-        EngineUnavailableError: the engine is unknown, cannot run here, or runs exported artefacts only.
-    """
-    start = backend(name).from_model
-    if start is None:
-        able = ", ".join(key for key, one in ENGINES.items() if one.from_model)
-        raise EngineUnavailableError(
-            f"the engine {name} runs exported bundles only; export the model with flowad-export and load the bundle, "
-            f"or ask for one of: {able}"
-        )
-    return start(pipeline, device)

@@ -15,20 +15,22 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowad_fast.attention import AttentionChoice, choose_attention
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines import Engine
+from flowad_fast.engines.attention import AttentionChoice, choose_attention
+from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.memory import out_of_memory
+from flowad_fast.engines.precision import arithmetic, check_precision
+from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.errors import EngineUnavailableError
-from flowad_fast.linear import DTYPES
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.precision import arithmetic, check_precision
-from flowad_fast.products import ProductChoice, choose_products
-from flowad_fast.velocity import TabledDiT
+from flowad_fast.stages.linear import DTYPES
+from flowad_fast.stages.velocity import TabledDiT
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that are captured."""
@@ -220,7 +222,7 @@ class _Capture:
     slots: tuple[_Slot, _Slot]
 
 
-class CudaGraphEngine:
+class CudaGraphEngine(Engine):
     """Replays captured graphs; safe from many threads, which take turns (one set of static buffers exists).
 
     A frame size is captured when it is first seen, or ahead of time by `prepare`. A bucket for which memory does not
@@ -231,6 +233,7 @@ class CudaGraphEngine:
     """
 
     name = "cudagraph"
+    on_tensors = True
 
     def __init__(
         self,
@@ -259,7 +262,12 @@ class CudaGraphEngine:
         self._lock = threading.Lock()
 
     @property
-    def details(self) -> dict[str, object]:
+    def title(self) -> str:
+        """See `Engine`, with precision and operators."""
+        return super().title + self.pipeline.arithmetic
+
+    @property
+    def details(self) -> dict[str, Any]:
         """See `Detector.details`: the attention backend, and by captured bucket what runs the matrix products."""
         chosen = {
             bucket: {choice.part: {"chosen": choice.chosen, "us": choice.microseconds} for choice in choices}

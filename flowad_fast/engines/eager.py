@@ -1,42 +1,21 @@
 """The eager torch engine: the scoring pipeline as it is, on CPU or GPU."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowad_fast.attention import choose_attention
+from flowad_fast.engines import Engine
+from flowad_fast.engines.attention import choose_attention
+from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.memory import BatchLimit
-from flowad_fast.errors import EngineUnavailableError
-from flowad_fast.linear import DTYPES, can_pack, pack
+from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.precision import arithmetic, check_precision
+from flowad_fast.stages.linear import DTYPES, can_pack, pack
 
 
-def torch_device(device: str) -> torch.device:
-    """`auto` (CUDA where there is one, otherwise CPU), `cpu`, `cuda` or `cuda:N` as a device.
-
-    Raises:
-        EngineUnavailableError: a GPU was asked for and there is none.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise EngineUnavailableError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise EngineUnavailableError(f"device {device!r} is not supported; expected auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise EngineUnavailableError(
-            f"device {device!r} was asked for, but torch {torch.__version__} finds no usable GPU or driver; "
-            "check nvidia-smi, or ask for device='cpu'"
-        )
-    if chosen.type == "cuda" and chosen.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
-
-
-class EagerEngine:
+class EagerEngine(Engine):
     """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state.
 
     A batch that does not fit in GPU memory is split, see `BatchLimit`. `attention` is the backend that runs: on a GPU
@@ -44,6 +23,7 @@ class EagerEngine:
     """
 
     name = "eager"
+    on_tensors = True
 
     def __init__(self, pipeline: ScoringPipeline, device: str = "auto", attention: str | None = None) -> None:
         self._device = torch_device(device)
@@ -57,7 +37,12 @@ class EagerEngine:
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
 
     @property
-    def details(self) -> dict[str, object]:
+    def title(self) -> str:
+        """See `Engine`, with precision and operators."""
+        return super().title + self.pipeline.arithmetic
+
+    @property
+    def details(self) -> dict[str, Any]:
         """See `Detector.details`."""
         return {"attention": self.attention.backend, "attention_ms": self.attention.milliseconds}
 

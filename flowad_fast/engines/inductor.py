@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from flowad_fast.bundle import Artefact
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines import Engine
+from flowad_fast.engines.device import torch_device
+from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.errors import BundleError, EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.precision import arithmetic, check_precision
 
 PORTABLE = "x86-64-v3"
 """Instruction set of packages for x86-64: AVX2 and FMA, every server and desktop processor since about 2015."""
 
 
-class InductorEngine:
+class InductorEngine(Engine):
     """Runs a `ScoringPipeline` through torch.compile, with symbolic batch and frame size.
 
     Safe from many threads: a lock lets one call in at a time, since the first call of a kind compiles. A batch of one
@@ -29,6 +30,7 @@ class InductorEngine:
     """
 
     name = "compile"
+    on_tensors = True
 
     def __init__(
         self,
@@ -45,6 +47,11 @@ class InductorEngine:
         self._compiled = torch.compile(self.pipeline, dynamic=True, fullgraph=True, mode=mode)
         self._lock = threading.Lock()
 
+    @property
+    def title(self) -> str:
+        """See `Engine`, with precision and operators."""
+        return super().title + self.pipeline.arithmetic
+
     def prepare(self, height: int, width: int) -> None:
         """Compile now for frames of this size, which the first calls would pay for otherwise."""
         for batch in (1, 2):  # a first batch of 3 would be taken for the three colours, and get a graph of its own
@@ -56,13 +63,13 @@ class InductorEngine:
         maps, scores = self.on_device(*_inputs(frames, y, self._device))
         return maps.cpu().numpy(), scores.cpu().numpy()
 
-    def on_device(self, frames: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `run`, on tensors of the engine's device."""
         with self._lock, torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
             return self._compiled(*([frames] if y is None else [frames, y]))
 
 
-class AotInductorEngine:
+class AotInductorEngine(Engine):
     """Runs `model.pt2` of a bundle, without this project's model code and without compiling.
 
     Safe from many threads: a lock lets one call in at a time. The package has a lock of its own, but waits for

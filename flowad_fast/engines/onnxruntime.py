@@ -9,6 +9,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from flowad_fast.engines import Engine
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
 
 PROVIDERS = {
@@ -26,7 +27,7 @@ HEAVY = ("Conv", "MatMul", "Gemm", "FusedConv", "FusedMatMul", "FusedGemm")
 TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8, "tensor(int64)": torch.int64}
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """Runs `model.onnx` of a bundle; safe from many threads (a session's run is).
 
     `auto` is CUDA where ONNX Runtime has it, otherwise the CPU. float32 stays float32: TF32 is off.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flowad_fast.bundle import Artefact
-from flowad_fast.engines.eager import torch_device
+from flowad_fast.engines import Engine
+from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
@@ -230,42 +231,13 @@ class Session:
         outer.wait_stream(self.stream)
 
 
-class CapturedCall:
-    """One call of a session at fixed shapes as a CUDA graph. Not safe from many threads: one a thread."""
-
-    def __init__(self, session: Session, inputs: Mapping[str, Tensor]) -> None:
-        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        # The graph keeps the addresses of its context's memory, so the context is its own and lives as long.
-        self.context = session.new_context()
-        with session.on_own_stream() as stream:
-            self.outputs = session.bind(self.context, self.inputs)
-            session.enqueue(self.context, stream)  # allocates and selects kernels lazily, which a capture forbids
-        self.graph = torch.cuda.CUDAGraph()
-        with (
-            session.capturing,
-            torch.cuda.graph(self.graph, stream=session.stream, capture_error_mode="thread_local"),
-        ):
-            session.enqueue(self.context, session.stream)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replay with new inputs; the outputs are overwritten by the next call."""
-        for name, tensor in inputs.items():
-            self.inputs[name].copy_(tensor)
-        self.graph.replay()
-        return self.outputs
-
-
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """Runs a bundle's `tensorrt` or `tensorrt-rtx` engine; safe from many threads.
 
-    Batches above the profile's largest are split, batches below its smallest are padded. With `capture` each thread
-    keeps the last few shapes as CUDA graphs.
+    Batches above the profile's largest are split, batches below its smallest are padded.
     """
 
-    captures = 4
-    """Shapes that a thread keeps captured: each holds its inputs, outputs and workspace."""
-
-    def __init__(self, path: Path, artefact: Artefact, device: str = "auto", capture: bool = False) -> None:
+    def __init__(self, path: Path, artefact: Artefact, device: str = "auto") -> None:
         if artefact.engine not in FLAVOURS:
             raise EngineUnavailableError(f"{artefact.engine!r} is no TensorRT engine; {nearest('', FLAVOURS)}")
         flavour = FLAVOURS[artefact.engine]
@@ -283,9 +255,7 @@ class TensorRTEngine:
             f"{major}.{minor}", str(artefact.details.get("capabilities", "")),
         )  # fmt: skip
         self.name, self.device = flavour.name, str(self._device)
-        self.capture = capture
         self.session = Session(path, library, self._device)
-        self._local = threading.local()
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
@@ -297,7 +267,7 @@ class TensorRTEngine:
                 arrays["classes"] = y[i : i + largest]
             n = len(arrays["frames"])
             with torch.inference_mode():
-                outputs = self._call({name: self._tensor(a, smallest) for name, a in arrays.items()})
+                outputs = self.session({name: self._tensor(a, smallest) for name, a in arrays.items()})
                 maps.append(outputs["map"][:n].cpu().numpy())
                 scores.append(outputs["score"][:n].cpu().numpy())
         return np.concatenate(maps), np.concatenate(scores)
@@ -306,14 +276,3 @@ class TensorRTEngine:
         if len(array) < smallest:
             array = np.concatenate([array, np.repeat(array[-1:], smallest - len(array), 0)])
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-
-    def _call(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.capture:
-            return self.session(inputs)
-        calls = self._local.__dict__.setdefault("calls", {})
-        key = tuple(inputs["frames"].shape)
-        if key not in calls:
-            while len(calls) >= self.captures:
-                calls.pop(next(iter(calls)))
-            calls[key] = CapturedCall(self.session, inputs)
-        return calls[key](inputs)

@@ -26,14 +26,15 @@ from hypothesis import strategies as st
 
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
-from flowad_fast.checkpoint import load_checkpoint, save_checkpoint, sha256
+from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import IMAGENET_MEAN, ModelConfig, VelocityConfig
-from flowad_fast.decision import Calibration, ClassCalibration, Range
 from flowad_fast.errors import FlowADError
-from flowad_fast.features import FeatureExtractor
+from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Density
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.decision import Calibration, ClassCalibration, Range
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.scorers import Density
+from flowad_fast.stages.velocity import DiT
 
 VELOCITY = VelocityConfig(channels=192, height=4, width=4, hidden_size=8, depth=1, num_heads=2, num_classes=2,
                           use_class_labels=True)  # fmt: skip

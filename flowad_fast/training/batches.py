@@ -14,10 +14,10 @@ from torch import Tensor
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.errors import ConfigError, nearest
-from flowad_fast.features import FeatureExtractor
 from flowad_fast.files import digest, make_folder, replacing
-from flowad_fast.image import normalise
-from flowad_fast.training_config import FLIPS, TrainConfig
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.image import normalise
+from flowad_fast.training.config import FLIPS, TrainConfig
 
 Progress = Callable[[str, int, int, float | None], object]
 """Called as progress(stage, done, total, loss) with stage "features" (images) or "training" (steps)."""

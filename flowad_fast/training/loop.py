@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flowad_fast.checkpoint import backbone_loader, save_checkpoint
+from flowad_fast.checkpoints.load import backbone_loader, save_checkpoint
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
 from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError
-from flowad_fast.features import FeatureExtractor
 from flowad_fast.files import digest, make_folder, replacing
 from flowad_fast.model import FlowModel
-from flowad_fast.training_config import TrainConfig
-from flowad_fast.training_data import (
+from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.velocity import DiT
+from flowad_fast.training.batches import (
     DirectFeatures,
     FeatureSource,
     Progress,
@@ -50,7 +50,7 @@ from flowad_fast.training_data import (
     seed_of,
     training_samples,
 )
-from flowad_fast.velocity import DiT
+from flowad_fast.training.config import TrainConfig
 
 STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "config.json"
 """Files of an output folder: resumable state, loss curve, trained model (with its JSON), what was asked for."""

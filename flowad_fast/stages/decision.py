@@ -1,4 +1,4 @@
-"""Stage 7: maps to image scores, scores to verdicts, and the calibration on good parts that makes verdicts possible."""
+"""Scores to verdicts, and the calibration on good parts that makes verdicts possible; numpy only."""
 
 import math
 import warnings
@@ -8,9 +8,7 @@ from enum import StrEnum
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from flowad_fast.config import Frozen
 from flowad_fast.errors import CalibrationError
@@ -27,27 +25,6 @@ class Verdict(StrEnum):
     GOOD = "good"
     ANOMALOUS = "anomalous"
     INVALID = "invalid"
-
-
-def image_score(maps: Tensor, aggregate: Aggregate) -> Tensor:
-    """The named aggregate of upsampled maps (B, S, S): (B,), raw, or (B, 2); see `aggregated`."""
-    flat = maps.flatten(1)
-    return aggregated(flat.amax(1), flat.amin(1), flat.sum(1), flat.shape[1], aggregate)
-
-
-def aggregated(high: Tensor, low: Tensor, total: Tensor, pixels: int, aggregate: Aggregate) -> Tensor:
-    """The named aggregate from each map's maximum, minimum and sum (B,) over its `pixels`: (B,), raw.
-
-    `diff` is max - min. `diff+sum` gives its two terms, (B, 2): they are scaled by ranges that were fitted on good
-    parts (`Calibration.ranges`) before they are added, which happens outside exported graphs.
-    """
-    if aggregate == "max":
-        return high
-    if aggregate == "mean":
-        return total / pixels
-    if aggregate == "sum":
-        return total
-    return high - low if aggregate == "diff" else torch.stack([high - low, total], 1)
 
 
 class Range(Frozen):
@@ -171,20 +148,3 @@ def _warn_outliers(scores: np.ndarray, index: np.ndarray, labels: Sequence[str] 
             f"others and may be defective: {shown}",
             stacklevel=3,
         )
-
-
-def invalid_frames(frames: np.ndarray) -> list[str | None]:
-    """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture."""
-    reasons: list[str | None] = []
-    for frame in frames:
-        low, high = int(frame.min()), int(frame.max())
-        if high - low <= 2:
-            kind = "black" if high <= 16 else "saturated" if low >= 250 else "uniform"
-            reasons.append(f"the frame is {kind} (all pixels between {low} and {high})")
-        elif high <= 16:
-            reasons.append(f"the frame is black (brightest pixel {high})")
-        elif low >= 240:
-            reasons.append(f"the frame is saturated (darkest pixel {low})")
-        else:
-            reasons.append(None)
-    return reasons

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flowad_fast.kernels.reference import quantise_rows
-from flowad_fast.linear import GELU, LIBRARY, AnyLinear, Fp8Linear, Linear, Product, Quantised, Split
-from flowad_fast.velocity import TabledDiT
+from flowad_fast.stages.linear import GELU, LIBRARY, AnyLinear, Fp8Linear, Linear, Product, Quantised, Split
+from flowad_fast.stages.velocity import TabledDiT
 
 TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
 """Rows and columns of a program of the split product."""

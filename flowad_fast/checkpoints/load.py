@@ -4,7 +4,6 @@ Foreign formats are recognised by their contents and converted in memory. Nothin
 (`weights_only`), nothing is guessed, and no key is dropped unless it is named here.
 """
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -23,12 +22,12 @@ from torch import Tensor
 
 from flowad_fast.config import MVTEC_CLASSES, TRANSFORMS, ImageConfig, ModelConfig, VelocityConfig, parse, read_mapping
 from flowad_fast.errors import CheckpointError, ConfigError, nearest
-from flowad_fast.features import BACKBONES, STRIDES, FeatureExtractor, load_backbone_weights
-from flowad_fast.files import replacing
+from flowad_fast.files import replacing, sha256
 from flowad_fast.model import FlowModel, VelocityModel
-from flowad_fast.velocity import DiT
+from flowad_fast.stages.features import BACKBONES, STRIDES, FeatureExtractor, load_backbone_weights
+from flowad_fast.stages.velocity import DiT
 
-DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
+DEMO = Path(__file__).parents[1] / "assets" / "demo.safetensors"
 """The checkpoint that ships with the project, known as `demo` wherever a checkpoint is expected."""
 INVAD_HEADS, INVAD_MLP_RATIO = 8, 4.0
 """Constants of InvAD's released code that its configuration files do not repeat."""
@@ -107,12 +106,6 @@ def save_checkpoint(
     ):
         with replacing(target) as file:
             file.write(data)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe(path: Path) -> str:

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flowad_fast import schedule
-from flowad_fast.config import Precision, VelocityConfig
-from flowad_fast.kernels import reference
-from flowad_fast.schedule import Row
+from flowad_fast.config import VelocityConfig
+from flowad_fast.stages import schedule
+from flowad_fast.stages.arithmetic import FP32, Arithmetic
+from flowad_fast.stages.schedule import Row
 
 
 class StepField(Protocol):
@@ -35,8 +35,8 @@ class Field(Protocol):
 
     config: VelocityConfig
 
-    def at(self, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference) -> StepField:
-        """The field at fixed times, its matrix products in `precision`, built on the operators `ops`."""
+    def at(self, times: tuple[float, ...], how: Arithmetic = FP32) -> StepField:
+        """The field at fixed times, computed as `how` says."""
 
     def check_classes(self, y: Tensor | None, batch: int) -> Tensor | None:
         """`y` as class indices (B,) that fit the model, or a ConfigError."""

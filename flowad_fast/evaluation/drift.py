@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from flowad_fast.config import Precision
-from flowad_fast.integration import run
-from flowad_fast.linear import Fp8Linear, make_linear
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Inversion
+from flowad_fast.stages.integration import run
+from flowad_fast.stages.linear import Fp8Linear, make_linear
+from flowad_fast.stages.scorers import Inversion
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from flowad_fast.data.images import read_frame, read_mask
 from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.errors import ConfigError, FrameError, nearest
-from flowad_fast.metrics import METRICS, image_metrics, mean_ad, pixel_metrics
-from flowad_fast.overlay import overlay
+from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean_ad, pixel_metrics
+from flowad_fast.evaluation.overlay import overlay
 
 MEAN_AD = "mean_ad"
 """Key of the mean of the seven metrics (mAD)."""

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from flowad_fast.config import Frozen, ImageConfig, VelocityConfig, parse
-from flowad_fast.features import BACKBONES, STRIDES
+from flowad_fast.stages.features import BACKBONES, STRIDES
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from flowad_fast.errors import ConfigError
-from flowad_fast.integration import to_tokens
 from flowad_fast.model import FlowModel
-from flowad_fast.scorers import Density
+from flowad_fast.stages.integration import to_tokens
+from flowad_fast.stages.scorers import Density
 
 SHARE = 0.2
 """Default of the noise that is accepted, as a share of the map's spread: a twenty-fifth of its variance."""

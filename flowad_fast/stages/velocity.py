@@ -8,7 +8,6 @@ the precision of its matrix products and the operators that it is built on.
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import reference
-from flowad_fast.linear import AnyLinear, Fp8Linear, Quantised, make_linear
+from flowad_fast.stages.arithmetic import FP32, Arithmetic
+from flowad_fast.stages.linear import AnyLinear, Fp8Linear, Quantised, make_linear
 
 
 class Attention(nn.Module):
@@ -182,12 +182,11 @@ class TabledDiT(nn.Module):
     blocks: Sequence[TabledBlock]
 
     @torch.no_grad()
-    def __init__(
-        self, dit: DiT, times: tuple[float, ...], precision: Precision = "fp32", ops: ModuleType = reference
-    ) -> None:
+    def __init__(self, dit: DiT, times: tuple[float, ...], how: Arithmetic = FP32) -> None:
         super().__init__()
         self.config = config = dit.config
-        self.times, self.precision, self.ops = times, precision, ops
+        precision = how.precision
+        self.times, self.precision, self.ops = times, precision, how.ops
         keep = config.keep_bf16
         proj, last = dit.x_embedder.proj, dit.final_layer.linear
         self.embed = make_linear("embed", _token_weight(proj), None, precision, keep)

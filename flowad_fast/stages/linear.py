@@ -49,7 +49,7 @@ LIBRARY: Final = "library"
 GELU: Final = "library with GELU"
 """The same with GELU in its epilogue."""
 Product = Literal["library", "library with GELU"] | Split
-"""What runs a layer, see `flowad_fast.products`."""
+"""What runs a layer, see `flowad_fast.engines.products`."""
 
 
 class Linear(nn.Module):

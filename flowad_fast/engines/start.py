@@ -1,0 +1,146 @@
+"""Choosing and starting an engine: of a bundle's artefacts, or on a model in memory."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from flowad_fast.bundle import Artefact, Manifest
+from flowad_fast.config import Precision
+from flowad_fast.engines import ENGINES, Engine, backend
+from flowad_fast.errors import BundleError, EngineUnavailableError, nearest
+
+if TYPE_CHECKING:
+    from flowad_fast.pipeline import ScoringPipeline
+    from flowad_fast.stages.arithmetic import Arithmetic
+
+AUTO = {"cuda": ("cudagraph", "tensorrt", "onnxruntime", "inductor"), "cpu": ("onnxruntime", "eager", "inductor")}
+"""What `auto` prefers of the engines that a bundle's artefacts feed, by kind of device.
+
+On a GPU the captured graph with fused operators. On a CPU the order of the committed records: of inversion and density
+ONNX Runtime is as fast as eager or faster on the demo model, within the noise of each other at 768x12."""
+OPS = ("reference", "fused")
+"""Namespaces of operators: plain torch, or Triton kernels on the GPU (on the CPU they are plain torch as well)."""
+FUSED = ("cudagraph",)
+"""Engines that take the fused operators unless others are asked for."""
+
+
+def operators(name: str) -> ModuleType:
+    """The namespace of operators called `name`, see `OPS`.
+
+    Raises:
+        EngineUnavailableError: no such namespace, or it cannot be imported here.
+    """
+    if name not in OPS:
+        raise EngineUnavailableError(f"unknown operators {name!r}; {nearest(name, OPS)}")
+    try:
+        return importlib.import_module(f"flowad_fast.kernels.{name}")
+    except ImportError as error:
+        raise EngineUnavailableError(
+            f"the {name} operators cannot be imported ({error}); ask for ops='reference'"
+        ) from None
+
+
+def device_kind(device: str) -> str:
+    """`cuda` or `cpu`: where `device` leads, without importing torch where torch is not installed."""
+    if device != "auto":
+        return "cuda" if device.partition(":")[0] in ("cuda", "tensorrt") else "cpu"
+    try:
+        import torch
+    except ModuleNotFoundError:
+        import onnxruntime
+
+        return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_engine(has: set[str], device: str) -> str:
+    """The engine that `auto` takes of those that the artefacts in `has` feed; see `AUTO`.
+
+    Raises:
+        EngineUnavailableError: none of them.
+    """
+    kind = device_kind(device)
+    found = next((name for name in AUTO[kind] if backend(name).artefact in has), None)
+    if found is None:
+        raise EngineUnavailableError(
+            f"the bundle has nothing that `auto` runs on {kind} (it has: {', '.join(sorted(has)) or 'nothing'}); "
+            "name an engine, or export it again with another --format"
+        )
+    return found
+
+
+def start_engine(
+    folder: Path,
+    manifest: Manifest,
+    engine: str,
+    device: str,
+    artefact: Artefact | None = None,
+    *,
+    precision: Precision | None = None,
+    ops: str | None = None,
+) -> Engine:
+    """Start an engine on one of a bundle's artefacts; the files' hashes have been checked by `bundle.read`.
+
+    Args:
+        folder: the bundle's folder.
+        manifest: its manifest.
+        engine: a name in `ENGINES`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        artefact: which one, when several are for the same engine; None takes the first.
+        precision: see `flowad_fast.load`.
+        ops: see `flowad_fast.load`.
+
+    Raises:
+        EngineUnavailableError: the engine cannot run here, or a precision that the artefact was not built for.
+    """
+    chosen = backend(engine)
+    if artefact is None:
+        artefact = next(a for a in manifest.artefacts.values() if a.engine == chosen.artefact)
+    path = folder / next(iter(artefact.files))
+    if chosen.starts_from == "artefact":
+        if precision not in (None, artefact.precision):
+            raise EngineUnavailableError(
+                f"{path}: built for precision {artefact.precision}, {precision} was asked for; export it again with "
+                f"--precision {precision}"
+            )
+        if ops is not None:
+            raise EngineUnavailableError(f"{path}: the engine {engine} has its operators fixed; leave ops={ops!r} out")
+        return chosen.engine()(path, artefact, device)  # type: ignore[call-arg]
+    chosen.engine()  # says what is missing before the weights are read
+    from flowad_fast.checkpoints.load import load_checkpoint
+    from flowad_fast.pipeline import ScoringPipeline
+
+    model = load_checkpoint(path)
+    if model.spec != manifest.model:
+        raise BundleError(f"{folder}: the weights' description differs from the manifest; export the bundle again")
+    pipeline = ScoringPipeline(
+        model,
+        manifest.scorer,
+        manifest.aggregate,
+        arithmetic(engine, precision or artefact.precision, ops),
+    )
+    return start_from_model(engine, pipeline, device)
+
+
+def start_from_model(name: str, pipeline: "ScoringPipeline", device: str = "auto") -> Engine:
+    """Start the engine `name` on a scoring pipeline.
+
+    Raises:
+        EngineUnavailableError: the engine is unknown, cannot run here, or runs exported artefacts only.
+    """
+    chosen = backend(name)
+    if chosen.starts_from != "model":
+        able = ", ".join(key for key, one in ENGINES.items() if one.starts_from == "model")
+        raise EngineUnavailableError(
+            f"the engine {name} runs exported bundles only; export the model with flowad-export and load the bundle, "
+            f"or ask for one of: {able}"
+        )
+    return chosen.engine()(pipeline, device)  # type: ignore[call-arg]
+
+
+def arithmetic(engine: str, precision: Precision, ops: str | None) -> "Arithmetic":
+    """How an engine that starts from a model computes; `ops` None takes what suits the engine, see `FUSED`."""
+    from flowad_fast.stages.arithmetic import Arithmetic
+
+    return Arithmetic(precision, operators(ops or ("fused" if engine in FUSED else "reference")))

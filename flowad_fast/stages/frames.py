@@ -1,0 +1,78 @@
+"""Whether frames are what a detector accepts, and whether they can be judged; numpy only."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from flowad_fast.errors import FrameError
+
+
+def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int] | None = None) -> np.ndarray:
+    """`frames` as a contiguous uint8 (B, H, W, 3) array, or a FrameError that says what was got and how to convert."""
+    try:
+        array = np.asarray(frames)
+    except ValueError:
+        raise FrameError("frames have different sizes; call the detector once a size") from None
+    if array.ndim == 3 and array.shape[-1] == 3:
+        array = array[None]
+    if array.size == 0 and array.ndim in (1, 4) and array.shape[0] == 0:
+        return np.zeros((0, *(size or (1, 1)), 3), np.uint8)
+    shape = f"{array.dtype} {array.shape}"
+    if array.ndim != 4 or array.shape[-1] != 3:
+        hint = ""
+        if array.ndim in (3, 4) and array.shape[-1] == 4:
+            hint = "; drop the alpha channel: frames[..., :3]"
+        elif array.ndim == 4 and array.shape[1] == 3:
+            hint = "; move channels last: frames.transpose(0, 2, 3, 1)"
+        elif array.ndim in (2, 3) or array.shape[-1:] == (1,):
+            hint = "; repeat grey frames: np.repeat(frames[..., None], 3, -1)"
+        raise FrameError(f"expected uint8 frames (B, H, W, 3) in RGB order, got {shape}{hint}")
+    if array.dtype != np.uint8:
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise FrameError(f"frames are {shape} and hold NaN or infinite values; expected uint8")
+        raise FrameError(
+            f"expected uint8 frames, got {shape}; scale them to 0..255 with the camera's own bit depth and convert, "
+            "for 12-bit: (frames >> 4).astype(np.uint8)"
+        )
+    if size is not None and array.shape[1:3] != size:
+        raise FrameError(f"the bundle takes {size[0]}x{size[1]} frames, got {array.shape[1]}x{array.shape[2]}")
+    return np.require(array, requirements=["C", "W"])
+
+
+def invalid_frames(frames: np.ndarray) -> list[str | None]:
+    """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture."""
+    reasons: list[str | None] = []
+    for frame in frames:
+        low, high = int(frame.min()), int(frame.max())
+        if high - low <= 2:
+            kind = "black" if high <= 16 else "saturated" if low >= 250 else "uniform"
+            reasons.append(f"the frame is {kind} (all pixels between {low} and {high})")
+        elif high <= 16:
+            reasons.append(f"the frame is black (brightest pixel {high})")
+        elif low >= 240:
+            reasons.append(f"the frame is saturated (darkest pixel {low})")
+        else:
+            reasons.append(None)
+    return reasons
+
+
+class FrozenFrames:
+    """What one camera showed last; safe from many threads, as far as its frames arrive in order."""
+
+    def __init__(self) -> None:
+        self._previous: bytes | None = None
+        self._lock = threading.Lock()
+
+    def doubts(self, frames: np.ndarray) -> list[str | None]:
+        """Why each frame, in order, is no new picture, or None: it equals the one before pixel by pixel."""
+        reasons: list[str | None] = []
+        with self._lock:
+            for frame in frames:
+                content = frame.tobytes()
+                same = content == self._previous
+                reasons.append(
+                    "the frame is the same as the one before, pixel by pixel: a frozen camera" if same else None
+                )
+                self._previous = content
+        return reasons

@@ -1,0 +1,217 @@
+"""The scorers' computation: tokens (B, N, C) and class indices y (B,) or None to a map (B, N).
+
+One class per scorer. `bind` makes it of the scorer's description and a model: it is what engines run and exporters
+trace. `reference` is the same map at the cost of the paper's code, see `reference_path`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowad_fast.config import VelocityConfig
+from flowad_fast.model import VelocityModel
+from flowad_fast.stages.arithmetic import Arithmetic
+from flowad_fast.stages.integration import Field, StepField, run, run_dual, run_to_error
+from flowad_fast.stages.schedule import Row
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
+
+WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""Memory of one widest activation of the tangents: on the CPU what its cache holds, on a GPU what fills the machine."""
+
+
+class MapModule(nn.Module):
+    """A scorer bound to a model: tokens (B, N, C) and y (B,) or None to a map (B, N)."""
+
+    def __init__(self, field: StepField) -> None:
+        super().__init__()
+        self.field = field
+
+    @classmethod
+    @abstractmethod
+    def bind(cls, scorer: Scorer, model: Field, how: Arithmetic) -> "MapModule":
+        """The module of a scorer's description, for a model, computed as `how` says."""
+
+    @staticmethod
+    @abstractmethod
+    def reference(scorer: Scorer, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
+        """The map (B, N) of tokens x, float32, adaLN computed at every evaluation."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, N)."""
+
+
+class InversionMap(MapModule):
+    """||X0||^power."""
+
+    def __init__(self, field: StepField, rows: tuple[Row, ...], power: int) -> None:
+        super().__init__(field)
+        self.rows, self.power = rows, power
+
+    @classmethod
+    def bind(cls, scorer: Inversion, model: Field, how: Arithmetic) -> "InversionMap":  # type: ignore[override]
+        """See `MapModule`."""
+        rows = scorer.rows(model.config)
+        return cls(model.at(_times(rows), how), rows, scorer.power)
+
+    @staticmethod
+    def reference(scorer: Inversion, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:  # type: ignore[override]
+        """See `MapModule`."""
+        with torch.no_grad():
+            square = euler(model, scorer.rows(model.config), x, y).square().sum(-1)
+        return square if scorer.power == 2 else square.sqrt()
+
+    def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, N)."""
+        square = run_to_error(self.field, self.rows, tokens, y)
+        return square if self.power == 2 else square.sqrt()
+
+
+class ReconstructionMap(MapModule):
+    """||X1 - X1^||²."""
+
+    noise: Tensor | None
+
+    def __init__(
+        self, field: StepField, down: tuple[Row, ...], up: tuple[Row, ...], tau: float, noise: Tensor | None
+    ) -> None:
+        super().__init__(field)
+        self.down, self.up, self.tau = down, up, tau
+        self.register_buffer("noise", noise, persistent=False)
+
+    @classmethod
+    def bind(cls, scorer: Reconstruction, model: Field, how: Arithmetic) -> "ReconstructionMap":  # type: ignore[override]
+        """See `MapModule`."""
+        down, up = scorer.rows(model.config)
+        field = model.at(_times(down + up), how)
+        noise = scorer.draw(model.config).to(_device(field)) if scorer.start == "noise" else None
+        return cls(field, down, up, scorer.tau, noise)
+
+    @staticmethod
+    def reference(scorer: Reconstruction, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:  # type: ignore[override]
+        """See `MapModule`."""
+        down, up = scorer.rows(model.config)
+        with torch.no_grad():
+            if down:
+                start = euler(model, down, x, y)
+            else:
+                start = scorer.tau * x + (1 - scorer.tau) * scorer.draw(model.config).to(x.device)
+            return (x - euler(model, up, start, y)).square().sum(-1)
+
+    def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, N)."""
+        if self.noise is None:
+            x = run(self.field, self.down, tokens, y)
+        else:
+            x = self.tau * tokens + (1 - self.tau) * self.noise
+        return run_to_error(self.field, self.up, x, y, ref=tokens, first=len(self.down))
+
+
+class DensityMap(MapModule):
+    """-log p1(X1), the divergence in forward mode."""
+
+    probes: Tensor
+
+    def __init__(
+        self,
+        field: StepField,
+        rows: tuple[Row, ...],
+        probes: Tensor,
+        config: VelocityConfig,
+        exact: bool,
+        probe_bytes: int,
+    ) -> None:
+        super().__init__(field)
+        self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
+        self.register_buffer("probes", probes, persistent=False)
+        # Three states of a tangent exist at a time: its residual, what is gated into that, and what is normalised.
+        self.state_bytes = 3 * 4 * config.tokens * config.hidden_size
+        self.wide_bytes = 4 * config.tokens * max(config.mlp_hidden, config.num_heads * config.tokens)
+
+    @classmethod
+    def bind(cls, scorer: Density, model: Field, how: Arithmetic) -> "DensityMap":  # type: ignore[override]
+        """See `MapModule`."""
+        rows = scorer.rows(model.config)
+        field = model.at(_times(rows), how)
+        probes = scorer.draw(model.config).to(_device(field))
+        return cls(field, rows, probes, model.config, scorer.exact, how.probe_bytes)
+
+    @staticmethod
+    def reference(scorer: Density, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:  # type: ignore[override]
+        """z.(J^T z) by reverse mode, the input repeated once per probe, the graph kept along the whole trajectory.
+
+        It has the same expectation over probes as the product's map, and for each probe the same total over locations.
+        """
+        probes = scorer.draw(model.config).to(x.device)
+        count, batch = len(probes), x.shape[0]
+        z = probes.expand(-1, batch, -1, -1).flatten(0, 1)
+        y_repeated = None if y is None else y.repeat(count)
+        x = x.detach().requires_grad_()
+        total = torch.zeros(count, *x.shape[:2], device=x.device)
+        for row in scorer.rows(model.config):
+            repeated = x.repeat(count, 1, 1)
+            out = model.dit(repeated, torch.full((count * batch,), row.t, device=x.device), y_repeated)
+            (pulled,) = torch.autograd.grad((out * z).sum(), repeated, retain_graph=True)
+            share = row.b * (z * pulled).sum(-1) + (row.a - 1) * z.square().sum(-1)
+            total = total + share.unflatten(0, (count, batch)).detach()
+            x = row.a * x + row.b * out[:batch]
+        return -(_log_normal(x.detach()) + (total.sum(0) if scorer.exact else total.mean(0)))
+
+    def plan(self, batch: int, device: torch.device) -> tuple[int, int | None]:
+        """Probes that are integrated together, and of those the ones whose wide activations exist at a time."""
+        if torch.compiler.is_exporting():
+            # An exported graph has one chunk: its batch is symbolic, and engines plan their own memory.
+            return len(self.probes), None
+        together = max(1, self.probe_bytes // (self.state_bytes * batch))
+        return together, max(1, WIDE_BYTES[device.type] // (self.wide_bytes * batch))
+
+    def shares(self, tokens: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """X0 (B, N, C) and the probes' shares (k, B, N), for as many probes at a time as the budget allows."""
+        together, chunk = self.plan(tokens.shape[0], tokens.device)
+        for probes in self.probes.split(together):
+            yield run_dual(self.field, self.rows, tokens, probes, y, chunk)
+
+    def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, N)."""
+        (x0, share), *more = ((x0, share.sum(0)) for x0, share in self.shares(tokens, y))  # X0 is the same for all
+        total = sum((one for _, one in more), start=share)
+        return -(_log_normal(x0) + (total if self.exact else total / len(self.probes)))
+
+    def with_error(self, tokens: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The map and its standard error, (B, N) each; an exact map has error 0."""
+        parts = list(self.shares(tokens, y))
+        x0, each = parts[0][0], torch.cat([share for _, share in parts])
+        if self.exact:
+            return -(_log_normal(x0) + each.sum(0)), torch.zeros_like(each[0])
+        return -(_log_normal(x0) + each.mean(0)), each.std(0) / len(each) ** 0.5
+
+
+MAPS: dict[str, type[MapModule]] = {
+    "density": DensityMap,
+    "inversion": InversionMap,
+    "reconstruction": ReconstructionMap,
+}
+"""By `Scorer.kind`."""
+
+
+def euler(model: VelocityModel, rows: tuple[Row, ...], x: Tensor, y: Tensor | None) -> Tensor:
+    """A schedule applied with the training form: what the paper's code does."""
+    for row in rows:
+        x = row.a * x + row.b * model.dit(x, torch.full(x.shape[:1], row.t, device=x.device), y)
+    return x
+
+
+def _log_normal(x: Tensor) -> Tensor:
+    """Standard normal log-density N(x; 0, I) summed over channels: (B, N, C) to (B, N)."""
+    return -0.5 * (x.square().sum(-1) + x.shape[-1] * np.log(2 * np.pi))
+
+
+def _times(rows: tuple[Row, ...]) -> tuple[float, ...]:
+    return tuple(row.t for row in rows)
+
+
+def _device(field: StepField) -> torch.device | None:
+    return field.table.device if isinstance(field, nn.Module) else None  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Training a velocity field on good parts."""
