@@ -16,7 +16,7 @@ FLOORS = (
     ("stages.schedule", "stages.decision", "stages.frames"),
     ("stages.scorers",),
     ("bundle",),
-    ("engines",),
+    ("engines", "engines.onnx_file"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     # What needs torch: the computation, and the engines that run it.
@@ -31,8 +31,8 @@ FLOORS = (
     ("engines.eager", "engines.cudagraph", "engines.inductor", "engines.tensorrt"),
     ("checkpoints.load",),
     # What reads data, judges and trains.
-    ("data.samples",),
-    ("data.images", "data.layouts"),
+    ("data.samples", "data.images"),
+    ("data.layouts",),
     ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
     ("evaluation.evaluate",),
     ("training.config",),
