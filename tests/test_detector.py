@@ -283,7 +283,7 @@ def test_prepare_asks_the_engine_and_runs_one_frame(conditional: bool) -> None:
             return super().run(frames, y)
 
     engine = Preparing()
-    detector = fake(engine=engine, classes=3 if conditional else 0, frame_size=(64, 80))
+    detector = fake(engine=engine, classes=CLASSES if conditional else (), frame_size=(64, 80))
     assert 0 <= detector.prepare(64, 80) < 60
     assert engine.prepared == [(64, 80)] and engine.calls == [1]
     assert engine.classes[0] is None if not conditional else engine.classes[0].tolist() == [0]
