@@ -50,7 +50,6 @@ LIGHT = (
     "flowad_fast.data.samples",
     "flowad_fast.data.layouts",
     "flowad_fast.evaluation.inspection",
-    "flowad_fast.evaluation.overlay",
     "flowad_fast.cli.common",
     "flowad_fast.cli.inspect",
     "flowad_fast.export.cli",
