@@ -21,7 +21,7 @@ from pydantic import Field
 
 from flowad_fast.config import Frozen, ModelConfig, Precision, parse, read_mapping
 from flowad_fast.errors import BundleError
-from flowad_fast.files import sha256, sync
+from flowad_fast.files import sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
 
@@ -151,7 +151,7 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    sync(path.parent)
+    _sync(path.parent)
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def publish(aside: Path, target: str | Path) -> None:
     target = Path(target).resolve()
     _sync_tree(aside)
     exchange(aside, target)
-    sync(target.parent)
+    _sync(target.parent)
 
 
 def rejected_path(target: str | Path) -> Path:
@@ -291,5 +291,13 @@ def _renameat2() -> Callable[[bytes, bytes], bool] | None:
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.iterdir():
-        _sync_tree(path) if path.is_dir() else sync(path)
-    sync(folder)
+        _sync_tree(path) if path.is_dir() else _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
