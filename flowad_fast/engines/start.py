@@ -56,10 +56,7 @@ def device_kind(device: str) -> str:
 
 
 def _has_torch() -> bool:
-    try:
-        return find_spec("torch") is not None
-    except ValueError:  # a module that was put in its place has no description
-        return False
+    return find_spec("torch") is not None
 
 
 def choose_engine(has: set[str], device: str) -> str:
