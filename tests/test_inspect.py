@@ -295,6 +295,42 @@ def test_overlays_share_the_scale_that_the_folder_keeps(bundle, folder, tmp_path
     assert code == 1 and "choose another --overlays" in " ".join(err.split())
 
 
+WITHOUT_EXTRAS = """
+import sys
+from pathlib import Path
+
+for name in ("torch", "torchvision", "timm", "safetensors", "onnx", "sklearn", "scipy", "matplotlib", "jinja2", "psutil"):
+    sys.modules[name] = None  # an import of it is an error
+
+import numpy as np
+from flowad_fast.cli import inspect
+from flowad_fast.detector import Detection
+from flowad_fast.evaluation.inspection import ResultFile, inspect_files, overlay_writer
+
+class Detector:
+    aggregate, calibration = "max", None
+
+    def __call__(self, frames, classes=None):
+        map = frames[:, :32, :32, 0].astype(np.float32)
+        return Detection(map, map.max((1, 2)), ("",) * len(map), (None,) * len(map), "fake")
+
+root, out = Path(sys.argv[1]), Path(sys.argv[2])
+paths = [root / f"{i}.png" for i in range(6)]
+draw = overlay_writer(Detector(), root, dict.fromkeys(paths, ""), out / "heat", "b")
+with ResultFile(out / "r.csv", "csv", "b", "fake") as file:
+    for result in inspect_files(Detector(), paths):
+        draw(result)
+        file.append(result)
+"""
+
+
+def test_inspection_needs_neither_torch_nor_the_extras(folder, tmp_path):
+    subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, str(folder), str(tmp_path)], check=True, timeout=60)
+    rows = rows_of(tmp_path / "r.csv")
+    assert [row["status"] for row in rows] == ["uncalibrated"] * 6 and all(float(row["score"]) > 0 for row in rows)
+    assert len(list((tmp_path / "heat").glob("*.png"))) == 6
+
+
 def test_heat_range():
     maps = np.arange(11, dtype=np.float32).reshape(1, 1, 11)
     assert heat_range(maps) == (5, 10)
