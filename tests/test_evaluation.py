@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowad_fast import errors
 from flowad_fast.cli import eval as cli
+from flowad_fast.cli.scorer_options import make_scorer
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Dataset
 from flowad_fast.errors import CalibrationError, ConfigError, FrameError
@@ -16,6 +18,7 @@ from flowad_fast.evaluation import evaluate as evaluation
 from flowad_fast.evaluation.evaluate import evaluate, plot_report, save_mistakes, worst_mistakes
 from flowad_fast.evaluation.metrics import METRICS, image_metrics, pixel_metrics
 from flowad_fast.evaluation.overlay import overlay
+from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 
 SIZE = 16
 
@@ -284,6 +287,36 @@ def test_overlay_grows_with_the_heat():
 # The command, with the fake in place of a model
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("inversion", {}, Inversion()),
+        ("inversion", {"steps": 4, "power": 1, "tau": None}, Inversion(steps=4, power=1)),
+        ("density", {"evaluations": 5, "probes": 2}, Density(steps=5, probes=2)),
+        ("reconstruction", {"evaluations": 3}, Reconstruction(steps=6)),
+        ("reconstruction", {"evaluations": 4, "start": "inversion"}, Reconstruction(steps=4, start="inversion")),
+    ],
+)
+def test_options_make_the_scorer(kind, given, expected):
+    assert make_scorer(kind, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("inversion", {"tau": 0.3}, "--tau is an option of reconstruction, not of inversion"),
+        ("inversion", {"seed": 1}, "option of density and reconstruction"),
+        ("inversion", {"power": 3}, "power"),
+        ("density", {"steps": 3, "evaluations": 3}, "--steps and --evaluations"),
+        ("reconstruction", {"start": "inversion", "evaluations": 3}, "takes 4"),
+        ("density", {"evaluations": 0}, "--evaluations 0"),
+    ],
+)
+def test_options_that_the_scorer_does_not_take_are_refused(kind, given, message):
+    with pytest.raises(ConfigError, match=message):
+        make_scorer(kind, given)
+
+
 @pytest.fixture
 def fake_model(monkeypatch):
     asked = []
@@ -310,7 +343,7 @@ def test_command_prints_a_table_and_writes_files(root, fake_model, monkeypatch, 
     assert call(monkeypatch, "x.pth", "--data", root, "--steps", 2, "--category", "a", "--output", output) == 0
     shown = capsys.readouterr().out
     assert "AUPRO" in shown and "mean" in shown and "100.0" in shown
-    assert fake_model == [("x.pth", None, 2, None, None)]
+    assert fake_model == [("x.pth", None, {"steps": 2}, None, None)]
     report = json.loads((output / "report.json").read_text())
     assert list(report["metrics"]) == ["a"] and (output / "report.png").is_file()
     assert len(list((output / "mistakes").glob("*.png"))) == 8
@@ -324,8 +357,14 @@ def test_command_prints_json_and_lists_errors(root, fake_model, monkeypatch, cap
     assert "0 bytes" in captured.err.replace("\n", " ")
 
 
+def test_missing_tools_are_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "scipy" else True)
+    assert call(monkeypatch, "m", "--layout", "elpv") == 1
+    assert 'flowad-eval needs scipy: pip install "flowad-fast[tools]"' in " ".join(capsys.readouterr().err.split())
+
+
 def test_demo_is_a_checkpoint_like_any_other():
-    detector = cli._load("demo", "reconstruction", 4, None, None)
+    detector = cli._load("demo", "reconstruction", {"steps": 4, "tau": 0.25}, None, None)
     detection = detector(np.random.RandomState(0).randint(0, 256, (1, 300, 300, 3)).astype(np.uint8))
     assert detector.engine.startswith("eager") and detection.map.shape == (1, 256, 256)
 
@@ -339,6 +378,10 @@ def test_demo_is_a_checkpoint_like_any_other():
         (["BUNDLE", "--data", "ROOT", "--steps", "2"], "has its scorer fixed, got --steps"),
         (["BUNDLE", "--data", "ROOT", "--scorer", "density", "--config", "c"], "got --scorer, --config"),
         (["m", "--data", "ROOT", "--scorer", "inverse"], "unknown scorer 'inverse'"),
+        (["BUNDLE", "--data", "ROOT", "--tau", "0.3"], "has its scorer fixed, got --tau"),
+        (["m", "--data", "ROOT", "--scorer", "inversion", "--probes", "3"], "--probes"),
+        (["m", "--data", "ROOT", "--scorer", "density", "--tau", "0.3"], "reconstruction"),
+        (["m", "--data", "ROOT", "--steps", "3", "--evaluations", "3"], "--evaluations"),
     ],
 )
 def test_command_errors_are_one_line(root, monkeypatch, capsys, tmp_path, arguments, message):

@@ -299,7 +299,7 @@ WITHOUT_EXTRAS = """
 import sys
 from pathlib import Path
 
-for name in ("torch", "torchvision", "timm", "safetensors", "onnx", "sklearn", "scipy", "matplotlib", "jinja2", "psutil"):
+for name in "torch torchvision timm safetensors onnx sklearn scipy matplotlib jinja2 psutil".split():
     sys.modules[name] = None  # an import of it is an error
 
 import numpy as np
