@@ -15,7 +15,7 @@ from flowad_fast.data.images import read_frame, read_mask
 from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.errors import ConfigError, FlowADError, FrameError, nearest
 from flowad_fast.evaluation.inspection import Frame, FrameFiles, Scanned, scan
-from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean_ad, pixel_metrics
+from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean, mean_ad, pixel_metrics
 from flowad_fast.evaluation.overlay import overlay
 
 if TYPE_CHECKING:
@@ -166,12 +166,10 @@ def evaluate(
         metrics[category] = _metrics(scored, scores, dataset.has_masks)
     return Report(
         dataset=dataset.name,
-        detector=str(getattr(detector, "engine", type(detector).__name__)),
-        image_score=TEST_SET_SCORE
-        if test_set_normalisation
-        else str(getattr(detector, "aggregate", "of the detector")),
+        detector=getattr(detector, "engine", type(detector).__name__),
+        image_score=TEST_SET_SCORE if test_set_normalisation else getattr(detector, "aggregate", "of the detector"),
         metrics=metrics,
-        mean={name: _mean([values[name] for values in metrics.values()]) for name in (*METRICS, MEAN_AD)},
+        mean={name: mean([values[name] for values in metrics.values()]) for name in (*METRICS, MEAN_AD)},
         images=tuple(rows),
     )
 
@@ -225,21 +223,18 @@ def worst_mistakes(report: Report, n: int = 12) -> list[tuple[ImageRow, float]]:
     That share is the part of the category's images of the other label whose score is on the wrong side: scale-free,
     so that categories compare, and 1 - AUROC on average. Ties are ordered by score: high for good, low for defective.
     """
+    scored = [(row, row.score) for row in report.images if row.score is not None]
     scores: dict[tuple[str, int], list[float]] = {}
-    for row in report.images:
-        if row.score is not None:
-            scores.setdefault((row.category, row.label), []).append(row.score)
-    ranked: dict[int, list[tuple[ImageRow, float]]] = {0: [], 1: []}
-    for row in report.images:
-        if row.score is None:
-            continue
+    for row, score in scored:
+        scores.setdefault((row.category, row.label), []).append(score)
+    ranked: dict[int, list[tuple[float, float, ImageRow]]] = {0: [], 1: []}
+    for row, score in scored:
         sign = -1 if row.label else 1
         others = np.array(scores.get((row.category, 1 - row.label), []))
-        wrong = float(np.mean(sign * row.score >= sign * others)) if others.size else 0.0
-        ranked[row.label].append((row, wrong))
-    for label, sign in ((0, 1), (1, -1)):
-        ranked[label].sort(key=lambda item: (item[1], sign * (item[0].score or 0)), reverse=True)
-    return ranked[0][: n - n // 2] + ranked[1][: n // 2]
+        wrong = float(np.mean(sign * score >= sign * others)) if others.size else 0.0
+        ranked[row.label].append((wrong, sign * score, row))
+    good, defective = (sorted(ranked[label], key=lambda one: one[:2], reverse=True) for label in (0, 1))
+    return [(row, wrong) for wrong, _, row in good[: n - n // 2] + defective[: n // 2]]
 
 
 def save_mistakes(report: Report, detector: DetectorLike, folder: str | Path, n: int = 12) -> list[Path]:
@@ -333,10 +328,4 @@ def _metrics(scored: Sequence[_Scored], scores: NDArray[np.float64], has_masks: 
         metrics |= image_metrics(labels, scores)
         if has_masks:
             metrics |= pixel_metrics(np.stack([one.mask for one in scored]), np.stack([one.map for one in scored]))
-    metrics[MEAN_AD] = mean_ad(metrics)
-    return metrics
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+    return {**metrics, MEAN_AD: mean_ad(metrics)}
