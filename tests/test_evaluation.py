@@ -10,7 +10,6 @@ from PIL import Image
 
 from flowad_fast import errors
 from flowad_fast.cli import eval as cli
-from flowad_fast.cli.scorer_options import make_scorer
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Dataset
 from flowad_fast.errors import CalibrationError, ConfigError, FrameError
@@ -18,7 +17,6 @@ from flowad_fast.evaluation import evaluate as evaluation
 from flowad_fast.evaluation.evaluate import evaluate, plot_report, save_mistakes, worst_mistakes
 from flowad_fast.evaluation.metrics import METRICS, image_metrics, pixel_metrics
 from flowad_fast.evaluation.overlay import overlay
-from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 
 SIZE = 16
 
@@ -287,36 +285,6 @@ def test_overlay_grows_with_the_heat():
 # The command, with the fake in place of a model
 
 
-@pytest.mark.parametrize(
-    ("kind", "given", "expected"),
-    [
-        ("inversion", {}, Inversion()),
-        ("inversion", {"steps": 4, "power": 1, "tau": None}, Inversion(steps=4, power=1)),
-        ("density", {"evaluations": 5, "probes": 2}, Density(steps=5, probes=2)),
-        ("reconstruction", {"evaluations": 3}, Reconstruction(steps=6)),
-        ("reconstruction", {"evaluations": 4, "start": "inversion"}, Reconstruction(steps=4, start="inversion")),
-    ],
-)
-def test_options_make_the_scorer(kind, given, expected):
-    assert make_scorer(kind, given) == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "given", "message"),
-    [
-        ("inversion", {"tau": 0.3}, "--tau is an option of reconstruction, not of inversion"),
-        ("inversion", {"seed": 1}, "option of density and reconstruction"),
-        ("inversion", {"power": 3}, "power"),
-        ("density", {"steps": 3, "evaluations": 3}, "--steps and --evaluations"),
-        ("reconstruction", {"start": "inversion", "evaluations": 3}, "takes 4"),
-        ("density", {"evaluations": 0}, "--evaluations 0"),
-    ],
-)
-def test_options_that_the_scorer_does_not_take_are_refused(kind, given, message):
-    with pytest.raises(ConfigError, match=message):
-        make_scorer(kind, given)
-
-
 @pytest.fixture
 def fake_model(monkeypatch):
     asked = []
@@ -343,7 +311,9 @@ def test_command_prints_a_table_and_writes_files(root, fake_model, monkeypatch, 
     assert call(monkeypatch, "x.pth", "--data", root, "--steps", 2, "--category", "a", "--output", output) == 0
     shown = capsys.readouterr().out
     assert "AUPRO" in shown and "mean" in shown and "100.0" in shown
-    assert fake_model == [("x.pth", None, {"steps": 2}, None, None)]
+    (name, scorer, scoring, config, weights) = fake_model[0]
+    assert (name, scorer, config, weights) == ("x.pth", None, None, None)
+    assert {option: value for option, value in scoring.items() if value is not None} == {"steps": 2}
     report = json.loads((output / "report.json").read_text())
     assert list(report["metrics"]) == ["a"] and (output / "report.png").is_file()
     assert len(list((output / "mistakes").glob("*.png"))) == 8

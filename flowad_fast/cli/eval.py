@@ -7,7 +7,7 @@ import typer
 
 from flowad_fast.bundle import MANIFEST
 from flowad_fast.cli import common
-from flowad_fast.cli.scorer_options import add_scorer_options, make_scorer
+from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
 from flowad_fast.data.layouts import LAYOUTS
 from flowad_fast.errors import ConfigError, require
 from flowad_fast.stages.scorers import SCORERS
@@ -22,9 +22,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
     layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}; MPDD has that of mvtec.")] = "mvtec",
     category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
-    scorer: Annotated[
-        str | None, typer.Option(help=f"Checkpoint only: {', '.join(SCORERS)} [inversion]; its options are below.")
-    ] = None,
+    scorer: Annotated[str | None, typer.Option(help=f"Checkpoint only: {', '.join(SCORERS)} [inversion].")] = None,
     config: Annotated[Path | None, typer.Option(help="Checkpoint only: its training configuration.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
@@ -39,7 +37,7 @@ def evaluate(
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
-    **scorer_options: Any,
+    **scoring: Any,
 ) -> None:
     """Evaluate MODEL on the test images of a data set: AUROC, AP, F1max, and with masks also the pixel metrics.
 
@@ -52,8 +50,7 @@ def evaluate(
 
     dataset = read_dataset(layout, data)
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
-    chosen = {name: value for name, value in scorer_options.items() if value is not None}
-    detector = _load(model, scorer, chosen, config, backbone_weights)
+    detector = _load(model, scorer, scoring, config, backbone_weights)
     with common.progress("evaluating", total, quiet=json) as advance:
         report = evaluation.evaluate(
             detector,
@@ -79,17 +76,17 @@ def evaluate(
 
 
 def _load(
-    model: str, scorer: str | None, options: dict[str, Any], config: Path | None, backbone_weights: Path | None
+    model: str, scorer: str | None, scoring: dict[str, Any], config: Path | None, backbone_weights: Path | None
 ) -> "Detector":
     from flowad_fast.detector import Detector, load
 
     if (Path(model) / MANIFEST).is_file():
-        fixed = {"scorer": scorer, **options, "config": config, "backbone-weights": backbone_weights}
+        fixed = {"scorer": scorer, **scoring, "config": config, "backbone-weights": backbone_weights}
         given = [f"--{name}" for name, value in fixed.items() if value is not None]
         if given:
             raise ConfigError(f"{model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint")
         return load(model)
-    chosen = make_scorer(scorer or "inversion", options)
+    chosen = scorer_from(scorer or "inversion", scoring)
     require("model", "torch", "torchvision", "timm", "safetensors", by="flowad-eval of a checkpoint")
     return Detector.from_checkpoint(model, chosen, config=config, backbone_weights=backbone_weights)
 
@@ -112,4 +109,4 @@ def _print_table(report: "Report") -> None:
     common.out.print(table)
 
 
-main = common.command(add_scorer_options(evaluate))
+main = common.command(with_scorer_options(evaluate, prefix="Checkpoint only: "))
