@@ -36,11 +36,12 @@ FLOORS = (
     ("data.samples", "data.images"),
     ("data.layouts",),
     ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
+    ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
     ("training.batches",),
     ("training.loop",),
-    ("cli.common",),
+    ("cli.common", "cli.scorer_options"),
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
