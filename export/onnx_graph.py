@@ -1,4 +1,4 @@
-"""The scoring pipeline, or one step of its loop, as ONNX; checked by ONNX's own checker and shape inference."""
+"""The scoring pipeline as ONNX; checked by ONNX's own checker and shape inference."""
 
 import logging
 import warnings
