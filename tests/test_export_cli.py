@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_export import names, perturbed, photos, raising, save, tiny, tree
+from test_export import Fake, names, perturbed, photos, raising, save, tiny, tree
 
 from flowad_fast import bundle
 from flowad_fast.checkpoints.load import save_checkpoint
 from flowad_fast.cli import common
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.export import cli
-from flowad_fast.export.formats import FORMATS, Format
+from flowad_fast.export.formats import FORMATS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -125,8 +125,8 @@ def test_a_failing_format_gives_exit_code_1_and_keeps_the_rest(
     run: Run, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = raising(EngineUnavailableError("needs the package tensorrt: pip install tensorrt"))
-    monkeypatch.setitem(FORMATS, "wrong", Format("wrong", "eager", "", perturbed(0.05)))
-    monkeypatch.setitem(FORMATS, "absent", Format("absent", "tensorrt", "", missing))
+    monkeypatch.setitem(FORMATS, "wrong", Fake(perturbed(0.05)))
+    monkeypatch.setitem(FORMATS, "absent", Fake(missing, "tensorrt"))
     arguments = (checkpoint, "--format", "eager,wrong,absent", "--data", data, "--output", tmp_path / "b")
     code, out, err = run(*arguments)
     assert code == 1

@@ -15,6 +15,7 @@ from flowad_fast.config import ModelConfig, Precision, VelocityConfig
 from flowad_fast.engines.onnxruntime import HEAVY, OnnxRuntimeEngine, check_external_data
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.export import onnx_fp8, onnx_graph
+from flowad_fast.export.formats import Request
 from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
@@ -66,7 +67,7 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 def inversion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unconditional inversion graph with its weights outside, as those of large models are."""
     path = tmp_path_factory.mktemp("external") / "model.onnx"
-    onnx_graph.write_boundary(path, boundary(tiny(), SCORERS[0], "max"), inline_bytes=0)
+    onnx_graph.write_boundary(path, boundary(Request(tiny(), SCORERS[0])), inline_bytes=0)
     return path
 
 
@@ -82,7 +83,8 @@ def test_scorers_and_precisions_agree_with_eager_at_any_batch_and_size(
     model = tiny(classes=3)
     y = np.array([2, 0, 1, 2, 0])
     path = tmp_path / "model.onnx"
-    nodes = onnx_graph.write(path, model, scorer, "max", precision=precision, frames=(photos(3, seed=9), y[:3]))
+    request = Request(model, scorer, precision=precision, frames=(photos(3, seed=9), y[:3]))
+    nodes = onnx_graph.write_graph(request, path)
     graph = onnx.load(path).graph
     assert nodes == len(graph.node)
     if precision == "fp8":
@@ -116,16 +118,16 @@ def test_fp8_leaves_layers_alone_that_the_model_keeps(inversion_file: Path) -> N
 
 def test_fp8_needs_frames_and_an_opset_that_has_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp8 needs real frames"):
-        onnx_graph.write(tmp_path / "m.onnx", tiny(), SCORERS[0], "max", precision="fp8")
+        onnx_graph.write(Request(tiny(), SCORERS[0], precision="fp8"), tmp_path)
     with pytest.raises(ConfigError, match="fp8 needs opset 19"):
-        onnx_graph.write(tmp_path / "m.onnx", tiny(), SCORERS[0], "max", None, 18, "fp8", (photos(1), None))
+        onnx_graph.write(Request(tiny(), SCORERS[0], opset=18, precision="fp8", frames=(photos(1), None)), tmp_path)
     with pytest.raises(ConfigError, match="opset 17 is not supported; expected 18 to 25"):
-        onnx_graph.write(tmp_path / "m.onnx", tiny(), SCORERS[0], "max", opset=17)
+        onnx_graph.write(Request(tiny(), SCORERS[0], opset=17), tmp_path)
 
 
 def test_bf16_graphs_are_valid_and_refused_openly_by_the_cpu(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    onnx_graph.write(path, tiny(), SCORERS[0], "max", precision="bf16")
+    onnx_graph.write(Request(tiny(), SCORERS[0], precision="bf16"), tmp_path)
     kinds = Counter(t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith(".weight"))
     assert kinds[onnx.TensorProto.BFLOAT16] == 10
     with pytest.raises(EngineUnavailableError, match=r"cannot run model.onnx on cpu.*MatMul"):
@@ -145,7 +147,7 @@ def test_the_graph_has_named_axes_and_no_sequences_or_functions(inversion_file: 
 @pytest.mark.parametrize(("classes", "opset"), [(0, 18), (3, 25)])
 def test_the_oldest_and_newest_opset_agree_with_eager(classes: int, opset: int, tmp_path: Path) -> None:
     model, path = tiny(classes), tmp_path / "model.onnx"
-    onnx_graph.write(path, model, SCORERS[0], "max", opset=opset)
+    onnx_graph.write(Request(model, SCORERS[0], opset=opset), tmp_path)
     assert [entry.version for entry in onnx.load(path).opset_import] == [opset]
     y = np.array([2, 0, 1]) if classes else None
     maps, _ = OnnxRuntimeEngine(path, "cpu").run(photos(3), y)
@@ -291,6 +293,7 @@ import numpy as np, torch
 from pathlib import Path
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.export import onnx_graph
+from flowad_fast.export.formats import Request
 from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
@@ -310,7 +313,7 @@ frames = np.random.RandomState(0).randint(0, 256, (1, 256, 256, 3), np.uint8)
 with torch.inference_mode():
     np.save(folder / "expected.npy", ScoringPipeline(model, scorer)(torch.from_numpy(frames))[0].numpy())
 np.save(folder / "frames.npy", frames)
-print(onnx_graph.write(folder / "model.onnx", model, scorer, "max"), "nodes")
+print(onnx_graph.write(Request(model, scorer), folder).details["nodes"], "nodes")
 """
 
 
