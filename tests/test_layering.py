@@ -38,7 +38,7 @@ FLOORS = (
     ("training.config",),
     ("training.batches",),
     ("training.loop",),
-    ("cli.common",),
+    ("cli.common", "cli.scorer_options"),
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
