@@ -16,11 +16,12 @@ MODEL = VelocityConfig(channels=4, height=2, width=2, hidden_size=8, depth=1, nu
 def test_every_field_of_every_scorer_is_an_option() -> None:
     def command(model: str, **scoring: Any) -> None: ...
 
-    made = inspect.signature(with_scorer_options(command)).parameters
+    made = inspect.signature(with_scorer_options(command, {"probes": "few"})).parameters
     assert set(made) == {"model", "evaluations"} | {name for kind in SCORERS for name in options(kind)}
     assert all(made[name].default is None for name in option_names())
     texts = {name: made[name].annotation.__metadata__[0].help for name in option_names()}
     assert texts["steps"] == "steps per unit time [3]"
+    assert texts["probes"] == "density: probes of the divergence, or few [10]"
     assert texts["tau"].startswith("reconstruction: where")
     assert texts["seed"].startswith("density, reconstruction: ")
 
