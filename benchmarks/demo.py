@@ -194,7 +194,7 @@ def judge(bundle: Path, test: Sequence["Sample"], results: Path) -> tuple[Outcom
     """Judge the test cells as `flowad-inspect` does, through the bundle's ONNX engine; the rows go to `results`."""
     import flowad_fast
     from flowad_fast.bundle import read
-    from flowad_fast.cli.inspect import ResultFile, bundle_identity, inspect_files
+    from flowad_fast.evaluation.inspection import ResultFile, bundle_identity, inspect_files
 
     scorer = read(bundle)[1].scorer
     detector = flowad_fast.load(bundle, engine="onnxruntime")
@@ -277,7 +277,7 @@ def pictures(
     from PIL import Image
 
     import flowad_fast
-    from flowad_fast.cli.inspect import heat_ranges, inspect_files, threshold
+    from flowad_fast.evaluation.inspection import heat_ranges, inspect_files, threshold
     from flowad_fast.evaluation.overlay import overlay
 
     if folder.exists():

@@ -29,6 +29,8 @@ TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3,
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 """Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them."""
+Backbone = Literal["efficientnet-b4", "efficientnet-lite0"]
+"""Of the frozen features; `stages.features.BACKBONES` says how each is cut."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class ModelConfig(Frozen):
 
     schema_version: Literal[1] = 1
     velocity: VelocityConfig
-    backbone: Literal["efficientnet-b4", "efficientnet-lite0"]
+    backbone: Backbone
     image: ImageConfig = ImageConfig()
     feature_normalisation: bool = False
     class_names: tuple[str, ...] = ()

@@ -12,9 +12,9 @@ from PIL import Image
 from flowad_fast.benchmarks import demo, harness
 from flowad_fast.benchmarks.cases import Case, random_model, scorer_options, spec_of
 from flowad_fast.benchmarks.gaussian import SHRINKAGE, PositionGaussians
-from flowad_fast.cli.inspect import ResultFile, bundle_identity
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import read_dataset
+from flowad_fast.evaluation.inspection import ResultFile, bundle_identity
 from flowad_fast.stages.scorers import Inversion
 
 
@@ -122,7 +122,7 @@ def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bun
 
 def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tmp_path):
     import flowad_fast
-    from flowad_fast.cli.inspect import heat_ranges, threshold
+    from flowad_fast.evaluation.inspection import heat_ranges, threshold
     from flowad_fast.evaluation.overlay import overlay
 
     chosen = [("good", cells[0]), ("misses", cells[12])]

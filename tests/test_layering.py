@@ -34,6 +34,7 @@ FLOORS = (
     ("data.samples",),
     ("data.images", "data.layouts"),
     ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
+    ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
     ("training.batches",),

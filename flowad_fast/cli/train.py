@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowad_fast.cli import common
 from flowad_fast.config import parse, read_mapping
-from flowad_fast.training import loop as training
+from flowad_fast.errors import require
 from flowad_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def train(
     `flowad-train --config train.yaml --output runs/a`,
     `accelerate launch -m flowad_fast.cli.train --distributed --config train.yaml --output runs/a`.
     """
+    require("train", "torch", "torchvision", "timm", "safetensors", by="flowad-train")
+    from flowad_fast.training import loop as training
+
     given = {name: value for name, value in options.items() if value is not None}
     settings = parse(
         TrainConfig,
@@ -69,7 +72,7 @@ def train(
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator["Report"]:
-    """A bar a stage, with the loss and the remaining time, on standard error."""
+    """A bar per stage, with the loss and the remaining time, on standard error."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

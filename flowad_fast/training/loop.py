@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from flowad_fast.checkpoints.load import backbone_loader, save_checkpoint
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
-from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError
+from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError, require
 from flowad_fast.files import digest, make_folder, replacing
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import FeatureExtractor
@@ -99,6 +98,7 @@ def train(
         CheckpointError: the backbone's weights or the saved state cannot be read.
         FrameError: a training image cannot be read.
         EngineUnavailableError: the device does not exist.
+        MissingExtraError: `distributed`, without accelerate.
         DivergedError: the loss became NaN or infinite.
     """
     started = time.perf_counter()
@@ -350,8 +350,7 @@ def _runtime(device: str, distributed: bool) -> Runtime:
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineUnavailableError("device cuda: no usable NVIDIA GPU or driver was found; use device cpu")
     if distributed:
-        if find_spec("accelerate") is None:
-            raise ConfigError('distributed training needs accelerate; install it: pip install "flowad-fast[train]"')
+        require("train", "accelerate", by="distributed training")
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
