@@ -298,7 +298,7 @@ class Camera:
 
 
 def _not_finite(maps: np.ndarray, raw: np.ndarray) -> list[str | None]:
-    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).reshape(len(raw), -1).all(1)
+    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).all(tuple(range(1, raw.ndim)))
     return [None if ok else "the map is not finite" for ok in finite]
 
 
@@ -310,6 +310,7 @@ def load(
     precision: Precision | None = None,
     ops: str | None = None,
     reject_repeats: bool = False,
+    threads: int | None = None,
 ) -> Detector:
     """A detector from an exported bundle, after verifying its files' hashes.
 
@@ -323,6 +324,7 @@ def load(
         ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid, whoever calls: for a detector
             that serves one camera. With several, call each camera's own `Detector.camera()` instead.
+        threads: CPU threads that one call may use, None for all cores; the engine onnxruntime takes a number.
 
     Raises:
         BundleError: no bundle, another version, or an altered file.
@@ -339,7 +341,7 @@ def load(
             f"{folder}: the bundle has nothing for the engine {engine} "
             f"(it has: {', '.join(sorted(has)) or 'nothing'}); export it again with that --format"
         )
-    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops)
+    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops, threads=threads)
     if bundles.read(folder, verify=False)[1] != manifest:  # its thresholds are not those of the engine that was started
         raise BundleError(f"{folder}: the bundle was replaced while it was being loaded; load it again")
     return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats)

