@@ -13,8 +13,9 @@ from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.engines.start import operators
 from flowad_fast.errors import EngineUnavailableError, ParityError
-from flowad_fast.export.exporter import FAILED_PARITY, export_bundle
+from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.formats import FORMATS
+from flowad_fast.export.verify import FAILED_PARITY
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
@@ -97,7 +98,7 @@ def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, fol
         ParityError: what was made disagrees with the reference.
     """
     wanted = backend(case.engine).artefact
-    name = next((f.name for f in FORMATS.values() if f.engine == wanted), None)
+    name = next((name for name, one in FORMATS.items() if one.engine == wanted), None)
     if name is None:
         raise EngineUnavailableError(f"no export format makes what the engine {case.engine} runs")
     batch = (1, case.batch, case.batch)

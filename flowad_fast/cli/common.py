@@ -49,19 +49,24 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
     err.print(str(message), markup=False, highlight=False)
 
 
-def command(function: Callable[..., Any]) -> Callable[[], None]:
-    """A console-script entry point for a single-command program whose options are `function`'s parameters."""
+def interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command's function that ends with one line and its own exit code on Ctrl-C."""
 
     @functools.wraps(function)
-    def interruptible(*arguments: Any, **options: Any) -> Any:
+    def run(*arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
         except KeyboardInterrupt:  # typer would end without a word
             err.print("[yellow]interrupted[/]; what was finished is kept")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
+    return run
+
+
+def command(function: Callable[..., Any]) -> Callable[[], None]:
+    """A console-script entry point for a single-command program whose options are `function`'s parameters."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command()(interruptible)
+    app.command()(interruptible(function))
     return lambda: run(app)
 
 
