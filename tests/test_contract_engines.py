@@ -64,7 +64,7 @@ def got(engine: Engine) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same(got: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(got, expected, atol=1e-3 * expected.std(), rtol=0)
+    np.testing.assert_allclose(got, expected, atol=1e-3 * expected.std(), rtol=1e-5)
 
 
 def test_results_are_those_of_the_eager_engine(
