@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
 from flowad_fast.export.exporter import ExportResult, export_bundle
-from flowad_fast.export.verify import ParityFrames
 from flowad_fast.model import FlowModel, VelocityModel
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 from flowad_fast.stages.scorers import Inversion
@@ -87,8 +86,7 @@ def exported(name: str, classes: int = 0) -> tuple[FlowModel, ExportResult]:
     model = tiny_model(classes, real_backbone=name == "eager")
     folder = tempfile.TemporaryDirectory(prefix="flowad-contract-")
     atexit.register(folder.cleanup)
-    frames = ParityFrames(tiny_frames(4), "noise")
-    target = Path(folder.name) / "bundle"
+    target, frames = Path(folder.name) / "bundle", tiny_frames(4)
     return model, export_bundle(model, Inversion(), target, formats=(name,), frames=frames, device="auto", quiet=True)
 
 

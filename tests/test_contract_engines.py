@@ -36,7 +36,7 @@ def started(name: str) -> tuple[Engine, FlowModel]:
         if chosen.starts_from == "model":
             model = tiny_model(CLASSES)
             return start_from_model(name, ScoringPipeline(model, Inversion())), model
-        source = next(one.name for one in FORMATS.values() if one.engine == chosen.artefact)
+        source = next(format for format, one in FORMATS.items() if one.engine == chosen.artefact)
         model, result = exported(source, CLASSES)
         if source not in result.manifest.artefacts:
             pytest.skip(f"{name}: {result.status[source]}")
