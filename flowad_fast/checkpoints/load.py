@@ -47,6 +47,12 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file is not a checkpoint, or does not match the configuration.
         ConfigError: the configuration is missing, incomplete or contradictory.
+
+    Example:
+        >>> from flowad_fast import load_checkpoint
+        >>> model = load_checkpoint("demo")
+        >>> model.config.hidden_size, model.config.depth, model.spec.backbone
+        (256, 4, 'efficientnet-lite0')
     """
     path = DEMO if str(path) == "demo" else Path(path)
     if path.suffix == ".safetensors":
@@ -89,6 +95,15 @@ def save_checkpoint(
 
     The backbone is stored by name, with its feature statistics; `include_backbone` stores its weights too (float32),
     so that the file stands alone.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flowad_fast import load_checkpoint, save_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(load_checkpoint("demo"), Path(folder) / "copy.safetensors")
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['copy.json', 'copy.safetensors']
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -89,6 +89,13 @@ class Density(BaseScorer):
     The Gaussian term is summed over channels; the trace is restricted to the location's own C x C block of the
     Jacobian, estimated by K Rademacher probes z that stay fixed along the trajectory: sum over channels of z (J z).
     `exact` uses every unit vector instead and is for small models.
+
+    Example:
+        >>> from flowad_fast import Density, load_checkpoint
+        >>> Density(steps=3, probes=1)
+        Density(steps=3, probes=1, seed=0, exact=False)
+        >>> Density(steps=5).evaluations(load_checkpoint("demo").config)
+        5
     """
 
     reverse_mode: ClassVar[bool] = True
@@ -146,6 +153,13 @@ class Inversion(BaseScorer):
     """(b) inversion: ||X0||^power over channels, X0 integrated from X1 (paper eq. 2; the reference code uses power 1).
 
     On a diffusion model (InvAD) it is the same map of the latent that InvAD's grid gives.
+
+    Example:
+        >>> import torch
+        >>> from flowad_fast import Inversion, load_checkpoint
+        >>> model = load_checkpoint("demo")
+        >>> Inversion(steps=3).map(model, torch.zeros(2, 192, 16, 16)).shape
+        torch.Size([2, 16, 16])
     """
 
     steps: Steps = 3
@@ -168,6 +182,12 @@ class Reconstruction(BaseScorer):
     `start` "noise": X_tau = tau X1 + (1 - tau) eps, eps standard normal, drawn once from `seed` and shared by all
     frames. "inversion": X_tau is X1 integrated down to tau, as the reference code does. `steps` counts steps per unit
     time, as everywhere: at tau = 0.5, 6 steps are 3 evaluations up, and as many down for the inversion start.
+
+    Example:
+        >>> from flowad_fast import Reconstruction, load_checkpoint
+        >>> config = load_checkpoint("demo").config
+        >>> Reconstruction(steps=6).evaluations(config), Reconstruction(steps=6, start="inversion").evaluations(config)
+        (3, 6)
     """
 
     steps: Steps = 3
