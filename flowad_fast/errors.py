@@ -40,6 +40,10 @@ class ParityError(FlowADError, RuntimeError):
     """An exported artefact does not compute what the reference computes."""
 
 
+class OutputError(FlowADError, OSError):
+    """What a command prints cannot be written: standard output is closed, or its disk is full."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown `name`: `` (did you mean 'x'?)`` where one is near, and all `valid` names."""
     names = sorted(valid)
