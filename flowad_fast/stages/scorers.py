@@ -216,9 +216,45 @@ class Reconstruction(BaseScorer):
         return torch.from_numpy(np.random.RandomState(self.seed).standard_normal(shape).astype(np.float32))
 
 
-Scorer = Density | Inversion | Reconstruction
+@dataclass(frozen=True, config=_STRICT)
+class Mismatch(BaseScorer):
+    """One evaluation: ||(X1 - eps) - u(X_tau, tau)||², X_tau = tau X1 + (1 - tau) eps, how wrong the velocity is.
+
+    It is the noise-start reconstruction with a single step, divided by (1 - tau)² (published as flow mismatching,
+    arXiv 2605.23070; not in the paper). eps is standard normal, drawn once from `seed` and shared by all frames; with
+    several `draws` their maps are averaged, all evaluated in one batch.
+    """
+
+    tau: float = Field(default=0.5, gt=0, lt=1, description="time of the evaluation")
+    draws: int = Field(default=1, gt=0, le=64, description="draws of the noise, averaged")
+    seed: Seed = 0
+    kind: Literal["mismatch"] = Field(default="mismatch", repr=False)
+
+    def row(self, config: VelocityConfig) -> Row:
+        """The evaluation: the velocity is a x + b f(x, t)."""
+        if config.pred_type == "epsilon":
+            raise ConfigError("mismatch needs a flow-matching model; this one predicts epsilon: use Inversion")
+        return Row(self.tau, *schedule.velocity_factors(config.pred_type, self.tau))
+
+    def schedules(self, config: VelocityConfig) -> tuple[Row, ...]:
+        """See `BaseScorer`."""
+        return (self.row(config),)
+
+    def evaluations(self, config: VelocityConfig) -> int:
+        """One per draw."""
+        return self.draws
+
+    def draw(self, config: VelocityConfig) -> "Tensor":
+        """The noise eps, (draws, 1, h*w, C) float32; the first is that of a `Reconstruction` with the same seed."""
+        import torch
+
+        shape = (self.draws, 1, config.height * config.width, config.channels)
+        return torch.from_numpy(np.random.RandomState(self.seed).standard_normal(shape).astype(np.float32))
+
+
+Scorer = Density | Inversion | Reconstruction | Mismatch
 SCORERS: dict[str, type[Scorer]] = {one.kind: one for one in get_args(Scorer)}
-"""Scorers by name, in the paper's order."""
+"""Scorers by name: the paper's three in its order, then ours."""
 scorer_adapter: TypeAdapter[Scorer] = TypeAdapter(Annotated[Scorer, Field(discriminator="kind")])
 """Scorers to JSON and back."""
 
