@@ -21,6 +21,8 @@ FLOORS = (
     ("engines", "engines.onnx_file"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
+    ("line.outcome",),
+    ("line.policy",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.score"),
     ("stages.features", "stages.linear"),
