@@ -242,7 +242,7 @@ class Mismatch(BaseScorer):
 
     def evaluations(self, config: VelocityConfig) -> int:
         """One per draw."""
-        return self.draws
+        return self.draws * len(self.schedules(config))
 
     def draw(self, config: VelocityConfig) -> "Tensor":
         """The noise eps, (draws, 1, h*w, C) float32; the first is that of a `Reconstruction` with the same seed."""
