@@ -41,6 +41,8 @@ class BaseScorer:
     kind: str
     reverse_mode: ClassVar[bool] = False
     """Whether the reference path needs gradients, whose per-location noise differs from the product's."""
+    counted_by: ClassVar[str] = "steps"
+    """The option that sets the number of function evaluations."""
 
     def schedules(self, config: VelocityConfig) -> tuple[Row, ...]:
         """Every function evaluation in order, as rows of its schedule.
@@ -191,7 +193,7 @@ class Reconstruction(BaseScorer):
     """
 
     steps: Steps = 3
-    tau: float = Field(default=0.5, gt=0, lt=1, description="where the reconstruction starts")
+    tau: float = Field(default=0.5, gt=0, lt=1, description="time of the noised features")
     start: Literal["noise", "inversion"] = Field(default="noise", description="what X_tau is made of")
     seed: Seed = 0
     kind: Literal["reconstruction"] = Field(default="reconstruction", repr=False)
@@ -225,7 +227,9 @@ class Mismatch(BaseScorer):
     several `draws` their maps are averaged, all evaluated in one batch.
     """
 
-    tau: float = Field(default=0.5, gt=0, lt=1, description="time of the evaluation")
+    counted_by: ClassVar[str] = "draws"
+
+    tau: float = Field(default=0.5, gt=0, lt=1, description="time of the noised features")
     draws: int = Field(default=1, gt=0, le=64, description="draws of the noise, averaged")
     seed: Seed = 0
     kind: Literal["mismatch"] = Field(default="mismatch", repr=False)
