@@ -33,6 +33,9 @@ FLOORS = (
     ("engines.device", "engines.precision", "engines.memory"),
     ("engines.attention", "engines.products"),
     ("engines.eager", "engines.cudagraph", "engines.inductor", "engines.tensorrt"),
+    ("checkpoints.reading",),
+    ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
+    ("checkpoints.own",),
     ("checkpoints.load",),
     # What reads data, judges and trains.
     ("data.samples", "data.images"),
