@@ -9,7 +9,7 @@ A command takes them as keyword parameters, each None where it was not given:
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -36,12 +36,14 @@ def option_names() -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: -len(owners(name))))
 
 
-def with_scorer_options(function: Callable[..., Any], words: Collection[str] = (), prefix: str = "") -> Any:
+def with_scorer_options(
+    function: Callable[..., Any], words: Mapping[str, str] | None = None, prefix: str = ""
+) -> Callable[..., Any]:
     """`function` with one option per field of any scorer, and `--evaluations`, in place of its **keywords.
 
     Args:
         function: a command.
-        words: names of options that take words besides numbers; they arrive as text.
+        words: options that take a word besides numbers, with its help; they arrive as text.
         prefix: put before every help text.
     """
     signature = inspect.signature(function)
@@ -51,8 +53,10 @@ def with_scorer_options(function: Callable[..., Any], words: Collection[str] = (
         field = options(kinds[0])[name]
         whose = "" if len(kinds) == len(SCORERS) else f"{', '.join(kinds)}: "
         shown = "" if isinstance(field.default, bool) else f" [{field.default}]"
-        kind = str if name in words else _plain(field.annotation)
-        parameters.append(_option(name, kind, f"{prefix}{whose}{field.description}{shown}"))
+        word = (words or {}).get(name)
+        kind = _plain(field.annotation) if word is None else str
+        text = f"{prefix}{whose}{field.description}{'' if word is None else f', or {word}'}{shown}"
+        parameters.append(_option(name, kind, text))
     parameters.append(_option(EVALUATIONS, int, f"{prefix}function evaluations per frame, instead of --steps"))
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
