@@ -7,7 +7,8 @@ import numpy as np
 from flowad_fast import bundle
 from flowad_fast.bundle import Manifest
 from flowad_fast.detector import Detector, load
-from flowad_fast.errors import FrameError
+from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.evaluation.inspection import scan
 from flowad_fast.export.card import write_card
 from flowad_fast.export.frames import GoodParts
 from flowad_fast.stages.decision import Aggregate, Calibration, calibrate, require_parts
@@ -27,18 +28,21 @@ def check_good(good: GoodParts, alpha: float, aggregate: Aggregate) -> None:
 
 
 def fit(detector: Detector, good: GoodParts, alpha: float) -> Calibration:
-    """The calibration of a detector on good parts, frame by frame, since they may differ in size.
+    """The calibration of a detector on good parts.
 
     Raises:
         CalibrationError: too few good parts, or scores that are not finite.
         FrameError: a frame that cannot be read or judged.
     """
+    names = good.classes if any(good.classes) else None
+    classes = None if names is None else [detector.classes.label(name) for name in names]
     raw = []
-    for frame, name, label in zip(good.frames, good.classes, good.labels, strict=True):
-        detection = detector(frame, detector.classes.label(name) if name else None)
-        _refuse(detection.invalid[0], label)
-        raw.append(detection.raw_score)
-    return calibrate(np.concatenate(raw), alpha, good.classes if any(good.classes) else None, good.labels)
+    for one, label in zip(scan(detector, good.frames, classes), good.labels, strict=True):
+        if isinstance(one, FlowADError):
+            raise one
+        _refuse(one.detection.invalid[one.place], label)
+        raw.append(one.detection.raw_score[one.place])
+    return calibrate(np.stack(raw), alpha, names, good.labels)
 
 
 def recalibrate(path: str | Path, good: GoodParts, alpha: float, device: str = "auto") -> Manifest:

@@ -9,6 +9,7 @@ import numpy as np
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.errors import CalibrationError, FrameError
+from flowad_fast.evaluation.inspection import FrameFiles
 
 DEMO = "demo"
 """Names the demo's data set (ELPV, monocrystalline) wherever a folder of frames is expected."""
@@ -35,19 +36,6 @@ class GoodParts:
 
     def __len__(self) -> int:
         return len(self.frames)
-
-
-class FrameFiles(Sequence[np.ndarray]):
-    """Image files as a sequence of frames that are read when asked for, since a camera's good parts fill memory."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return read_frame(self.paths[index])
 
 
 def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> ParityFrames:

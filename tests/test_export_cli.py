@@ -396,18 +396,25 @@ def light(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_show_verify_and_calibrate_need_no_torch(made: Path, checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    done = light("show", made, "--json")
+def test_show_verify_and_calibrate_need_no_torch(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    assert run("make", checkpoint, "--data", data, "--output", target)[0] == 0
+    done = light("show", target, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["ok"] is True, done.stderr
-    done = light("verify", made, "--json")
+    done = light("verify", target, "--json")
     assert done.returncode == 0, done.stderr
     says = "parity: not re-checked: re-checking parity needs torch, torchvision, timm, safetensors: pip install"
     assert json.loads(done.stdout)["doubt"] == f'{says} "flowad-fast[model]"'
-    done = light("verify", made, "--data", data)
+    done = light("calibrate", target, data / "good", "--alpha", 0.1, "--json")
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(done.stdout)["manifest"]["calibration"]["classes"].values()
+    assert one["parts"] == 9 and bundle.read(target)[1].calibration is not None
+    done = light("verify", target, "--data", data)
     assert done.returncode == 1 and "re-checking parity needs torch" in done.stderr
     done = light("make", checkpoint)
-    assert done.returncode == 1 and "flowad-export make needs torch, torchvision, timm" in done.stderr
-    assert '"flowad-fast[model]"' in " ".join(done.stderr.split())
+    needs = "flowad-export make needs torch, torchvision, timm, safetensors, onnx, onnxscript"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f'error: MissingExtraError: {needs}: pip install "flowad-fast[model]"\n'
 
 
 def test_help_names_every_format(run: Run) -> None:
