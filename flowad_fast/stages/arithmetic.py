@@ -1,10 +1,10 @@
 """How a velocity field is computed, apart from what: precision, operators, memory."""
 
 from dataclasses import dataclass
-from types import ModuleType
 
 from flowad_fast.config import Precision
 from flowad_fast.kernels import reference
+from flowad_fast.kernels.operators import Operators
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Arithmetic:
     """
 
     precision: Precision = "fp32"
-    ops: ModuleType = reference
+    ops: Operators = reference
     probe_bytes: int = 3 * 2**30
 
 

@@ -1,7 +1,6 @@
 """Stage 2: a frozen timm backbone, the pyramid gather, and the optional feature normalisation: images to X1."""
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import timm
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from flowad_fast.errors import CheckpointError
 from flowad_fast.kernels import reference
+from flowad_fast.kernels.operators import Operators
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", torch.ones(channels))
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor, ops: ModuleType = reference) -> Tensor:
+    def forward(self, images: Tensor, ops: Operators = reference) -> Tensor:
         """See the class; `ops` is the namespace of operators."""
         if not torch.compiler.is_exporting():  # engines lay their own graphs out
             # Depthwise convolutions want channels last; on a CPU it takes a quarter off the backbone's time.

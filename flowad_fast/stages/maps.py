@@ -127,8 +127,8 @@ class DensityMap(MapModule):
         super().__init__(field)
         self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
         self.register_buffer("probes", probes, persistent=False)
-        # Three states of a tangent exist at a time: its residual, what is gated into that, and what is normalised.
-        self.state_bytes = 3 * 4 * config.tokens * config.hidden_size
+        # Four states of a tangent exist at a time: its residual and the norm of it, before and after a branch.
+        self.state_bytes = 4 * 4 * config.tokens * config.hidden_size
         self.wide_bytes = 4 * config.tokens * max(config.mlp_hidden, config.num_heads * config.tokens)
 
     @classmethod
