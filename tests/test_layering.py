@@ -33,7 +33,7 @@ FLOORS = (
     # What reads data, judges and trains.
     ("data.samples",),
     ("data.images", "data.layouts"),
-    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
+    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes"),
     ("evaluation.evaluate",),
     ("training.config",),
     ("training.batches",),

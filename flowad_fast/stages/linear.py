@@ -21,15 +21,8 @@ from flowad_fast.config import Precision
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.operators import Rows
 from flowad_fast.kernels.reference import quantise_rows
+from flowad_fast.stages.arithmetic import NUMBERS
 
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
-}
-"""Dtype of activations between the matrix products, by precision; in fp8 it is that of layers kept in bf16, too."""
 FP8_MULTIPLE = 16
 """The scaled matrix product needs both dimensions of a weight to be multiples of this; other layers stay in bf16."""
 
@@ -239,7 +232,8 @@ def make_linear(
     if precision == "fp8" and not any(fnmatch(name, pattern) for pattern in keep_bf16):
         if all(size % FP8_MULTIPLE == 0 for size in weight.shape):
             return Fp8Linear(weight, bias)
-    return Linear(weight, bias, weight.dtype if precision in ("fp32", "tf32") else DTYPES[precision])
+    dtype = NUMBERS[precision].dtype
+    return Linear(weight, bias, weight.dtype if dtype == torch.float32 else dtype)
 
 
 def _floating(x: Rows) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from flowad_fast.config import Frozen, ImageConfig, VelocityConfig, parse
+from flowad_fast.config import Backbone, Frozen, ImageConfig, VelocityConfig, parse
 from flowad_fast.stages.features import BACKBONES, STRIDES
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -23,7 +23,7 @@ class TrainConfig(Frozen):
     layout: str = Field(description="layout of the data set: mvtec, visa, realiad, elpv")
     root: Path | None = Field(None, description="folder of the data set; elpv can come from its package instead")
     categories: tuple[str, ...] = Field((), description="category to train on, repeatable, in class order [all]")
-    backbone: Literal["efficientnet-b4", "efficientnet-lite0"] = Field("efficientnet-b4", description="frozen features")
+    backbone: Backbone = Field("efficientnet-b4", description="frozen features")
     backbone_weights: Path | None = Field(None, description="weight file of the backbone")
     image_size: int = Field(256, gt=0, multiple_of=32, description="pixels a side after resizing")
     normalise_features: bool = Field(True, description="bring each channel to mean 0 and std 1 over the good parts")
