@@ -40,7 +40,7 @@ FLOORS = (
     # What reads data, judges and trains.
     ("data.samples", "data.images"),
     ("data.layouts",),
-    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
+    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes"),
     ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
