@@ -58,8 +58,8 @@ def bench(
         return
     from dataclasses import replace
 
-    from flowad_fast.benchmarks import harness
-    from flowad_fast.benchmarks.cases import axes_of, expand
+    from flowad_fast.benchmarks.measure import harness
+    from flowad_fast.benchmarks.measure.cases import axes_of, expand
 
     cases = []
     for one in _words(preset):
@@ -106,9 +106,9 @@ def ladder(
     """One optimisation a row, each on top of those before: speed, memory and drift."""
     from dataclasses import replace
 
-    from flowad_fast.benchmarks import harness
-    from flowad_fast.benchmarks import ladder as rungs
-    from flowad_fast.benchmarks.cases import Case, axes_of, scorer_options
+    from flowad_fast.benchmarks.measure import harness
+    from flowad_fast.benchmarks.measure.cases import Case, axes_of, scorer_options
+    from flowad_fast.benchmarks.runs import ladder as rungs
 
     frames = axes_of(preset).parity_frames
     like = Case(
@@ -139,9 +139,9 @@ def drift(
     json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
     """What a precision changes on labelled photos: maps, scores, and AUROC against fp32."""
-    from flowad_fast.benchmarks import drift as drifting
-    from flowad_fast.benchmarks import record, report
-    from flowad_fast.benchmarks.cases import Case, load_model, scorer_options
+    from flowad_fast.benchmarks.measure.cases import Case, load_model, scorer_options
+    from flowad_fast.benchmarks.record import record, report
+    from flowad_fast.benchmarks.runs import drift as drifting
     from flowad_fast.data.layouts import read_dataset
     from flowad_fast.engines.device import torch_device
     from flowad_fast.engines.precision import check_precision
@@ -177,7 +177,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
 ) -> None:
     """Say for each row of two records whether it became faster or slower, or whether noise hides any difference."""
-    from flowad_fast.benchmarks import record, report
+    from flowad_fast.benchmarks.record import record, report
 
     lines = record.compare(record.read(old), record.read(new))
     if not lines:
@@ -194,11 +194,11 @@ def make_report(
     figures: Annotated[bool, typer.Option(help="Draw the records' figures as well.")] = True,
 ) -> None:
     """Write benchmarks/README.md and docs/scaling.md from the committed records."""
-    from flowad_fast.benchmarks import record, report, scaling
+    from flowad_fast.benchmarks.record import record, report, scaling
 
     folder = folder or report.RESULTS
     if figures:
-        from flowad_fast.benchmarks import figures as drawing
+        from flowad_fast.benchmarks.record import figures as drawing
 
         for path in sorted(folder.glob("*.json")):
             one = record.read(path)
@@ -212,21 +212,21 @@ def make_report(
 
 def _keep(output: Path | None) -> Callable[[dict[str, Any]], None]:
     """Writes what has been measured so far, so that whatever ends the run loses only the rows under way."""
-    from flowad_fast.benchmarks import record as records
+    from flowad_fast.benchmarks.record import record as records
 
     return lambda found: None if output is None else records.write(found, output)
 
 
 def _show(record: dict[str, Any], output: Path | None, markdown: Path | None, figures: Path | None, json: bool) -> None:
-    from flowad_fast.benchmarks import record as records
-    from flowad_fast.benchmarks import report
+    from flowad_fast.benchmarks.record import record as records
+    from flowad_fast.benchmarks.record import report
 
     if output is not None:
         records.write(record, output)
     if markdown is not None:
         markdown.write_text(report.markdown(record), encoding="utf-8")
     if figures is not None:
-        from flowad_fast.benchmarks import figures as drawing
+        from flowad_fast.benchmarks.record import figures as drawing
 
         drawing.draw(record, figures)
     if json:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowad_fast.benchmarks import clock, gpu_check, harness, ladder, memory, paper, record, report, roofs, scaling
-from flowad_fast.benchmarks.cases import (
+from flowad_fast.benchmarks.cli import app
+from flowad_fast.benchmarks.measure import harness, memory, roofs
+from flowad_fast.benchmarks.measure.cases import (
     PRESETS,
     REFERENCE,
     Case,
@@ -21,7 +22,8 @@ from flowad_fast.benchmarks.cases import (
     scorer_options,
     spec_of,
 )
-from flowad_fast.benchmarks.cli import app
+from flowad_fast.benchmarks.record import clock, paper, record, report, scaling
+from flowad_fast.benchmarks.runs import gpu_check, ladder
 from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import ConfigError, EngineUnavailableError
 from flowad_fast.model import FlowModel
@@ -386,7 +388,7 @@ def _gpu_app():
 
 
 def test_figures_are_drawn(measured, tmp_path):
-    from flowad_fast.benchmarks import figures
+    from flowad_fast.benchmarks.record import figures
 
     rungs = [{**row, "rung": i, "rung_name": row["engine"]} for i, row in enumerate(measured["cases"])]
     made = figures.draw({**measured, "cases": rungs}, tmp_path)
@@ -397,7 +399,7 @@ def test_figures_are_drawn(measured, tmp_path):
 def test_peers_need_anomalib_and_say_so(monkeypatch):
     import importlib.metadata
 
-    from flowad_fast.benchmarks import peers
+    from flowad_fast.benchmarks.runs import peers
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -429,12 +431,17 @@ def test_cli_refuses_nonsense(arguments, message):
 
 
 def test_records_do_not_tell_where_they_were_made():
-    from flowad_fast.benchmarks.environment import command
+    from flowad_fast.benchmarks.measure.environment import command
 
     options = ["--preset", "demo", "--output", "/home/someone/results/a.json", "results/b.json"]
     shown = command("/home/someone/bin/flowad-bench", options)
     assert shown == "flowad-bench --preset demo --output a.json results/b.json"
-    assert command("/x/peers.py", ["--seconds", "8"]) == "python -m flowad_fast.benchmarks.peers --seconds 8"
+    for program, module in (
+        ("/x/flowad_fast/benchmarks/runs/peers.py", "runs.peers"),
+        ("/x/flowad_fast/benchmarks/demo/__main__.py", "demo"),
+        ("/x/flowad_fast/benchmarks/gpu_check.py", "gpu_check"),
+    ):
+        assert command(program, ["--seconds", "8"]) == f"python -m flowad_fast.benchmarks.{module} --seconds 8"
 
 
 def test_memory_beside_published_figures_includes_the_weights():

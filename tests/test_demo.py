@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flowad_fast.benchmarks import demo, harness
-from flowad_fast.benchmarks.cases import Case, random_model, scorer_options, spec_of
-from flowad_fast.benchmarks.gaussian import SHRINKAGE, PositionGaussians
+from flowad_fast.benchmarks.demo import demo
+from flowad_fast.benchmarks.demo.gaussian import SHRINKAGE, PositionGaussians
+from flowad_fast.benchmarks.measure import harness
+from flowad_fast.benchmarks.measure.cases import Case, random_model, scorer_options, spec_of
 from flowad_fast.cli.inspect import ResultFile, bundle_identity
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import read_dataset

@@ -9,8 +9,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from flowad_fast.benchmarks import drift, record, report
 from flowad_fast.benchmarks.cli import app
+from flowad_fast.benchmarks.record import record, report
+from flowad_fast.benchmarks.runs import drift
 from flowad_fast.errors import ConfigError
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from flowad_fast.benchmarks import nvml
+from flowad_fast.benchmarks.measure import nvml
 
 MB = 1e6
 SPARE = 1 << 30

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import flowad_fast
-from flowad_fast.benchmarks.cases import REFERENCE, Case
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case
 from flowad_fast.detector import Detector
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.device import torch_device

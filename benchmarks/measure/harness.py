@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from flowad_fast.benchmarks import clock, roofs, worker
-from flowad_fast.benchmarks.cases import REFERENCE, Case, is_bundle, reference_of
-from flowad_fast.benchmarks.engines import needs_artefact
-from flowad_fast.benchmarks.environment import environment, moment
-from flowad_fast.benchmarks.memory import footprint
-from flowad_fast.benchmarks.record import SCHEMA
+from flowad_fast.benchmarks.measure import roofs, worker
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, is_bundle, reference_of
+from flowad_fast.benchmarks.measure.engines import needs_artefact
+from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.measure.memory import footprint
+from flowad_fast.benchmarks.record import clock
+from flowad_fast.benchmarks.record.record import SCHEMA
 from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.export.verify import compare
 
@@ -56,7 +57,7 @@ class Process:
     def __init__(self, log: Path, timeout: float) -> None:
         self.log, self.timeout = log, timeout
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["flowad_fast.benchmarks.worker"])
+        context.set_forkserver_preload(["flowad_fast.benchmarks.measure.worker"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=worker.serve, args=(theirs, str(log)), daemon=True)
         self._process.start()

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from flowad_fast.benchmarks import harness
-from flowad_fast.benchmarks.cases import REFERENCE, Case
+from flowad_fast.benchmarks.measure import harness
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case
 from flowad_fast.engines.device import torch_device
 
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 import flowad_fast
-from flowad_fast.benchmarks import nvml
+from flowad_fast.benchmarks.measure import nvml
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
@@ -42,8 +42,10 @@ def environment() -> dict[str, Any]:
 
 def command(program: str, arguments: Sequence[str]) -> str:
     """The command line for a record; of absolute paths the last part only, since records are published."""
-    module = Path(program).stem
-    name = f"python -m flowad_fast.benchmarks.{module}" if Path(program).suffix == ".py" else "flowad-bench"
+    path = Path(program)
+    inside = path.parts[path.parts.index("benchmarks") + 1 :] if "benchmarks" in path.parts else path.parts[-1:]
+    module = ".".join(Path(*inside).with_suffix("").parts).removesuffix(".__main__")
+    name = f"python -m flowad_fast.benchmarks.{module}" if path.suffix == ".py" else "flowad-bench"
     return " ".join([name, *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
 
 

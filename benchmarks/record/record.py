@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flowad_fast.benchmarks.clock import interval
-from flowad_fast.benchmarks.memory import footprint
+from flowad_fast.benchmarks.measure.memory import footprint
+from flowad_fast.benchmarks.record.clock import interval
 from flowad_fast.config import read_mapping
 from flowad_fast.errors import ConfigError
 

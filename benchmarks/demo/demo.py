@@ -181,8 +181,8 @@ def export(scorer: "Scorer", target: Path, model: "FlowModel | None" = None) -> 
 
 def benchmark(bundles: Sequence[Path], tell: Callable[[str], None]) -> dict[str, Any]:
     """The record of `flowad-bench --quick` over the bundles' ONNX engines."""
-    from flowad_fast.benchmarks import harness
-    from flowad_fast.benchmarks.cases import Case
+    from flowad_fast.benchmarks.measure import harness
+    from flowad_fast.benchmarks.measure.cases import Case
     from flowad_fast.bundle import read
     from flowad_fast.stages.scorers import scorer_adapter
 
@@ -235,7 +235,7 @@ def baseline_scores(train: Sequence["Sample"], test: Sequence["Sample"]) -> NDAr
     """Scores of the Gaussian baseline on the demo checkpoint's features, (n,): maxima of upsampled maps."""
     import torch
 
-    from flowad_fast.benchmarks.gaussian import PositionGaussians
+    from flowad_fast.benchmarks.demo.gaussian import PositionGaussians
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.data.images import read_frame
     from flowad_fast.kernels import reference as ops
@@ -363,9 +363,9 @@ def render(
     """The report: one HTML page that needs no other file."""
     from jinja2 import Environment, StrictUndefined
 
-    from flowad_fast.benchmarks import report
+    from flowad_fast.benchmarks.record import report
 
-    template = files("flowad_fast.benchmarks").joinpath("demo_report.html.j2").read_text(encoding="utf-8")
+    template = files("flowad_fast.benchmarks.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
     body = [report.cells(row) for row in record["cases"]]
     used = [i for i in range(len(report.COLUMNS)) if any(line[i] for line in body)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -416,7 +416,7 @@ def _data_uri(data: bytes, kind: str) -> str:
 def _print(outcomes: Sequence[Outcome], record: dict[str, Any], summary: dict[str, Any], report: Path) -> None:
     from rich.table import Table
 
-    from flowad_fast.benchmarks import report as bench_report
+    from flowad_fast.benchmarks.record import report as bench_report
 
     good = summary["cells"]["test"] - summary["defective"]
     table = Table(title=f"{good} good and {summary['defective']} defective test cells", title_justify="left")

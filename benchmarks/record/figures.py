@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from flowad_fast.benchmarks import paper, report  # noqa: E402
-from flowad_fast.benchmarks.memory import whole  # noqa: E402
+from flowad_fast.benchmarks.measure.memory import whole  # noqa: E402
+from flowad_fast.benchmarks.record import paper, report  # noqa: E402
 
 COLOURS = {"density": "#c1440e", "inversion": "#1f6f8b", "reconstruction": "#3d8f5f"}
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from flowad_fast import bundle
-from flowad_fast.benchmarks import engines, roofs
-from flowad_fast.benchmarks.cases import Case, function_evaluations, load_model, make_frames
-from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
+from flowad_fast.benchmarks.measure import engines, roofs
+from flowad_fast.benchmarks.measure.cases import Case, function_evaluations, load_model, make_frames
+from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
 from flowad_fast.detector import Detector
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from flowad_fast.benchmarks import paper
-from flowad_fast.benchmarks.memory import footprint, whole
-from flowad_fast.benchmarks.record import read
+from flowad_fast.benchmarks.measure.memory import footprint, whole
+from flowad_fast.benchmarks.record import paper
+from flowad_fast.benchmarks.record.record import read
 
 COLUMNS = (
     "scorer", "engine", "precision", "batch", "NFE", "K", "FPS", "p50 ms", "p99 ms", "device ms", "memory MB",
@@ -138,14 +138,14 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).resolve().parents[1]
+RESULTS, README = HERE / "results", HERE / "README.md"
 
 
 def readme(folder: Path = RESULTS) -> str:
     """`benchmarks/README.md` from the records in `folder`: no figure in it is typed by hand."""
     records = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
-    parts = [(Path(__file__).parent / "README.head.md").read_text(encoding="utf-8"), _table1(records)]
+    parts = [(HERE / "README.head.md").read_text(encoding="utf-8"), _table1(records)]
     for name, record in records.items():
         title = record.get("title") or f"{name}: {record['preset']}"
         parts.append(f"### {title}\n\n{_machine(record)}\n")

@@ -2,7 +2,7 @@
 PatchCore and PaDiM at 256x256.
 
     python -m venv peers && peers/bin/pip install anomalib -c constraints.txt && peers/bin/pip install -e .
-    peers/bin/python -m flowad_fast.benchmarks.peers --output benchmarks/results/peers-MACHINE.json
+    peers/bin/python -m flowad_fast.benchmarks.runs.peers --output benchmarks/results/peers-MACHINE.json
 
 An optional script for an environment of its own, since anomalib brings many packages. Weights are random (speed does
 not depend on them); PaDiM and PatchCore are fitted on random features, PatchCore with anomalib's defaults for a set of
@@ -21,10 +21,11 @@ import torch
 import typer
 from torch import Tensor
 
-from flowad_fast.benchmarks import clock, harness, record
-from flowad_fast.benchmarks.cases import Case, make_frames, scorer_options
-from flowad_fast.benchmarks.environment import environment, moment
-from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
+from flowad_fast.benchmarks.measure import harness
+from flowad_fast.benchmarks.measure.cases import Case, make_frames, scorer_options
+from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
+from flowad_fast.benchmarks.record import clock, record
 from flowad_fast.cli import common
 from flowad_fast.config import ImageConfig
 from flowad_fast.engines.device import torch_device

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from flowad_fast.benchmarks.environment import environment, moment
-from flowad_fast.benchmarks.record import SCHEMA
+from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.record.record import SCHEMA
 from flowad_fast.config import Precision
 from flowad_fast.data.samples import Dataset
 from flowad_fast.detector import Detection, Detector

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowad_fast.benchmarks import report
-from flowad_fast.benchmarks.record import read
+from flowad_fast.benchmarks.record import report
+from flowad_fast.benchmarks.record.record import read
 from flowad_fast.config import Precision
 from flowad_fast.kernels.account import H100, VelocityShape, account, predicted_seconds
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+PAGE = report.HERE.parent / "docs" / "scaling.md"
 PAPER = VelocityShape()
 SMALL = VelocityShape(hidden=768, depth=12, mlp=3072)
 MEDIUM = VelocityShape(hidden=1280, depth=16, mlp=5120)
