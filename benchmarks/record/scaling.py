@@ -40,7 +40,7 @@ def page(folder: Path = report.RESULTS) -> str:
             [(f"{s.hidden}x{s.depth}, {s.weights / 1e6:.0f} M weights", s, 32, 3) for s in (SMALL, MEDIUM, PAPER)],
         ),
         "## Frame size",
-        "The model's image size sets the tokens, one for 16x16 pixels; attention's share grows with them. Frames of "
+        "The model's image size sets the tokens, one per 16x16 pixels; attention's share grows with them. Frames of "
         "other sizes are resized to it first, which touches each pixel once.",
         _predicted(
             "model image",
