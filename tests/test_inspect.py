@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import flowad_fast
-from flowad_fast.benchmarks.cases import random_model, spec_of
+from flowad_fast.benchmarks.measure.cases import random_model, spec_of
 from flowad_fast.cli import inspect as cli
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.errors import ConfigError, FrameError

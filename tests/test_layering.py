@@ -38,7 +38,8 @@ FLOORS = (
     ("checkpoints.own",),
     ("checkpoints.load",),
     # What reads data, judges and trains.
-    ("data.samples", "data.images"),
+    ("data.samples", "data.walk"),
+    ("data.images",),
     ("data.layouts",),
     ("evaluation.metrics", "evaluation.overlay", "evaluation.probes"),
     ("evaluation.inspection",),
@@ -51,16 +52,17 @@ FLOORS = (
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
-    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("detector",)) + 1] for name in floor),
+    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy",)) + 1] for name in floor),
     "flowad_fast.data.images",
     "flowad_fast.data.samples",
     "flowad_fast.data.layouts",
     "flowad_fast.evaluation.inspection",
+    "flowad_fast.evaluation.overlay",
     "flowad_fast.cli.common",
     "flowad_fast.cli.inspect",
     "flowad_fast.export.cli",
-    "flowad_fast.export.show",
-    "flowad_fast.export.calibrate",
+    "flowad_fast.export.calibration",
+    "flowad_fast.export.card",
 )
 """What the light runtime has, as far as it is there: it imports with the base dependencies alone."""
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
@@ -126,7 +128,7 @@ def runtime_modules() -> dict[str, Path]:
     for path in sorted(base.rglob("*.py")):
         parts = path.relative_to(base).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and (parts[-1] != "__init__" or len(path.read_text(encoding="utf-8").splitlines()) > 1):
+        if name and (parts[-1] != "__init__" or len(ast.parse(path.read_text(encoding="utf-8")).body) > 1):
             found[name] = path
     return found
 

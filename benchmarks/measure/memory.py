@@ -3,12 +3,12 @@
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from flowad_fast.benchmarks import nvml
+from flowad_fast.benchmarks.measure import nvml
+from flowad_fast.benchmarks.record.record import Memory
 
 MB = 1e6
 SPARE = 1 << 30
@@ -43,34 +43,25 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.allocated = torch.cuda.memory_allocated(device)
 
-    def read(self) -> dict[str, float | str | None]:
-        """Megabytes (1e6 bytes): the process's resident set, and on a GPU the allocator's and the driver's figures."""
+    def read(self) -> Memory:
+        """What the process has taken since."""
         peak = _status("VmHWM") if self.resettable else None
-        figures: dict[str, float | str | None] = {
-            "method": "VmHWM since the model was loaded" if self.resettable else "not measured: needs Linux's /proc",
-            "idle": round(self.idle / MB, 1),
-            "peak": None if peak is None else round(peak / MB, 1),
-            "above_idle": None if peak is None else round(max(peak - self.idle, 0) / MB, 1),
+        found = Memory(
+            method="VmHWM since the model was loaded" if self.resettable else "not measured: needs Linux's /proc",
+            idle=round(self.idle / MB, 1),
+            peak=None if peak is None else round(peak / MB, 1),
+            above_idle=None if peak is None else round(max(peak - self.idle, 0) / MB, 1),
+        )
+        if self.device.type != "cuda":
+            return found
+        used = nvml.process_memory(os.getpid())
+        figures = {
+            "allocator_idle": round(self.allocated / MB, 1),
+            "allocator_peak": round(torch.cuda.max_memory_allocated(self.device) / MB, 1),
+            "allocator_reserved": round(torch.cuda.max_memory_reserved(self.device) / MB, 1),
+            "nvml_process": None if used is None else round(used / MB, 1),
         }
-        if self.device.type == "cuda":
-            used = nvml.process_memory(os.getpid())
-            figures |= {
-                "allocator_idle": round(self.allocated / MB, 1),
-                "allocator_peak": round(torch.cuda.max_memory_allocated(self.device) / MB, 1),
-                "allocator_reserved": round(torch.cuda.max_memory_reserved(self.device) / MB, 1),
-                "nvml_process": None if used is None else round(used / MB, 1),
-            }
-        return figures
-
-
-def footprint(memory: dict[str, Any]) -> float | None:
-    """The figure that rows are compared by, MB: the allocator's peak on a GPU, else the resident peak above idle."""
-    return memory["allocator_peak"] if "allocator_peak" in memory else memory["above_idle"]
-
-
-def whole(memory: dict[str, Any]) -> float | None:
-    """What a published figure would be compared with, MB, weights included: the allocator's peak or the process's."""
-    return memory["allocator_peak"] if "allocator_peak" in memory else memory["peak"]
+        return found.model_copy(update=figures)
 
 
 def _status(field: str) -> int:

@@ -1,4 +1,4 @@
-"""The main job on real photos, end to end: export, benchmark, judge, report. `python -m flowad_fast.benchmarks.demo`.
+"""The main job on real photos, end to end: export, benchmark, judge, report.
 
 The photos are electroluminescence pictures of monocrystalline solar cells (ELPV), split as `data.layouts.elpv` says.
 """
@@ -28,6 +28,7 @@ from flowad_fast.errors import ParityError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from flowad_fast.benchmarks.record.record import Record
     from flowad_fast.data.samples import Sample
     from flowad_fast.model import FlowModel
     from flowad_fast.stages.scorers import Scorer
@@ -80,6 +81,36 @@ class Outcome:
         return None if self.verdicts is None else self.verdicts[label]["anomalous"] / sum(self.verdicts[label].values())
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What the run had to do with, and seconds by step."""
+
+    cells: dict[str, int]
+    defective: int
+    alpha: float
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A cell's overlay by one scorer, as a data URI; `share` is the score on the overlay's scale."""
+
+    image: str
+    status: str
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell in the report: its photo as a data URI, and an overlay by each scorer."""
+
+    kind: str
+    name: str
+    defect: str
+    photo: str
+    overlays: dict[str, Heat]
+
+
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for bundles, results and the report.")] = Path("demo-output"),
 ) -> None:
@@ -115,7 +146,7 @@ def demo(
     with common.err.status("benchmark") as status:
         record = benchmark(list(bundles.values()), lambda line: status.update(f"benchmark · {line}"))
     lap("benchmark", since)
-    (output / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (output / "benchmark.json").write_text(json.dumps(record.dump(), indent=1) + "\n", encoding="utf-8")
 
     since = time.perf_counter()
     outcomes = []
@@ -123,7 +154,7 @@ def demo(
         outcome, scores[name] = judge(bundle, test, output / f"{name}.csv")
         outcomes.append(outcome)
     outcomes.append(
-        _outcome(BASELINE, "one a position, full covariance, 100 channels", "torch", test, scores[BASELINE])
+        _outcome(BASELINE, "one per position, full covariance, 100 channels", "torch", test, scores[BASELINE])
     )
     lap("judging", since)
 
@@ -139,16 +170,16 @@ def demo(
         figure.savefig(output / f"{name}.png", dpi=120, facecolor="white")
     lap("pictures", since)
     seconds["in all"] = time.perf_counter() - began
-    summary = {
-        "cells": {"train": len(train), "calibration": len(dataset.select("calibration")), "test": len(test)},
-        "defective": int(labels.sum()),
-        "alpha": ALPHA,
-        "seconds": {step: round(value, 1) for step, value in seconds.items()},
-        "outcomes": [
-            {**asdict(o), "false_rejects": o.false_rejects, "detected": o.detected} for o in outcomes
-        ],
-    }  # fmt: skip
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    summary = Summary(
+        cells={"train": len(train), "calibration": len(dataset.select("calibration")), "test": len(test)},
+        defective=int(labels.sum()),
+        alpha=ALPHA,
+        seconds={step: round(value, 1) for step, value in seconds.items()},
+    )
+    judged = [{**asdict(o), "false_rejects": o.false_rejects, "detected": o.detected} for o in outcomes]
+    (output / "summary.json").write_text(
+        json.dumps({**asdict(summary), "outcomes": judged}, indent=2) + "\n", encoding="utf-8"
+    )
     report = output / "report.html"
     report.write_text(render(summary, outcomes, record, figures, rows, best), encoding="utf-8")
     _print(outcomes, record, summary, report)
@@ -179,15 +210,15 @@ def export(scorer: "Scorer", target: Path, model: "FlowModel | None" = None) -> 
     return result.path
 
 
-def benchmark(bundles: Sequence[Path], tell: Callable[[str], None]) -> dict[str, Any]:
+def benchmark(bundles: Sequence[Path], tell: Callable[[str], None]) -> "Record":
     """The record of `flowad-bench --quick` over the bundles' ONNX engines."""
-    from flowad_fast.benchmarks import harness
-    from flowad_fast.benchmarks.cases import Case
+    from flowad_fast.benchmarks.measure import harness
+    from flowad_fast.benchmarks.measure.cases import Case
+    from flowad_fast.benchmarks.measure.turns import QUICK
     from flowad_fast.bundle import read
-    from flowad_fast.stages.scorers import scorer_adapter
 
-    cases = [Case(str(bundle), scorer_adapter.dump_python(read(bundle)[1].scorer), "onnxruntime") for bundle in bundles]
-    return harness.run(cases, harness.QUICK, tell)
+    cases = [Case(str(bundle), read(bundle)[1].scorer, "onnxruntime") for bundle in bundles]
+    return harness.run(cases, QUICK, tell)
 
 
 def judge(bundle: Path, test: Sequence["Sample"], results: Path) -> tuple[Outcome, NDArray[np.float64]]:
@@ -210,7 +241,7 @@ def judge(bundle: Path, test: Sequence["Sample"], results: Path) -> tuple[Outcom
             scores.append(result.score)
             verdicts[sample.defect][result.status] += 1
             advance(1)
-    assert detector.calibration is not None, "export_bundles calibrates"
+    assert detector.calibration is not None, "`export` calibrates"
     return (
         _outcome(
             scorer.kind, repr(scorer), detector.engine, test, np.array(scores),
@@ -235,7 +266,7 @@ def baseline_scores(train: Sequence["Sample"], test: Sequence["Sample"]) -> NDAr
     """Scores of the Gaussian baseline on the demo checkpoint's features, (n,): maxima of upsampled maps."""
     import torch
 
-    from flowad_fast.benchmarks.gaussian import PositionGaussians
+    from flowad_fast.benchmarks.demo.gaussian import PositionGaussians
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.data.images import read_frame
     from flowad_fast.kernels import reference as ops
@@ -267,9 +298,7 @@ def choose(test: Sequence["Sample"], scores: NDArray[np.float64], seed: int = 0)
     return [(kind, test[i]) for kind, index in chosen.items() for i in index]
 
 
-def pictures(
-    bundles: dict[str, Path], chosen: Sequence[tuple[str, "Sample"]], folder: Path
-) -> dict[str, list[dict[str, Any]]]:
+def pictures(bundles: dict[str, Path], chosen: Sequence[tuple[str, "Sample"]], folder: Path) -> dict[str, list[Cell]]:
     """Photos of the chosen cells and their overlays by every bundle, by kind, for the report; PNG files in `folder`.
 
     Within a scorer all overlays share one scale.
@@ -284,20 +313,28 @@ def pictures(
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     paths = [sample.path for _, sample in chosen]
-    rows: list[dict[str, Any]] = [{"kind": kind, "name": s.path.stem, "defect": s.defect} for kind, s in chosen]
+    photos: list[str] = []
+    overlays: list[dict[str, Heat]] = [{} for _ in chosen]
     for scorer, bundle in bundles.items():
         detector = flowad_fast.load(bundle, engine="onnxruntime")
         (span,) = heat_ranges(detector, paths).values()
         limit = threshold(detector)
-        for number, (row, result) in enumerate(zip(rows, inspect_files(detector, paths, batch=BATCH), strict=True)):
+        for i, ((kind, sample), result) in enumerate(
+            zip(chosen, inspect_files(detector, paths, batch=BATCH), strict=True)
+        ):
             assert result.frame is not None and result.map is not None and result.score is not None, result.reason
             heat = overlay(result.frame, result.map, *span)
-            kind = row["kind"].replace(" ", "-")
-            Image.fromarray(heat).save(folder / f"{number:02d}-{kind}-{row['name']}-{scorer}.png")
-            row.setdefault("photo", _jpeg(result.frame))
+            name = f"{i:02d}-{kind.replace(' ', '-')}-{sample.path.stem}-{scorer}.png"
+            Image.fromarray(heat).save(folder / name)
+            if len(photos) == i:
+                photos.append(_jpeg(result.frame))
             share = None if limit is None else (result.score - span[0]) / (limit - span[0])
-            row.setdefault("overlays", {})[scorer] = {"image": _jpeg(heat), "status": result.status, "share": share}
-    return {kind: [row for row in rows if row["kind"] == kind] for kind in _KINDS}
+            overlays[i][scorer] = Heat(_jpeg(heat), result.status, share)
+    cells = [
+        Cell(kind, sample.path.stem, sample.defect, photo, heats)
+        for (kind, sample), photo, heats in zip(chosen, photos, overlays, strict=True)
+    ]
+    return {kind: [cell for cell in cells if cell.kind == kind] for kind in _KINDS}
 
 
 def histograms(
@@ -353,21 +390,19 @@ def _both_themes(axes: Any) -> None:
 
 
 def render(
-    summary: dict[str, Any],
+    summary: Summary,
     outcomes: Sequence[Outcome],
-    record: dict[str, Any],
+    record: "Record",
     figures: dict[str, "Figure"],
-    rows: dict[str, list[dict[str, Any]]],
+    rows: dict[str, list[Cell]],
     best: str,
 ) -> str:
     """The report: one HTML page that needs no other file."""
     from jinja2 import Environment, StrictUndefined
 
-    from flowad_fast.benchmarks import report
+    from flowad_fast.benchmarks.record import report
 
-    template = files("flowad_fast.benchmarks").joinpath("demo_report.html.j2").read_text(encoding="utf-8")
-    body = [report.cells(row) for row in record["cases"]]
-    used = [i for i in range(len(report.COLUMNS)) if any(line[i] for line in body)]
+    template = files("flowad_fast.benchmarks.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         summary=summary,
@@ -375,8 +410,7 @@ def render(
         best=best,
         baseline=BASELINE,
         bench={
-            "columns": [report.COLUMNS[i] for i in used],
-            "rows": [[line[i] for i in used] for line in body],
+            "grids": report.grids(record),
             "remarks": report.remarks(record),
             "where": report.where(record),
         },
@@ -413,13 +447,13 @@ def _data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _print(outcomes: Sequence[Outcome], record: dict[str, Any], summary: dict[str, Any], report: Path) -> None:
+def _print(outcomes: Sequence[Outcome], record: "Record", summary: Summary, report: Path) -> None:
     from rich.table import Table
 
-    from flowad_fast.benchmarks import report as bench_report
+    from flowad_fast.benchmarks.record import report as bench_report
 
-    good = summary["cells"]["test"] - summary["defective"]
-    table = Table(title=f"{good} good and {summary['defective']} defective test cells", title_justify="left")
+    good = summary.cells["test"] - summary.defective
+    table = Table(title=f"{good} good and {summary.defective} defective test cells", title_justify="left")
     for column in ("method", "AUROC", "AP", "F1max", "good rejected", "defects found", "cells/s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for o in outcomes:
@@ -427,7 +461,7 @@ def _print(outcomes: Sequence[Outcome], record: dict[str, Any], summary: dict[st
             f"{o.verdicts[label]['anomalous']} ({share:.1%})"
             for label, share in (("good", o.false_rejects), ("defective", o.detected))
         ]  # fmt: skip
-        speed = "" if o.seconds is None else f"{summary['cells']['test'] / o.seconds:.1f}"
+        speed = "" if o.seconds is None else f"{summary.cells['test'] / o.seconds:.1f}"
         metrics = (f"{value:.3f}" for value in (o.image_auroc, o.image_ap, o.image_f1max))
         table.add_row(o.method, *metrics, *counts, speed)
     common.out.print(table)
@@ -435,10 +469,7 @@ def _print(outcomes: Sequence[Outcome], record: dict[str, Any], summary: dict[st
         common.out.print(rows)
     for line in bench_report.remarks(record):
         common.out.print(line, markup=False, highlight=False)
-    common.out.print(f"report: {report} ({summary['seconds']['in all']:.0f} s in all)", highlight=False)
+    common.out.print(f"report: {report} ({summary.seconds['in all']:.0f} s in all)", highlight=False)
 
 
 main = common.command(demo)
-
-if __name__ == "__main__":
-    main()

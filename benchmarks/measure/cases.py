@@ -1,9 +1,9 @@
 """What is measured: presets (a model and its default axes), and the cases that the axes span."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -11,16 +11,16 @@ from torch import nn
 
 from flowad_fast import bundle
 from flowad_fast.checkpoints.load import load_checkpoint
-from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, VelocityConfig, validated
+from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Precision, VelocityConfig, validated
 from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 from flowad_fast.stages.image import normalise
-from flowad_fast.stages.scorers import SCORERS, Scorer, scorer_adapter
+from flowad_fast.stages.scorers import SCORERS, Scorer, options
 from flowad_fast.stages.velocity import DiT
 
-MODES = ("offline", "single-stream", "line")
+Mode = Literal["offline", "single-stream"]
 REFERENCE = "reference"
 
 
@@ -33,10 +33,15 @@ class Preset:
 
     description: str
     spec: ModelConfig | None
-    scorers: tuple[str, ...] = ("density", "inversion", "reconstruction")
+    scorers: tuple[str, ...] = tuple(SCORERS)
     engines: tuple[str, ...] = ("eager",)
     probes: tuple[int, ...] = (10,)
     parity_frames: int = 4
+
+    @property
+    def velocity(self) -> VelocityConfig | None:
+        """The model's velocity field, where it is known without loading the model."""
+        return None if self.spec is None else self.spec.velocity
 
 
 def spec_of(
@@ -59,12 +64,13 @@ def spec_of(
     return ModelConfig(velocity=velocity, backbone=backbone, image=ImageConfig(size=size), class_names=names)  # type: ignore[arg-type]
 
 
+PAPER = spec_of(2048, 16, 8)
 PRESETS = {
     "demo": Preset("the shipped checkpoint: Lite0, DiT 256x4", None, engines=("eager", "onnxruntime")),
     "small": Preset("EfficientNet-B4, DiT 768x12x8, random weights", spec_of(768, 12, 8), probes=(10, 1, 2)),
     "medium": Preset("EfficientNet-B4, DiT 1280x16x8, random weights", spec_of(1280, 16, 8), probes=(10, 1, 2)),
     "paper": Preset(
-        "EfficientNet-B4, DiT 2048x16x8, random weights", spec_of(2048, 16, 8), probes=(10, 1, 2), parity_frames=2
+        "EfficientNet-B4, DiT 2048x16x8, random weights", PAPER, probes=(10, 1, 2), parity_frames=2
     ),
     "invad": Preset(
         "InvAD: EfficientNet-B4, DiT 2048x16x8 predicting noise, random weights",
@@ -100,13 +106,13 @@ class Case:
     """
 
     preset: str
-    scorer: dict[str, Any]
+    scorer: Scorer
     engine: str
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     ops: str = "reference"
     products: str = "measured"
     batch: int = 1
-    mode: str = "offline"
+    mode: Mode = "offline"
     device: str = "auto"
     frame_size: int | None = None
     parity_frames: int = 4
@@ -116,66 +122,102 @@ class Case:
     @property
     def name(self) -> str:
         """A short name, unique in a run."""
-        probes = f"-K{self.scorer['probes']}" if "probes" in self.scorer else ""
-        kind = f"{self.scorer['kind']}{probes}-s{self.scorer['steps']}"
+        probes = f"-K{self.probes}" if self.probes else ""
+        kind = f"{self.scorer.kind}{probes}-s{self.scorer.steps}"
         ops = "" if self.ops == "reference" else f"-{self.ops}"
         ops += "" if self.products == "measured" else f"-{self.products}"
         return f"{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
 
-    def make_scorer(self) -> Scorer:
-        """The scorer that `scorer` describes."""
-        options = {k: v for k, v in self.scorer.items() if k != "kind"}
-        return validated(SCORERS[self.scorer["kind"]], options, f"scorer {self.scorer['kind']}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a process that measures it."""
-        return asdict(self)
+    @property
+    def probes(self) -> int | None:
+        """Probes of a scorer that has them: density."""
+        return getattr(self.scorer, "probes", None)
 
 
-def scorer_options(kind: str, steps: int, probes: int) -> dict[str, Any]:
-    """A scorer's options for `steps` function evaluations along the integrated part of the path.
+def make_scorer(
+    kind: str,
+    *,
+    evaluations: int | None = None,
+    steps: int | None = None,
+    probes: int | None = None,
+    config: VelocityConfig | None = None,
+) -> Scorer:
+    """A scorer of a kind, its other options being the defaults.
 
-    Reconstruction goes from tau = 0.5 to 1, so it takes twice as many steps per unit time.
+    Args:
+        kind: a name in `SCORERS`.
+        evaluations: function evaluations per frame; 3 unless `steps` is given.
+        steps: steps per unit time.
+        probes: for scorers that have probes.
+        config: the model, of which only what it predicts matters; None for a flow-matching one.
+
+    Raises:
+        ConfigError: no such scorer, not for this model, or not with so many evaluations.
     """
     if kind not in SCORERS:
         raise ConfigError(f"unknown scorer {kind!r}; {nearest(kind, SCORERS)}")
-    if kind == "density":
-        return {"kind": kind, "steps": steps, "probes": probes}
-    if kind == "reconstruction":
-        return {"kind": kind, "steps": 2 * steps, "tau": 0.5, "start": "noise"}
-    return {"kind": kind, "steps": steps}
+    config = config or PAPER.velocity
+    more = {} if probes is None or not has_probes(kind) else {"probes": probes}
+
+    make: Callable[..., Scorer] = SCORERS[kind]
+
+    def of(steps: int) -> Scorer:
+        return validated(make, {"steps": steps, **more}, f"scorer {kind}")
+
+    if steps is not None:
+        return of(steps)
+    wanted = evaluations or 3
+    many = 1000
+    scorer = of(round(wanted * many / of(many).evaluations(config)))
+    if scorer.evaluations(config) != wanted:
+        raise ConfigError(
+            f"{scorer!r} makes {scorer.evaluations(config)} function evaluations, {wanted} were asked for; give --steps"
+        )
+    return scorer
 
 
-def function_evaluations(scorer: Scorer, config: VelocityConfig) -> int:
-    """Evaluations of the velocity field an image (NFE); density's tangents are counted by its probes, not here."""
-    rows: Any = scorer.rows(config)
-    return sum(len(part) for part in rows) if rows and isinstance(rows[0], tuple) else len(rows)
+def make_scorers(
+    kinds: Sequence[str],
+    *,
+    evaluations: Sequence[int] = (3,),
+    steps: Sequence[int] = (),
+    probes: Sequence[int] = (10,),
+    config: VelocityConfig | None = None,
+) -> list[Scorer]:
+    """Scorers along the axes; `steps` replace `evaluations`, and `probes` concern scorers that have them."""
+    lengths = [{"steps": n} for n in steps] or [{"evaluations": n} for n in evaluations]
+    return [
+        make_scorer(kind, **length, probes=k, config=config)
+        for kind in kinds
+        for length in lengths
+        for k in (probes if has_probes(kind) else (None,))
+    ]
+
+
+def has_probes(kind: str) -> bool:
+    """Whether a kind of scorer has probes."""
+    return kind in SCORERS and "probes" in options(kind)
 
 
 def expand(
-    preset: str, *, scorers: Sequence[str], engines: Sequence[str], precisions: Sequence[str], batches: Sequence[int],
-    steps: Sequence[int], probes: Sequence[int], modes: Sequence[str], **common: Any,
+    preset: str, scorers: Sequence[Scorer], *, engines: Sequence[str], precisions: Sequence[str],
+    batches: Sequence[int] = (1,), modes: Sequence[str] = ("offline",), **common: Any,
 ) -> list[Case]:  # fmt: skip
-    """All cases of the axes; single-stream and line run at batch 1 only, and probes concern density only.
+    """All cases of the axes; single-stream runs at batch 1 only. A bundle has a scorer of its own.
 
-    A bundle has one scorer, with its own steps and probes.
+    Raises:
+        ConfigError: an unknown mode or precision.
     """
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(f"unknown mode {mode!r}; {nearest(mode, MODES)}")
+    for what, given, valid in (("mode", modes, get_args(Mode)), ("precision", precisions, get_args(Precision))):
+        for one in given:
+            if one not in valid:
+                raise ConfigError(f"unknown {what} {one!r}; {nearest(one, valid)}")
     if is_bundle(preset):
-        options = [scorer_adapter.dump_python(bundle.read(preset)[1].scorer)]
-    else:
-        options = [
-            scorer_options(kind, nfe, k)
-            for kind in scorers
-            for nfe in steps
-            for k in (probes if kind == "density" else probes[:1])
-        ]
+        scorers = [bundle.read(preset)[1].scorer]
     return [
-        Case(preset, one, engine, precision, batch=batch, mode=mode, **common)
+        Case(preset, scorer, engine, precision, batch=batch, mode=mode, **common)  # type: ignore[arg-type]
         for mode in modes
-        for one in options
+        for scorer in scorers
         for batch in (batches if mode == "offline" else (1,))
         for engine in engines
         for precision in (precisions if engine != REFERENCE else ("fp32",))
@@ -189,7 +231,7 @@ def reference_of(case: Case) -> Case:
 
 def is_bundle(preset: str) -> bool:
     """Whether a preset names an exported bundle's folder."""
-    return (Path(preset) / "manifest.json").is_file()
+    return (Path(preset) / bundle.MANIFEST).is_file()
 
 
 def load_model(case: Case) -> FlowModel:

@@ -1,11 +1,13 @@
-"""The ladder: one optimisation a rung, each measured as a row of its own, with speed, memory and drift."""
+"""The ladder: one optimisation per rung, each measured as a row of its own, with speed, memory and drift."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from flowad_fast.benchmarks import harness
-from flowad_fast.benchmarks.cases import REFERENCE, Case
+from flowad_fast.benchmarks.measure import harness
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case
+from flowad_fast.benchmarks.measure.turns import Effort
+from flowad_fast.benchmarks.record.record import Record
+from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
 
 
@@ -16,7 +18,7 @@ class Rung:
     number: int
     name: str
     engine: str
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     ops: str = "reference"
     products: str = "library"
     only: Literal["cuda", "cpu"] | None = None
@@ -40,9 +42,12 @@ RUNGS = (
 
 
 def run(
-    like: Case, effort: harness.Effort, tell: harness.Tell, deadline: float = float("inf"),
-    keep: Callable[[dict[str, Any]], object] = lambda record: None,
-) -> dict[str, Any]:  # fmt: skip
+    like: Case,
+    effort: Effort,
+    tell: harness.Tell,
+    deadline: float = float("inf"),
+    keep: harness.Keep = lambda record: None,
+) -> Record:
     """Measure every rung with the scorer, batch and model of `like`; a record whose rows carry `rung`.
 
     Arguments as `harness.run`. A rung of GPUs is a row without figures on a CPU, one of CPUs no row on a GPU.
@@ -51,16 +56,16 @@ def run(
     rungs = [(rung, _case(rung, like)) for rung in RUNGS if rung.only in (None, here, "cuda")]
     runnable = [case for rung, case in rungs if rung.only in (None, here)]
 
-    def climbed(record: dict[str, Any]) -> dict[str, Any]:
-        measured = {row["name"]: row for row in record["cases"]}
+    def climbed(record: Record) -> Record:
+        measured = {row.name: row for row in record.cases}
         rows = []
         for rung, case in rungs:
-            absent = {"status": "not available", "reason": f"rung {rung.number}, {rung.name}, needs an NVIDIA GPU"}
-            row = measured.get(case.name) or harness.empty_row(case, absent)
-            rows.append(row | {"rung": rung.number, "rung_name": rung.name})
-        return record | {"cases": rows, "kind": "ladder"}
+            absent = f"rung {rung.number}, {rung.name}, needs an NVIDIA GPU"
+            row = measured.get(case.name) or harness.empty_row(case, "not available", absent)
+            rows.append(row.but(rung=rung.number, rung_name=rung.name))
+        return record.but(cases=tuple(rows), kind="ladder")
 
-    return climbed(harness.run(runnable, effort, tell, deadline=deadline, keep=lambda record: keep(climbed(record))))
+    return climbed(harness.run(runnable, effort, tell, deadline, lambda record: keep(climbed(record))))
 
 
 def _case(rung: Rung, like: Case) -> Case:

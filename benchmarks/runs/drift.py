@@ -5,22 +5,21 @@ multiplies the same quantised values in float32.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from flowad_fast.benchmarks.environment import environment, moment
-from flowad_fast.benchmarks.record import SCHEMA
+from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.record.record import Drift, DriftRecord, DriftRow, Interval, Roofs
 from flowad_fast.config import Precision
 from flowad_fast.data.samples import Dataset
 from flowad_fast.detector import Detection, Detector
 from flowad_fast.errors import ConfigError
 from flowad_fast.evaluation.evaluate import evaluate, select_tests
 from flowad_fast.model import FlowModel
-from flowad_fast.stages.scorers import Scorer, scorer_adapter
+from flowad_fast.stages.scorers import Scorer
 
 RESAMPLES = 2000
 """Of the photos, for the interval of a difference of AUROC."""
@@ -57,7 +56,7 @@ def run(
     batch: int = 8,
     name: str = "checkpoint",
     progress: Callable[[int], object] = lambda n: None,
-) -> dict[str, Any]:
+) -> DriftRecord:
     """A record with a row for each scorer and precision, each compared with the scorer's own fp32 row.
 
     Raises:
@@ -79,18 +78,20 @@ def run(
             labels = np.array([image.label for image in report.images])
             scores, maps = np.array([image.score for image in report.images], float), np.stack(recorder.maps)
             first = first or (scores, maps)
+            change = compared(labels, scores, maps, *first)
             rows.append(
-                {
-                    "name": f"{scorer.kind}/{precision}", "scorer": scorer.kind, "precision": precision, "ops": ops,
-                    "options": scorer_adapter.dump_python(scorer), "engine": detector.engine, "status": "ok",
-                    "photos": len(labels), "defective": int(labels.sum()), **compared(labels, scores, maps, *first),
-                }
+                DriftRow(
+                    name=f"{scorer.kind}/{precision}", scorer=scorer.kind, precision=precision, ops=ops, options=scorer,
+                    engine=detector.engine, photos=len(labels), defective=int(labels.sum()), **dict(change),
+                )
             )  # fmt: skip
-    return {
-        "schema": SCHEMA, "kind": "drift", "preset": name, "dataset": dataset.name,
-        "environment": {**environment(), "before": before, "after": moment()},
-        "cases": rows, "roofs": {"reason": "nothing was timed"},
-    }  # fmt: skip
+    return DriftRecord(
+        preset=name,
+        dataset=dataset.name,
+        environment=environment(before),
+        cases=tuple(rows),
+        roofs=Roofs(reason="nothing was timed"),
+    )
 
 
 def compared(
@@ -99,7 +100,7 @@ def compared(
     maps: NDArray[np.float32],
     exact_scores: NDArray[np.float64],
     exact_maps: NDArray[np.float32],
-) -> dict[str, Any]:
+) -> Drift:
     """AUROC and its difference to fp32's with a 95 % bootstrap interval over the photos; errors of scores and maps.
 
     Errors are relative to the standard deviation of fp32's scores, or of a photo's fp32 map.
@@ -114,15 +115,15 @@ def compared(
         if 0 < labels[pick].sum() < len(pick):
             changes.append(_auroc(labels[pick], scores[pick]) - _auroc(labels[pick], exact_scores[pick]))
     low, high = np.percentile(changes, [2.5, 97.5])
-    return {
-        "auroc": round(auroc, 5),
-        "auroc_change": {"points": _points(auroc - exact), "low": _points(low), "high": _points(high)},
-        "score_spearman": round(float(spearmanr(scores, exact_scores).statistic), 6),
-        "score_error": float(f"{np.abs(scores - exact_scores).max() / exact_scores.std():.3g}"),
-        "map_rms": float(f"{np.median(np.sqrt((errors**2).mean((1, 2))) / spread):.3g}"),
-        "map_error": float(f"{np.max(errors.max((1, 2)) / spread):.3g}"),
-        "maps": len(maps),
-    }
+    return Drift(
+        auroc=round(auroc, 5),
+        auroc_change=Interval(points=_points(auroc - exact), low=_points(low), high=_points(high)),
+        score_spearman=round(float(spearmanr(scores, exact_scores).statistic), 6),
+        score_error=float(f"{np.abs(scores - exact_scores).max() / exact_scores.std():.3g}"),
+        map_rms=float(f"{np.median(np.sqrt((errors**2).mean((1, 2))) / spread):.3g}"),
+        map_error=float(f"{np.max(errors.max((1, 2)) / spread):.3g}"),
+        maps=len(maps),
+    )
 
 
 def _auroc(labels: NDArray[np.int_], scores: NDArray[np.float64]) -> float:

@@ -1,4 +1,4 @@
-"""A baseline to beat: one Gaussian a position on the same backbone features, in the manner of PaDiM (2011.08785)."""
+"""A baseline to beat: one Gaussian per position on the same backbone features, in the manner of PaDiM (2011.08785)."""
 
 from dataclasses import dataclass
 

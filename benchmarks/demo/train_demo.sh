@@ -1,11 +1,11 @@
 #!/bin/sh
 # Trains flowad_fast/assets/demo.safetensors from nothing: good monocrystalline solar cells (ELPV), Lite0 features.
 # Needs: pip install "flowad-fast[demo]". About 20 minutes on two CPU cores. Interrupted, it goes on when run again.
-# Usage: benchmarks/train_demo.sh [FOLDER]    (default runs/demo; the state and 650 MB of features stay there)
+# Usage: benchmarks/demo/train_demo.sh [FOLDER]    (default runs/demo; the state and 650 MB of features stay there)
 set -eu
 
 out="${1:-runs/demo}"
-assets="$(dirname "$0")/../flowad_fast/assets"
+assets="$(dirname "$0")/../../flowad_fast/assets"
 
 flowad-train \
     --output "$out" \

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import flowad_fast
-from flowad_fast.benchmarks.cases import REFERENCE, Case
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case
 from flowad_fast.detector import Detector
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.device import torch_device
@@ -62,7 +62,7 @@ def needs_artefact(engine: str) -> bool:
     return engine != REFERENCE and backend(engine).starts_from == "artefact"
 
 
-def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | None) -> Detector:
+def start(case: Case, model: FlowModel | None, artefact: str | None) -> Detector:
     """The case's engine, from an artefact (a bundle) or from the model.
 
     Raises:
@@ -72,25 +72,20 @@ def start(case: Case, model: FlowModel | None, scorer: Scorer, artefact: str | N
         return flowad_fast.load(artefact, engine=case.engine, device=case.device)
     assert model is not None, "without an artefact there is a model"
     if case.engine == REFERENCE:
-        return _around(ReferenceEngine(model, scorer, case.device), model)
+        return Detector(ReferenceEngine(model, case.scorer, case.device), model.spec)
     if case.engine == "cudagraph":
         from flowad_fast.engines.cudagraph import CudaGraphEngine
 
         # Only the row's own batch: other captures would count as its memory.
-        how = Arithmetic(case.precision, operators(case.ops))  # type: ignore[arg-type]
-        pipeline = ScoringPipeline(model, scorer, "max", how)
+        pipeline = ScoringPipeline(model, case.scorer, "max", Arithmetic(case.precision, operators(case.ops)))
         engine = CudaGraphEngine(pipeline, case.device, (case.batch,), measure_products=case.products == "measured")
-        return _around(engine, model)
+        return Detector(engine, model.spec)
     return Detector.from_model(
-        model, scorer, engine=case.engine, precision=case.precision, device=case.device, ops=case.ops  # type: ignore[arg-type]
-    )  # fmt: skip
+        model, case.scorer, engine=case.engine, precision=case.precision, device=case.device, ops=case.ops
+    )
 
 
-def _around(engine: Engine, model: FlowModel) -> Detector:
-    return Detector(engine, model.spec)
-
-
-def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, folder: Path) -> str:
+def export(case: Case, model: FlowModel, frames: np.ndarray, folder: Path) -> str:
     """A bundle with the artefact that the case's engine runs; returns its folder.
 
     Raises:
@@ -103,8 +98,8 @@ def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, fol
         raise EngineUnavailableError(f"no export format makes what the engine {case.engine} runs")
     batch = (1, case.batch, case.batch)
     result = export_bundle(
-        model, scorer, folder / "bundle", formats=(name,), frames=frames, quiet=True, batch=batch,
-        precision=case.precision, device=case.device, frame_size=frames.shape[1:3],  # type: ignore[arg-type]
+        model, case.scorer, folder / "bundle", formats=(name,), frames=frames, quiet=True, batch=batch,
+        precision=case.precision, device=case.device, frame_size=(frames.shape[1], frames.shape[2]),
     )  # fmt: skip
     outcome = result.outcomes[name]
     if outcome.status == FAILED_PARITY:
@@ -114,7 +109,7 @@ def export(case: Case, model: FlowModel, scorer: Scorer, frames: np.ndarray, fol
     return str(result.path)
 
 
-def device_times(detector: Detector, frames: np.ndarray, classes: list[str] | None, n: int) -> list[float]:
+def device_times(detector: Detector, frames: np.ndarray, classes: list[str | int] | None, n: int) -> list[float]:
     """Milliseconds on the GPU of `n` calls, frames already there and results left there, by events.
 
     Empty where the engine has no such entry (its frames always come from the host).

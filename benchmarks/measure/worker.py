@@ -1,13 +1,14 @@
 """The process that measures one case. It obeys its parent command by command, so that two cases can take turns.
 
-A fresh process a case makes memory figures clean, and a crash costs one row.
+A fresh process per case makes memory figures clean, and a crash costs one row.
 """
 
 import gc
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ import numpy as np
 import torch
 
 from flowad_fast import bundle
-from flowad_fast.benchmarks import engines, roofs
-from flowad_fast.benchmarks.cases import Case, function_evaluations, load_model, make_frames
-from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
-from flowad_fast.detector import Detector
+from flowad_fast.benchmarks.measure import engines, roofs
+from flowad_fast.benchmarks.measure.cases import Case, load_model, make_frames
+from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
+from flowad_fast.benchmarks.record.record import Memory, Roofs, Status
+from flowad_fast.config import Precision
+from flowad_fast.detector import Detection, Detector
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.kernels import reference as ops
+from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.decision import calibrate
 from flowad_fast.stages.score import image_score
@@ -31,6 +35,38 @@ from flowad_fast.stages.scorers import Density, Scorer
 
 INDEPENDENT_PROBES = 10
 """Probes of the independent density estimate that every density row is compared with."""
+
+
+class WorkerError(Exception):
+    """A command that a worker did not carry out; `status` and `reason` go into the row."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A case that is ready: what runs, and how long each step took, as `Row` has it."""
+
+    ran: str
+    details: dict[str, Any]
+    load_s: float
+    start_s: float
+    compile_s: float
+    first_call_s: float
+    nfe: int
+    frames: str
+    frame_size: tuple[int, int]
+    shape: VelocityShape
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Milliseconds of some calls: host frames to host verdict, and the device's own time where it is known."""
+
+    ms: list[float]
+    device_ms: list[float]
 
 
 class Worker:
@@ -42,9 +78,9 @@ class Worker:
         self.memory: PeakMemory
         self.device: torch.device
 
-    def load(self, case: dict[str, Any], artefact: str | None = None) -> dict[str, Any]:
+    def load(self, case: Case, artefact: str | None = None) -> Loaded:
         """Load the model, start the engine, and run the first call; each timed on its own."""
-        self.case = Case(**case)
+        self.case = case
         self.device = torch_device(self.case.device)
         if self.device.type == "cpu":
             limit_to_available()
@@ -56,8 +92,7 @@ class Worker:
         else:
             model, spec = None, bundle.read(artefact, verify=False)[1].model
         loaded = time.perf_counter()
-        self.scorer = self.case.make_scorer()
-        self.detector = engines.start(self.case, model, self.scorer, artefact)
+        self.detector = engines.start(case, model, artefact)
         # The engine holds what it needs; the training form's weights must not count as the engine's memory.
         del model
         gc.collect()
@@ -65,8 +100,6 @@ class Worker:
         frames, source = make_frames(self.case, max(self.case.parity_frames, 1), spec.image.size)
         self.distinct = frames
         self.batch = frames[np.arange(self.case.batch) % len(frames)]
-        names = spec.class_names if spec.velocity.use_class_labels else ()
-        self.classes = [names[i % len(names)] for i in range(len(frames))] if names else None
         self.memory = PeakMemory(self.device)
         before = time.perf_counter()
         self.detector.prepare(*self.batch.shape[1:3])
@@ -76,55 +109,43 @@ class Worker:
         # A verdict needs thresholds; these make every call take the whole way from frame to verdict.
         self.detector.calibration = calibrate(first.raw_score, 0.5, first.classes)
         velocity = spec.velocity
-        return {
-            "engine": first.engine,
-            "details": self.detector.details,
-            "load_s": round(loaded - start, 3),
-            "start_s": round(started - loaded, 3),
-            "compile_s": round(prepared - before, 3),
-            "first_call_s": round(first_call, 3),
-            "nfe": function_evaluations(self.scorer, velocity),
-            "frames": source,
-            "frame_size": list(frames.shape[1:3]),
-            "shape": {
-                "hidden": velocity.hidden_size,
-                "depth": velocity.depth,
-                "heads": velocity.num_heads,
-                "tokens": velocity.tokens,
-                "channels": velocity.channels * velocity.patch_size**2,
-                "mlp": velocity.mlp_hidden,
-                "image": spec.image.size,
-            },
-        }
+        return Loaded(
+            ran=first.engine,
+            details=self.detector.details,
+            load_s=round(loaded - start, 3),
+            start_s=round(started - loaded, 3),
+            compile_s=round(prepared - before, 3),
+            first_call_s=round(first_call, 3),
+            nfe=case.scorer.evaluations(velocity),
+            frames=source,
+            frame_size=(frames.shape[1], frames.shape[2]),
+            shape=VelocityShape(
+                hidden=velocity.hidden_size,
+                depth=velocity.depth,
+                heads=velocity.num_heads,
+                tokens=velocity.tokens,
+                channels=velocity.channels * velocity.patch_size**2,
+                mlp=velocity.mlp_hidden,
+                image=spec.image.size,
+            ),
+        )
 
-    def run(self, n: int) -> dict[str, Any]:
+    def run(self, n: int) -> Samples:
         """`n` calls: host frames to host verdict in ms, and the device's own time where events can be placed."""
-        wall, device = [], []
+        wall = []
         for _ in range(n):
             start = time.perf_counter()
             _ = self._score(self.batch).verdict
             wall.append((time.perf_counter() - start) * 1e3)
-        if self.device.type == "cuda":
-            device = engines.device_times(self.detector, self.batch, self._classes(self.batch), n)
-        return {"ms": wall, "device_ms": device}
+        if self.device.type != "cuda":
+            return Samples(wall, [])
+        return Samples(wall, engines.device_times(self.detector, self.batch, self._classes(self.batch), n))
 
-    def line(self, rate: float, frames: int, deadline_ms: float) -> dict[str, Any]:
-        """Frames arrive every 1/rate s whether or not the last one is done; latency counts from arrival to verdict."""
-        latencies = []
-        start = time.perf_counter() + 0.05
-        for i in range(frames):
-            arrival = start + i / rate
-            while (wait := arrival - time.perf_counter()) > 0:
-                time.sleep(min(wait, 0.001) if wait > 0.002 else 0)
-            _ = self._score(self.batch).verdict
-            latencies.append((time.perf_counter() - arrival) * 1e3)
-        return {"ms": latencies, "misses": sum(v > deadline_ms for v in latencies)}
-
-    def peak(self) -> dict[str, Any]:
+    def peak(self) -> Memory:
         """Peak memory since the engine was started."""
         return self.memory.read()
 
-    def outputs(self, path: str) -> dict[str, Any]:
+    def outputs(self, path: Path) -> None:
         """Map and score of the distinct frames, in the very batch that is timed, written to `path`."""
         maps, raw = [], []
         for i in range(0, len(self.distinct), self.case.batch):
@@ -134,37 +155,37 @@ class Worker:
             maps.append(got.map[:wanted])
             raw.append(got.raw_score[:wanted])
         np.savez(path, maps=np.concatenate(maps), raw=np.concatenate(raw))
-        return {}
 
-    def export(self, case: dict[str, Any], folder: str) -> dict[str, Any]:
-        """Make the artefact that the case's engine runs, in a process of its own so that it leaves no memory behind."""
-        self.case = Case(**case)
+    def export(self, case: Case, folder: Path) -> tuple[str, float]:
+        """Make the artefact that the case's engine runs, in a process of its own so that it leaves no memory behind.
+
+        Returns:
+            The bundle's folder, and seconds.
+        """
         start = time.perf_counter()
-        model = load_model(self.case)
-        frames, _ = make_frames(self.case, 1, model.spec.image.size)
-        path = engines.export(self.case, model, self.case.make_scorer(), frames[:1], Path(folder))
-        return {"artefact": path, "export_s": round(time.perf_counter() - start, 3)}
+        model = load_model(case)
+        frames, _ = make_frames(case, 1, model.spec.image.size)
+        path = engines.export(case, model, frames[:1], folder)
+        return path, round(time.perf_counter() - start, 3)
 
-    def expected(self, case: dict[str, Any], path: str, independent: str | None) -> dict[str, Any]:
+    def expected(self, case: Case, path: Path, independent: Path | None) -> None:
         """The fp32 reference's map and score of the same frames; for density also an independent estimate's.
 
         `independent` is a file that is made when it is missing: it serves every number of probes.
         """
-        self.case = Case(**case)
-        self.device = torch_device(self.case.device)
-        model = load_model(self.case).to(self.device)
-        scorer = self.case.make_scorer()
-        frames, _ = make_frames(self.case, max(self.case.parity_frames, 1), model.spec.image.size)
+        device = torch_device(case.device)
+        model = load_model(case).to(device)
+        frames, _ = make_frames(case, max(case.parity_frames, 1), model.spec.image.size)
         y = None
         if model.config.use_class_labels:
             y = torch.arange(len(frames)) % model.config.num_classes
-        with arithmetic("fp32", self.device):
-            return self._expected(model, scorer, frames, y, path, independent)
+        with arithmetic("fp32", device):
+            self._expected(model, case.scorer, frames, y, path, independent)
 
     def _expected(
-        self, model: FlowModel, scorer: Scorer, frames: np.ndarray, y: torch.Tensor | None, path: str,
-        independent: str | None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self, model: FlowModel, scorer: Scorer, frames: np.ndarray, y: torch.Tensor | None, path: Path,
+        independent: Path | None,
+    ) -> None:  # fmt: skip
         cells = []
         for i in range(len(frames)):
             y1 = None if y is None else y[i : i + 1]
@@ -173,7 +194,7 @@ class Worker:
         maps = ops.upsample(torch.cat(cells), model.spec.image.size)
         raw = image_score(maps, "max")
         np.savez(path, maps=maps.cpu().numpy(), raw=raw.cpu().numpy(), cells=torch.cat(cells).cpu().numpy())
-        if isinstance(scorer, Density) and independent is not None and not Path(independent).exists():
+        if isinstance(scorer, Density) and independent is not None and not independent.exists():
             other = Density(steps=scorer.steps, probes=INDEPENDENT_PROBES, seed=scorer.seed + 1)
             pairs = [
                 other.map_with_error(model, model.features(frames[i : i + 1]), None if y is None else y[i : i + 1])
@@ -181,19 +202,21 @@ class Worker:
             ]
             found, errors = (torch.cat(part).cpu().numpy() for part in zip(*pairs, strict=True))
             np.savez(independent, cells=found, errors=errors)
-        return {}
 
-    def roofs(self, **what: Any) -> dict[str, Any]:
+    def roofs(
+        self, shape: VelocityShape, rows: Sequence[int], precisions: Sequence[Precision], device: str, seconds: float
+    ) -> Roofs:
         """Measure this machine's roofs; see `roofs.measure`."""
-        return roofs.measure(**what)
+        return roofs.measure(shape, rows, precisions, device, seconds)
 
-    def _score(self, frames: np.ndarray, first: int = 0) -> Any:
+    def _score(self, frames: np.ndarray, first: int = 0) -> Detection:
         return self.detector(frames, self._classes(frames, first))
 
-    def _classes(self, frames: np.ndarray, first: int = 0) -> list[str] | None:
-        if self.classes is None:
-            return None
-        return [self.classes[(first + i) % len(self.classes)] for i in range(len(frames))]
+    def _classes(self, frames: np.ndarray, first: int = 0) -> list[str | int] | None:
+        classes = self.detector.classes
+        labels = [classes.label(text) for text in classes.labels]
+        of = [(first + i) % len(self.distinct) for i in range(len(frames))]
+        return [labels[i % len(labels)] for i in of] if labels else None
 
 
 def serve(pipe: Connection, log: str) -> None:
@@ -207,22 +230,18 @@ def serve(pipe: Connection, log: str) -> None:
     worker = Worker()
     while True:
         try:
-            do, arguments = pipe.recv()
+            do, arguments, more = pipe.recv()
         except (EOFError, OSError):
             return
-        method: Callable[..., dict[str, Any]] = getattr(worker, do)
         try:
-            answer = {"status": "ok", **method(**arguments)}
+            answer = getattr(worker, do)(*arguments, **more)
         except EngineUnavailableError as error:
-            answer = {"status": "not available", "reason": str(error)}
+            answer = WorkerError("not available", str(error))
         except ParityError as error:
-            answer = {"status": "failed parity", "reason": str(error)}
+            answer = WorkerError("failed parity", str(error))
         except Exception as error:
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
             traceback.print_exc()
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            answer = {
-                "status": "out of memory" if memory else "failed",
-                "reason": f"{type(error).__name__}: {first}"[:500],
-            }
+            answer = WorkerError("out of memory" if memory else "failed", f"{type(error).__name__}: {first}"[:500])
         pipe.send(answer)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reported:
-    """A method's reported speed (frames a second) and memory (GB); None where the table has a dash."""
+    """A method's reported speed (frames per second) and memory (GB); None where the table has a dash."""
 
     name: str
     fps: float

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flowad_fast.benchmarks.record.record import Gpu
+
 
 def _handle() -> tuple[Any, Any] | None:
     try:
@@ -15,7 +17,7 @@ def _handle() -> tuple[Any, Any] | None:
         return None
 
 
-def state() -> dict[str, Any] | None:
+def state() -> Gpu | None:
     """Name, driver, power draw and cap (W), clocks (MHz), temperature (°C) and active throttle reasons."""
     found = _handle()
     if found is None:
@@ -28,18 +30,20 @@ def state() -> dict[str, Any] | None:
         if name.startswith("nvmlClocksEventReason") and isinstance(getattr(lib, name), int)
     }
     power, cap = _ask(lib, lib.nvmlDeviceGetPowerUsage, gpu), _ask(lib, lib.nvmlDeviceGetEnforcedPowerLimit, gpu)
-    return {
-        "name": _text(_ask(lib, lib.nvmlDeviceGetName, gpu)),
-        "driver": _text(_ask(lib, lib.nvmlSystemGetDriverVersion)),
-        "power_w": None if power is None else power / 1000,
-        "power_cap_w": None if cap is None else cap / 1000,
-        "sm_clock_mhz": _ask(lib, lib.nvmlDeviceGetClockInfo, gpu, lib.NVML_CLOCK_SM),
-        "memory_clock_mhz": _ask(lib, lib.nvmlDeviceGetClockInfo, gpu, lib.NVML_CLOCK_MEM),
-        "temperature_c": _ask(lib, lib.nvmlDeviceGetTemperature, gpu, lib.NVML_TEMPERATURE_GPU),
-        "throttle_reasons": None
+    return Gpu(
+        name=_text(_ask(lib, lib.nvmlDeviceGetName, gpu)),
+        driver=_text(_ask(lib, lib.nvmlSystemGetDriverVersion)),
+        power_w=None if power is None else power / 1000,
+        power_cap_w=None if cap is None else cap / 1000,
+        sm_clock_mhz=_ask(lib, lib.nvmlDeviceGetClockInfo, gpu, lib.NVML_CLOCK_SM),
+        memory_clock_mhz=_ask(lib, lib.nvmlDeviceGetClockInfo, gpu, lib.NVML_CLOCK_MEM),
+        temperature_c=_ask(lib, lib.nvmlDeviceGetTemperature, gpu, lib.NVML_TEMPERATURE_GPU),
+        throttle_reasons=None
         if reasons is None
-        else sorted(name for bit, name in names.items() if bit and reasons & bit and name not in ("None", "All")),
-    }
+        else tuple(
+            sorted(name for bit, name in names.items() if bit and reasons & bit and name not in ("None", "All"))
+        ),
+    )
 
 
 def process_memory(pid: int) -> int | None:

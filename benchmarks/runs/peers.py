@@ -2,7 +2,7 @@
 PatchCore and PaDiM at 256x256.
 
     python -m venv peers && peers/bin/pip install anomalib -c constraints.txt && peers/bin/pip install -e .
-    peers/bin/python -m flowad_fast.benchmarks.peers --output benchmarks/results/peers-MACHINE.json
+    peers/bin/python -m flowad_fast.benchmarks.runs.peers --output benchmarks/results/peers-MACHINE.json
 
 An optional script for an environment of its own, since anomalib brings many packages. Weights are random (speed does
 not depend on them); PaDiM and PatchCore are fitted on random features, PatchCore with anomalib's defaults for a set of
@@ -10,7 +10,7 @@ not depend on them); PaDiM and PatchCore are fitted on random features, PatchCor
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,10 +21,13 @@ import torch
 import typer
 from torch import Tensor
 
-from flowad_fast.benchmarks import clock, harness, record
-from flowad_fast.benchmarks.cases import Case, make_frames, scorer_options
-from flowad_fast.benchmarks.environment import environment, moment
-from flowad_fast.benchmarks.memory import PeakMemory, limit_to_available
+from flowad_fast.benchmarks.measure import harness
+from flowad_fast.benchmarks.measure.cases import Case, make_scorer, random_pictures
+from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
+from flowad_fast.benchmarks.measure.turns import Effort, measured
+from flowad_fast.benchmarks.record import record
+from flowad_fast.benchmarks.record.record import Record, Roofs, Row
 from flowad_fast.cli import common
 from flowad_fast.config import ImageConfig
 from flowad_fast.engines.device import torch_device
@@ -35,7 +38,7 @@ from flowad_fast.stages.image import normalise
 GOOD_PARTS = 200
 """Good parts that PatchCore's memory bank stands for: about a category of MVTec AD."""
 PATCHES, CORESET, WIDTH = 32 * 32, 0.1, 512 + 1024
-"""Patches a part at 256 pixels, anomalib's default share of them that is kept, and channels of its default layers."""
+"""Patches per part at 256 pixels, anomalib's default share of them that is kept, and channels of its default layers."""
 
 
 def cflow() -> Any:
@@ -80,13 +83,9 @@ PEERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def measure(name: str, batch: int, device: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, batch: int, device: str, seconds: float) -> Row:
     """One peer's row, from frames in host memory to map and score in host memory."""
-    row: dict[str, Any] = {
-        "method": name, "name": name, "batch": batch, "preset": "peers", "scorer": name, "engine": "anomalib",
-        "precision": "fp32", "ops": "reference", "mode": "offline", "probes": None, "nfe": None, "status": "ok",
-        "reason": None,
-    }  # fmt: skip
+    row = Row(method=name, name=name, batch=batch, preset="peers", scorer=name, engine="anomalib", status="ok")
     where = torch_device(device)
     if where.type == "cpu":
         limit_to_available()
@@ -94,9 +93,9 @@ def measure(name: str, batch: int, device: str, seconds: float) -> dict[str, Any
     try:
         model = PEERS[name]().to(where).eval()
     except ImportError as error:
-        return row | {"status": "not available", "reason": f"{error}; pip install anomalib"}
+        return row.without_speed("not available", f"{error}; pip install anomalib")
     loaded = time.perf_counter()
-    frames, source = make_frames(Case("tiny", scorer_options("inversion", 3, 1), "eager"), batch, 256)
+    frames, source = random_pictures(batch, 256), "random pictures"
 
     def call() -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
@@ -110,7 +109,7 @@ def measure(name: str, batch: int, device: str, seconds: float) -> dict[str, Any
     maps, _ = call()
     first = time.perf_counter() - before
     if maps.shape[0] != batch or not np.isfinite(maps).all():
-        return row | {"status": "failed", "reason": f"the map is {maps.shape} or not finite"}
+        return row.without_speed("failed", f"the map is {maps.shape} or not finite")
     call()
     samples: list[float] = []
     end = time.perf_counter() + seconds
@@ -118,21 +117,18 @@ def measure(name: str, batch: int, device: str, seconds: float) -> dict[str, Any
         begin = time.perf_counter()
         call()
         samples.append((time.perf_counter() - begin) * 1e3)
-    return row | {
-        "frames": source,
-        "frame_size": [256, 256],
-        "load_s": round(loaded - start, 3),
-        "first_call_s": round(first, 3),
-        "latency_ms": clock.summary(samples),
-        "stability": clock.stability(samples),
-        "fps": round(1e3 * batch * len(samples) / sum(samples), 4),
-        "memory_mb": memory.read(),
-    }
+    return row.but(
+        frames=source,
+        frame_size=(256, 256),
+        load_s=round(loaded - start, 3),
+        first_call_s=round(first, 3),
+        measured=measured(batch, samples, [], memory.read()),
+    )
 
 
 def run(
-    names: list[str], batch: int, device: str, seconds: float, ours: list[Case], tell: harness.Tell
-) -> dict[str, Any]:
+    names: Sequence[str], batch: int, device: str, seconds: float, ours: Sequence[Case], tell: harness.Tell
+) -> Record:
     """Every peer in a process of its own, then `ours` by the harness: one record."""
     before = moment()
     rows = []
@@ -140,18 +136,19 @@ def run(
         tell(name)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             rows.append(pool.submit(measure, name, batch, device, seconds).result())
-    effort = harness.Effort(seconds=seconds)
-    own = harness.run(ours, effort, tell) if ours else {"cases": [], "roofs": {}}
-    rows += [row | {"method": f"flowad-fast {row['preset']}, {row['name']}"} for row in own["cases"]]
-    return {
-        "schema": record.SCHEMA,
-        "kind": "peers",
-        "title": f"Peers, batch {batch}: anomalib's models beside ours, same frames, same clock",
-        "preset": "peers",
-        "environment": {**environment(), "anomalib": _anomalib(), "before": before, "after": moment()},
-        "cases": rows,
-        "roofs": own["roofs"],
-    }
+    roofs = Roofs(reason="no row of ours was measured")
+    if ours:
+        own = harness.run(ours, Effort(seconds=seconds), tell)
+        rows += [row.but(method=f"flowad-fast {row.preset}, {row.name}") for row in own.cases]
+        roofs = own.roofs
+    return Record(
+        kind="peers",
+        title=f"Peers, batch {batch}: anomalib's models beside ours, same frames, same clock",
+        preset="peers",
+        environment=environment(before, anomalib=_anomalib()),
+        cases=tuple(rows),
+        roofs=roofs,
+    )
 
 
 def _anomalib() -> str:
@@ -169,25 +166,23 @@ def peers(
     output: Annotated[Path, typer.Option(help="The record.")],
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(PEERS),
     preset: Annotated[str, typer.Option(help="Our presets to measure beside them; empty for none.")] = "demo,small",
-    batch: Annotated[int, typer.Option(help="Frames a call.")] = 1,
+    batch: Annotated[int, typer.Option(help="Frames per call.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 10.0,
 ) -> None:
     """Measure anomalib's models beside ours and write a record."""
     _anomalib()
     ours = [
-        Case(one, scorer_options("inversion", 3, 1), "eager", batch=batch, device=device, frame_size=256)
+        Case(one, make_scorer("inversion"), "eager", batch=batch, device=device, frame_size=256)
         for one in preset.split(",")
         if one
     ]
     with common.status("measuring") as tell:
         found = run(methods.split(","), batch, device, seconds, ours, tell)
     record.write(found, output)
-    for row in found["cases"]:
-        ok = row["status"] == "ok"
-        common.out.print(
-            f"{row['method']}: " + (f"{row['fps']:.2f} FPS" if ok else f"{row['status']}: {row['reason']}")
-        )
+    for row in found.cases:
+        said = f"{row.measured.fps:.2f} FPS" if row.measured else f"{row.status}: {row.reason}"
+        common.out.print(f"{row.method}: {said}")
     common.out.print(f"written: {output}", highlight=False)
 
 
