@@ -12,7 +12,7 @@ from flowad_fast.benchmarks.measure import roofs
 from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, is_bundle, reference_of
 from flowad_fast.benchmarks.measure.engines import needs_artefact
 from flowad_fast.benchmarks.measure.environment import environment, moment
-from flowad_fast.benchmarks.measure.gate import OF_REFERENCE, Expected, judged
+from flowad_fast.benchmarks.measure.gate import Expected, judged
 from flowad_fast.benchmarks.measure.processes import Process, started
 from flowad_fast.benchmarks.measure.turns import Effort, Turn, measured, paired, take_turns
 from flowad_fast.benchmarks.measure.worker import Loaded, Worker, WorkerError
@@ -119,7 +119,6 @@ def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort,
                 ref_row = ref_row.but(
                     measured=measured(reference.batch, ours, device, ref.ask(Worker.peak)),
                     ratio_to_reference=Ratio(speed=1, low=1, high=1, pairs=0, memory=1),
-                    parity=OF_REFERENCE,
                 )
             except WorkerError as error:
                 ref_row = ref_row.without_speed(error.status, error.reason)
@@ -151,7 +150,7 @@ def _beside(row: Row, reference: Row) -> Row:
         return row.but(note=note)
     mine, its = ours.memory_mb.footprint, theirs.memory_mb.footprint
     memory = None if mine is None or its is None else round(its / max(mine, 1.0), 3)
-    return row.but(ratio_to_reference=row.ratio_to_reference.model_copy(update={"memory": memory}))
+    return row.but(ratio_to_reference=row.ratio_to_reference.but(memory=memory))
 
 
 def _said(row: Row) -> str:
@@ -236,5 +235,5 @@ def _roofs(rows: Sequence[Row], device: str, folder: Path, effort: Effort) -> Ro
         except WorkerError as error:
             return Roofs(reason=error.reason)
         # Of several models in one run, each has its products; the copy bandwidth is the machine's.
-        found = one if found is None else found.model_copy(update={"gemm": found.gemm + one.gemm})
+        found = one if found is None else found.but(gemm=found.gemm + one.gemm)
     return found or Roofs(reason="no row was measured")
