@@ -14,6 +14,7 @@ from flowad_fast.benchmarks.measure.cases import (
     PRESETS,
     REFERENCE,
     Case,
+    empty_row,
     expand,
     make_frames,
     make_scorer,
@@ -24,9 +25,9 @@ from flowad_fast.benchmarks.measure.cases import (
     spec_of,
 )
 from flowad_fast.benchmarks.measure.processes import started
-from flowad_fast.benchmarks.measure.turns import Effort
+from flowad_fast.benchmarks.measure.turns import Effort, Turn
 from flowad_fast.benchmarks.measure.turns import measured as figures_of
-from flowad_fast.benchmarks.measure.worker import Worker, WorkerError
+from flowad_fast.benchmarks.measure.worker import Samples, Worker, WorkerError
 from flowad_fast.benchmarks.record import clock, compare, paper, record, report, scaling
 from flowad_fast.benchmarks.record.record import Memory, NoProducts, Products, Ratio, Record, Row
 from flowad_fast.benchmarks.runs import gpu_check, ladder
@@ -163,10 +164,10 @@ def test_running_out_of_memory_is_a_status(tmp_path):
 
 def test_a_row_that_computes_something_else_has_no_speed(tmp_path):
     memory = Memory(idle=1, peak=2, above_idle=1)
-    row = harness.empty_row(tiny()).but(
+    row = empty_row(tiny()).but(
         ran="eager on cpu",
         frames="random pictures",
-        measured=figures_of(1, [1.0, 1.0, 1.0], [], memory),
+        measured=figures_of(1, [Samples([1.0, 1.0, 1.0], [])], memory),
         ratio_to_reference=Ratio(speed=2, low=1, high=3, pairs=3),
     )
     rng = np.random.default_rng(0)
@@ -417,7 +418,7 @@ def test_an_engine_without_memory_beside_the_reference_is_measured_after_it(monk
 
     def crowded(case: Case, ref: object, *rest) -> tuple:
         if ref is not None:
-            return harness.empty_row(case, "out of memory", "fake"), []
+            return empty_row(case, "out of memory", "fake"), []
         return candidate(case, ref, *rest)
 
     monkeypatch.setattr(harness, "_candidate", crowded)
@@ -425,6 +426,15 @@ def test_an_engine_without_memory_beside_the_reference_is_measured_after_it(monk
     assert (reference.status, row.status) == ("ok", "ok") and reference.measured.latency_ms.n >= 3
     assert row.ratio_to_reference is None and row.parity.passed
     assert re.search(r"both do not fit in memory; the reference path's median is \d+\.\d\d times", row.note)
+
+
+def test_the_reference_is_not_credited_with_calls_of_a_candidate(monkeypatch):
+    """In single-stream mode a candidate runs on its own at the end."""
+    turns = [Turn(Samples([1.0], []), Samples([10.0], []))] * 3 + [Turn(Samples([1.0] * 5, []), None)]
+    monkeypatch.setattr(harness, "take_turns", lambda *_: turns)
+    reference, row = harness.run([tiny(mode="single-stream")], EFFORT, quiet).cases
+    assert reference.measured.latency_ms.raw == (10.0,) * 3 and row.measured.latency_ms.raw == (1.0,) * 8
+    assert (row.ratio_to_reference.speed, row.ratio_to_reference.pairs) == (10, 3)
 
 
 def test_a_reference_that_does_not_run_costs_the_ratio_only(monkeypatch):
@@ -440,7 +450,7 @@ def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch, measured):
 
     def run(cases: list[Case], *_, **__) -> Record:
         asked.append(cases)
-        return measured.but(cases=tuple(harness.empty_row(case) for case in cases))
+        return measured.but(cases=tuple(empty_row(case) for case in cases))
 
     monkeypatch.setattr(ladder.harness, "run", run)
     rows = {(row.rung, row.rung_name): row for row in ladder.run(tiny(), EFFORT, quiet).cases}

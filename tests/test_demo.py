@@ -12,7 +12,7 @@ from PIL import Image
 from flowad_fast.benchmarks.demo import demo
 from flowad_fast.benchmarks.demo.gaussian import SHRINKAGE, PositionGaussians
 from flowad_fast.benchmarks.measure import harness
-from flowad_fast.benchmarks.measure.cases import Case, make_scorer, random_model, spec_of
+from flowad_fast.benchmarks.measure.cases import Case, empty_row, make_scorer, random_model, spec_of
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.record.record import Latency, Measured, Memory, Parity, Ratio, Record, Stability
 from flowad_fast.cli.inspect import ResultFile, bundle_identity
@@ -43,7 +43,7 @@ def judged(bundles, cells, tmp_path_factory):
 def row(status="ok"):
     """A benchmark row as the harness makes it."""
     case = Case("demo", make_scorer("density", probes=10), "eager")
-    return harness.empty_row(case, status, "a reason").but(nfe=3)
+    return empty_row(case, status, "a reason").but(nfe=3)
 
 
 def record():
