@@ -12,7 +12,7 @@ from PIL import Image
 from flowad_fast.benchmarks.demo import demo
 from flowad_fast.benchmarks.demo.gaussian import SHRINKAGE, PositionGaussians
 from flowad_fast.benchmarks.measure import harness
-from flowad_fast.benchmarks.measure.cases import Case, make_scorer, random_model, spec_of
+from flowad_fast.benchmarks.measure.cases import Case, empty_row, make_scorer, random_model, spec_of
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.record.record import Latency, Measured, Memory, Parity, Ratio, Record, Stability
 from flowad_fast.data.images import read_frame
@@ -43,7 +43,7 @@ def judged(bundles, cells, tmp_path_factory):
 def row(status="ok"):
     """A benchmark row as the harness makes it."""
     case = Case("demo", make_scorer("density", probes=10), "eager")
-    return harness.empty_row(case, status, "a reason").but(nfe=3)
+    return empty_row(case, status, "a reason").but(nfe=3)
 
 
 def record():
@@ -56,9 +56,22 @@ def record():
             stability=Stability(verdict="noisy", spread=0.3, drift=0.1),
         ),
         ratio_to_reference=Ratio(speed=1.7, low=1.5, high=1.9, pairs=3, memory=4.2),
-        parity=Parity(passed=True, max_error=2e-6, map_spearman=0.9999),
+        parity=Parity(
+            passed=True,
+            frames=4,
+            source="cells",
+            device="cpu",
+            scale=1,
+            max_error=2e-6,
+            rms_error=1e-7,
+            spearman=1,
+            score_error=0,
+            tolerance=1e-3,
+            rms_tolerance=1e-4,
+            map_spearman=0.9999,
+        ),  # fmt: skip
     )
-    here = environment(moment()).model_copy(update={"gpu": None, "cpu": "A <CPU> & more"})
+    here = environment(moment()).but(gpu=None, cpu="A <CPU> & more")
     return Record(preset="demo", environment=here, cases=(measured, row("not available")))
 
 
@@ -116,6 +129,7 @@ def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bun
     for text in (f"{outcome.image_auroc:.3f}", f"{baseline.image_auroc:.3f}", "not available", "a reason", "1.70 ("):
         assert text in html
     assert "A &lt;CPU&gt; &amp; more" in html
+    assert max(table.count("<th>") for table in html.split("<table>")) <= 14, "wider than a window of 1,300 pixels"
     assert {kind: len(part) for kind, part in rows.items()} == dict.fromkeys(demo._KINDS, 3)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flowad_fast import bundle
+from flowad_fast.benchmarks.record.record import Row, Status
 from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Precision, VelocityConfig, validated
 from flowad_fast.engines.device import torch_device
@@ -227,6 +228,26 @@ def expand(
 def reference_of(case: Case) -> Case:
     """The reference path on the same work."""
     return replace(case, engine=REFERENCE, precision="fp32", ops="reference", products="measured")
+
+
+def empty_row(case: Case, status: Status = "ok", reason: str | None = None) -> Row:
+    """What is known of a row before it is measured."""
+    return Row(
+        name=case.name,
+        preset=case.preset,
+        mode=case.mode,
+        scorer=case.scorer.kind,
+        options=case.scorer,
+        engine=case.engine,
+        precision=case.precision,
+        ops=case.ops,
+        products=case.products if case.engine == "cudagraph" else None,
+        batch=case.batch,
+        steps=case.scorer.steps,
+        probes=case.probes,
+        status=status,
+        reason=reason,
+    )
 
 
 def is_bundle(preset: str) -> bool:

@@ -11,8 +11,6 @@ from flowad_fast.benchmarks.record.record import DensityError, Parity, Row
 from flowad_fast.errors import ParityError
 from flowad_fast.export.verify import compare
 
-OF_REFERENCE = Parity(passed=True, note="the reference itself; reverse mode has noise of its own")
-
 
 @dataclass(frozen=True)
 class Expected:

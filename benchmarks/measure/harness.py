@@ -9,14 +9,14 @@ from itertools import groupby
 from pathlib import Path
 
 from flowad_fast.benchmarks.measure import roofs
-from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, is_bundle, reference_of
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, empty_row, is_bundle, reference_of
 from flowad_fast.benchmarks.measure.engines import needs_artefact
 from flowad_fast.benchmarks.measure.environment import environment, moment
-from flowad_fast.benchmarks.measure.gate import OF_REFERENCE, Expected, judged
+from flowad_fast.benchmarks.measure.gate import Expected, judged
 from flowad_fast.benchmarks.measure.processes import Process, started
 from flowad_fast.benchmarks.measure.turns import Effort, Turn, measured, paired, take_turns
-from flowad_fast.benchmarks.measure.worker import Loaded, Worker, WorkerError
-from flowad_fast.benchmarks.record.record import Ratio, Record, Roofs, Row, Status
+from flowad_fast.benchmarks.measure.worker import Worker, WorkerError
+from flowad_fast.benchmarks.record.record import Ratio, Record, Roofs, Row
 from flowad_fast.config import Precision
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.files import digest
@@ -97,7 +97,7 @@ def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort,
         ref_row = empty_row(reference)
         ref: Process | None = process
         try:
-            ref_row = _loaded(ref_row, process.ask(Worker.load, reference))
+            ref_row = process.ask(Worker.load, reference)
         except WorkerError as error:
             ref_row, ref = ref_row.without_speed(error.status, error.reason), None
             process.close()  # what a process holds that failed would be missing for the others
@@ -113,13 +113,11 @@ def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort,
             rows.append(row)
         if ref is not None:
             try:
-                taken = taken or take_turns(ref, None, effort, reference.mode)
-                ours = [v for turn in taken for v in (turn.theirs or turn.ours)]
-                device = [v for turn in taken for v in (turn.their_device or turn.device)]
+                theirs = [turn.theirs for turn in taken if turn.theirs]
+                theirs = theirs or [turn.ours for turn in take_turns(ref, None, effort, reference.mode)]
                 ref_row = ref_row.but(
-                    measured=measured(reference.batch, ours, device, ref.ask(Worker.peak)),
+                    measured=measured(reference.batch, theirs, ref.ask(Worker.peak)),
                     ratio_to_reference=Ratio(speed=1, low=1, high=1, pairs=0, memory=1),
-                    parity=OF_REFERENCE,
                 )
             except WorkerError as error:
                 ref_row = ref_row.without_speed(error.status, error.reason)
@@ -151,7 +149,7 @@ def _beside(row: Row, reference: Row) -> Row:
         return row.but(note=note)
     mine, its = ours.memory_mb.footprint, theirs.memory_mb.footprint
     memory = None if mine is None or its is None else round(its / max(mine, 1.0), 3)
-    return row.but(ratio_to_reference=row.ratio_to_reference.model_copy(update={"memory": memory}))
+    return row.but(ratio_to_reference=row.ratio_to_reference.but(memory=memory))
 
 
 def _said(row: Row) -> str:
@@ -165,17 +163,16 @@ def _said(row: Row) -> str:
 
 def _candidate(case: Case, ref: Process | None, output: Path, folder: Path, effort: Effort) -> tuple[Row, list[Turn]]:
     """A row without its parity, and the turns that it took with the reference."""
-    row, artefact = empty_row(case), None
+    row, artefact, export_s = empty_row(case), None, None
     try:
         if needs_artefact(case.engine):
             if is_bundle(case.preset):
                 artefact = case.preset
             else:
                 with started(folder, effort.timeout) as exporter:
-                    artefact, seconds = exporter.ask(Worker.export, case, Path(tempfile.mkdtemp(dir=folder)))
-                row = row.but(export_s=seconds)
+                    artefact, export_s = exporter.ask(Worker.export, case, Path(tempfile.mkdtemp(dir=folder)))
         with started(folder, effort.timeout) as process:
-            row = _loaded(row, process.ask(Worker.load, case, artefact))
+            row = process.ask(Worker.load, case, artefact).but(export_s=export_s)
             turns = take_turns(process, ref, effort, case.mode)
             memory = process.ask(Worker.peak)
             process.ask(Worker.outputs, output)
@@ -183,34 +180,8 @@ def _candidate(case: Case, ref: Process | None, output: Path, folder: Path, effo
         return row.without_speed("not available", str(error)), []
     except WorkerError as error:
         return row.without_speed(error.status, error.reason), []
-    ours = [v for turn in turns for v in turn.ours]
-    device = [v for turn in turns for v in turn.device]
-    row = row.but(measured=measured(case.batch, ours, device, memory))
+    row = row.but(measured=measured(case.batch, [turn.ours for turn in turns], memory))
     return (row, []) if ref is None else (row.but(ratio_to_reference=paired(turns)), turns)
-
-
-def empty_row(case: Case, status: Status = "ok", reason: str | None = None) -> Row:
-    """What is known of a row before it is measured."""
-    return Row(
-        name=case.name,
-        preset=case.preset,
-        mode=case.mode,
-        scorer=case.scorer.kind,
-        options=case.scorer,
-        engine=case.engine,
-        precision=case.precision,
-        ops=case.ops,
-        products=case.products if case.engine == "cudagraph" else None,
-        batch=case.batch,
-        steps=case.scorer.steps,
-        probes=case.probes,
-        status=status,
-        reason=reason,
-    )
-
-
-def _loaded(row: Row, loaded: Loaded) -> Row:
-    return row.but(**{**asdict(loaded), "shape": loaded.shape})
 
 
 def _products(precision: Precision) -> tuple[Precision, ...]:
@@ -236,5 +207,5 @@ def _roofs(rows: Sequence[Row], device: str, folder: Path, effort: Effort) -> Ro
         except WorkerError as error:
             return Roofs(reason=error.reason)
         # Of several models in one run, each has its products; the copy bandwidth is the machine's.
-        found = one if found is None else found.model_copy(update={"gemm": found.gemm + one.gemm})
+        found = one if found is None else found.but(gemm=found.gemm + one.gemm)
     return found or Roofs(reason="no row was measured")

@@ -55,13 +55,12 @@ class PeakMemory:
         if self.device.type != "cuda":
             return found
         used = nvml.process_memory(os.getpid())
-        figures = {
-            "allocator_idle": round(self.allocated / MB, 1),
-            "allocator_peak": round(torch.cuda.max_memory_allocated(self.device) / MB, 1),
-            "allocator_reserved": round(torch.cuda.max_memory_reserved(self.device) / MB, 1),
-            "nvml_process": None if used is None else round(used / MB, 1),
-        }
-        return found.model_copy(update=figures)
+        return found.but(
+            allocator_idle=round(self.allocated / MB, 1),
+            allocator_peak=round(torch.cuda.max_memory_allocated(self.device) / MB, 1),
+            allocator_reserved=round(torch.cuda.max_memory_reserved(self.device) / MB, 1),
+            nvml_process=None if used is None else round(used / MB, 1),
+        )
 
 
 def _status(field: str) -> int:

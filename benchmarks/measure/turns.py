@@ -33,58 +33,51 @@ QUICK = Effort(seconds=3.0, least=3, extend=False, roof_seconds=0.2)
 
 @dataclass(frozen=True)
 class Turn:
-    """One block of calls of a candidate, in ms, and of the reference just before it."""
+    """One block of calls of a candidate, and of the reference just before it; None without one."""
 
-    ours: list[float]
-    device: list[float]
-    theirs: list[float]
-    their_device: list[float]
+    ours: Samples
+    theirs: Samples | None
 
 
 def take_turns(process: Process, ref: Process | None, effort: Effort, mode: Mode) -> list[Turn]:
     """Blocks of calls, reference and candidate in turn, for the time that `effort` allows."""
 
-    def block(of: Process | None, n: int) -> Samples:
-        return Samples([], []) if of is None else of.ask(Worker.run, n)
-
-    def block_size(of: Process | None) -> int:
+    def block_size(of: Process) -> int:
         """Calls per turn, after two of warm-up; short ones are grouped, so that a turn is longer than the switch."""
-        if of is None:
-            return 0
-        block(of, 1)
-        return max(1, min(50, int(50 / block(of, 1).ms[0])))
+        of.ask(Worker.run, 1)
+        return max(1, min(50, int(50 / of.ask(Worker.run, 1).ms[0])))
 
-    ours_size, theirs_size = block_size(process), block_size(ref)
+    ours_size, theirs_size = block_size(process), block_size(ref) if ref else 0
     turns: list[Turn] = []
     begun, allowed = time.perf_counter(), effort.seconds
     while True:
-        theirs, ours = block(ref, theirs_size), block(process, ours_size)
-        turns.append(Turn(ours.ms, ours.device_ms, theirs.ms, theirs.device_ms))
+        theirs = ref.ask(Worker.run, theirs_size) if ref else None
+        turns.append(Turn(process.ask(Worker.run, ours_size), theirs))
         spent = time.perf_counter() - begun
         least = effort.least if spent / len(turns) < 10 else min(effort.least, 3)
         if len(turns) >= least and (spent > allowed or len(turns) * ours_size >= effort.most):
-            noisy = clock.stability([float(np.median(t.ours)) for t in turns]).verdict == "noisy"
+            noisy = clock.stability([turn.ours.median for turn in turns]).verdict == "noisy"
             if not (noisy and effort.extend and allowed == effort.seconds and spent < 4 * allowed):
                 break
             allowed = 2 * effort.seconds
     if mode == "single-stream":
         # Tail percentiles need many calls, and the reference has no say in them.
-        each = float(np.median([v for turn in turns for v in turn.ours]))
-        ours = block(process, int(min(max(effort.seconds * 1e3 / each, 1), effort.most)))
-        turns.append(Turn(ours.ms, ours.device_ms, [], []))
+        each = float(np.median([v for turn in turns for v in turn.ours.ms]))
+        calls = int(min(max(effort.seconds * 1e3 / each, 1), effort.most))
+        turns.append(Turn(process.ask(Worker.run, calls), None))
     return turns
 
 
 def paired(turns: Sequence[Turn]) -> Ratio:
     """The ratio of the medians of each turn in which both sides ran."""
-    both = [turn for turn in turns if turn.theirs]
-    return clock.paired_ratio(
-        [float(np.median(turn.theirs)) for turn in both], [float(np.median(turn.ours)) for turn in both]
-    )
+    both = [(turn.theirs.median, turn.ours.median) for turn in turns if turn.theirs]
+    return clock.paired_ratio([theirs for theirs, _ in both], [ours for _, ours in both])
 
 
-def measured(batch: int, ms: Sequence[float], device_ms: Sequence[float], memory: Memory) -> Measured:
+def measured(batch: int, blocks: Sequence[Samples], memory: Memory) -> Measured:
     """The figures of calls with `batch` frames each."""
+    ms = [v for one in blocks for v in one.ms]
+    device_ms = [v for one in blocks for v in one.device_ms]
     return Measured(
         # Frames over time, hiccups included: throughput is not what the typical call would give.
         fps=round(1e3 * batch * len(ms) / sum(ms), 4),

@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from flowad_fast import bundle
 from flowad_fast.benchmarks.measure import engines, roofs
-from flowad_fast.benchmarks.measure.cases import Case, load_model, make_frames
+from flowad_fast.benchmarks.measure.cases import Case, empty_row, load_model, make_frames
 from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
-from flowad_fast.benchmarks.record.record import Memory, Roofs, Status
+from flowad_fast.benchmarks.record.record import Memory, Roofs, Row, Status
 from flowad_fast.config import Precision
 from flowad_fast.detector import Detection, Detector
 from flowad_fast.engines.device import torch_device
@@ -46,27 +45,16 @@ class WorkerError(Exception):
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A case that is ready: what runs, and how long each step took, as `Row` has it."""
-
-    ran: str
-    details: dict[str, Any]
-    load_s: float
-    start_s: float
-    compile_s: float
-    first_call_s: float
-    nfe: int
-    frames: str
-    frame_size: tuple[int, int]
-    shape: VelocityShape
-
-
-@dataclass(frozen=True)
 class Samples:
     """Milliseconds of some calls: host frames to host verdict, and the device's own time where it is known."""
 
     ms: list[float]
     device_ms: list[float]
+
+    @property
+    def median(self) -> float:
+        """Of the wall times."""
+        return float(np.median(self.ms))
 
 
 class Worker:
@@ -78,8 +66,8 @@ class Worker:
         self.memory: PeakMemory
         self.device: torch.device
 
-    def load(self, case: Case, artefact: str | None = None) -> Loaded:
-        """Load the model, start the engine, and run the first call; each timed on its own."""
+    def load(self, case: Case, artefact: str | None = None) -> Row:
+        """Load the model, start the engine, and run the first call, each timed on its own: a row without figures."""
         self.case = case
         self.device = torch_device(self.case.device)
         if self.device.type == "cpu":
@@ -109,7 +97,7 @@ class Worker:
         # A verdict needs thresholds; these make every call take the whole way from frame to verdict.
         self.detector.calibration = calibrate(first.raw_score, 0.5, first.classes)
         velocity = spec.velocity
-        return Loaded(
+        return empty_row(case).but(
             ran=first.engine,
             details=self.detector.details,
             load_s=round(loaded - start, 3),

@@ -6,10 +6,11 @@ belongs together. Measuring makes new rows and changes none.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from flowad_fast import bundle
 from flowad_fast.config import Frozen, Precision, parse, read_mapping
 from flowad_fast.errors import ConfigError
 from flowad_fast.files import make_folder, replacing
@@ -25,12 +26,9 @@ Status = Literal[
 class Part(Frozen):
     """A part of a record."""
 
-    optional: ClassVar[tuple[str, ...]] = ()
-    """Fields that the JSON leaves out where they are None."""
-
-    @model_serializer(mode="wrap")
-    def _json(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if value is not None or key not in self.optional}
+    def but(self, **changes: Any) -> Self:
+        """The same with other values."""
+        return self.model_copy(update=changes)
 
 
 class Latency(Part):
@@ -54,8 +52,6 @@ class Stability(Part):
 
 class Memory(Part):
     """Megabytes (1e6 bytes): the process's resident set, and on a GPU the allocator's and the driver's figures."""
-
-    optional = ("allocator_idle", "allocator_peak", "allocator_reserved", "nvml_process")
 
     method: str = ""
     idle: float
@@ -87,25 +83,9 @@ class Ratio(Part):
     memory: float | None = None
 
 
-class Parity(Part):
-    """A row against the fp32 reference, see `bundle.Parity`; of the reference path itself only a note."""
+class Parity(bundle.Parity):
+    """A row against the fp32 reference, with the rank correlation of the maps' locations."""
 
-    optional = ("note", "frames", "source", "device", "scale", "max_error", "rms_error", "score_error", "tolerance",
-                "rms_tolerance")  # fmt: skip
-
-    passed: bool
-    note: str | None = None
-    frames: int | None = None
-    source: str | None = None
-    device: str | None = None
-    scale: float | None = None
-    max_error: float | None = None
-    rms_error: float | None = None
-    spearman: float | None = None
-    score_error: float | None = None
-    tolerance: float | None = None
-    rms_tolerance: float | None = None
-    auroc_difference: float | None = None
     map_spearman: float | None = None
 
 
@@ -146,8 +126,6 @@ class Measured(Part):
 
 class Row(Part):
     """One case: what was asked for, what ran, and what came of it; see `benchmarks/README.md`."""
-
-    optional = ("rung", "rung_name", "method")
 
     name: str
     preset: str
@@ -192,17 +170,15 @@ class Row(Part):
         if not isinstance(data, dict) or "measured" in data:
             return data
         data = {key: value for key, value in data.items() if (key, value) != ("line", None)}  # of a mode that was
+        if "note" in (data.get("parity") or {}):  # the reference path said there that it is the reference
+            data["parity"] = None
         given = {key: data.pop(key) for key in Measured.model_fields if key in data}
         return data if given.get("latency_ms") is None else data | {"measured": given}
 
     @model_serializer(mode="wrap")
     def _json(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data = super()._json(handler)
+        data = handler(self)
         return data | (data.pop("measured") or dict.fromkeys(Measured.model_fields))
-
-    def but(self, **changes: Any) -> "Row":
-        """The row with other values."""
-        return self.model_copy(update=changes)
 
     def without_speed(self, status: Status, reason: str) -> "Row":
         """The row as one that failed."""
@@ -229,8 +205,6 @@ class NoProducts(Part):
 
 class Roofs(Part):
     """What the machine can do at most, or the reason why that was not measured."""
-
-    optional = ("reason", "device", "copy_gb_s", "copy_bytes")
 
     reason: str | None = None
     device: str | None = None
@@ -262,8 +236,6 @@ class Moment(Part):
 class Environment(Part):
     """The machine and the versions that a record holds for, and what was going on before and after."""
 
-    optional = ("seconds", "anomalib")
-
     project: str
     commit: str | None
     python: str
@@ -287,8 +259,6 @@ class Environment(Part):
 
 class CheckPart(Part):
     """One part of a check of a GPU."""
-
-    optional = ("output",)
 
     name: str
     seconds: float
@@ -316,16 +286,10 @@ class Header(Part):
 class Record(Header):
     """Rows with speeds, of a run of cases or of several of them."""
 
-    optional = ("title", "parts")
-
     kind: Literal["bench", "ladder", "peers", "gpu-check"] = "bench"
     title: str | None = None
     cases: tuple[Row, ...]
     parts: tuple[CheckPart, ...] | None = None
-
-    def but(self, **changes: Any) -> "Record":
-        """The record with other values."""
-        return self.model_copy(update=changes)
 
 
 class Interval(Part):

@@ -37,7 +37,7 @@ def cells(row: Row) -> list[str]:
         f"{ratio.speed:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio and ratio.pairs else "",
         f"{ratio.memory:.2f}" if ratio and ratio.pairs and ratio.memory else "",
         *right,
-        f"{parity.max_error:.1e}" if parity and parity.max_error is not None else "",
+        f"{parity.max_error:.1e}" if parity else "",
         f"{parity.map_spearman:.4f}" if parity and parity.map_spearman is not None else "",
         f"{row.roof.share:.0%}" if row.roof else "",
         f"{row.prediction.measured_over_predicted:.2f}" if row.prediction else "",

@@ -91,7 +91,7 @@ def run(parts: Sequence[Part], budget: float, output: Path, tell: harness.Tell) 
             preset="paper",
             environment=environment(before, seconds=round(time.perf_counter() - begun, 1)),
             cases=tuple(row for record in records for row in record.cases),
-            roofs=roofs.model_copy(update={"gemm": tuple(g for one in measured for g in one.gemm)}),
+            roofs=roofs.but(gemm=tuple(g for one in measured for g in one.gemm)),
             parts=tuple(part for part, _ in found),
         )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flowad_fast.benchmarks.measure import harness
-from flowad_fast.benchmarks.measure.cases import REFERENCE, Case
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, empty_row
 from flowad_fast.benchmarks.measure.turns import Effort
 from flowad_fast.benchmarks.record.record import Record
 from flowad_fast.config import Precision
@@ -61,7 +61,7 @@ def run(
         rows = []
         for rung, case in rungs:
             absent = f"rung {rung.number}, {rung.name}, needs an NVIDIA GPU"
-            row = measured.get(case.name) or harness.empty_row(case, "not available", absent)
+            row = measured.get(case.name) or empty_row(case, "not available", absent)
             rows.append(row.but(rung=rung.number, rung_name=rung.name))
         return record.but(cases=tuple(rows), kind="ladder")
 

@@ -26,6 +26,7 @@ from flowad_fast.benchmarks.measure.cases import Case, make_scorer, random_pictu
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
 from flowad_fast.benchmarks.measure.turns import Effort, measured
+from flowad_fast.benchmarks.measure.worker import Samples
 from flowad_fast.benchmarks.record import record
 from flowad_fast.benchmarks.record.record import Record, Roofs, Row
 from flowad_fast.cli import common
@@ -122,7 +123,7 @@ def measure(name: str, batch: int, device: str, seconds: float) -> Row:
         frame_size=(256, 256),
         load_s=round(loaded - start, 3),
         first_call_s=round(first, 3),
-        measured=measured(batch, samples, [], memory.read()),
+        measured=measured(batch, [Samples(samples, [])], memory.read()),
     )
 
 
