@@ -40,13 +40,13 @@ def run(app: typer.Typer) -> None:
             raise missing_extra(error, Path(sys.argv[0]).stem) or error from None
     except FlowADError as error:
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_ERROR)
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
     err.print("[yellow]warning:[/] ", end="")
-    err.print(str(message), markup=False, highlight=False)
+    err.print(str(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[..., Any]) -> Callable[[], None]:
