@@ -57,4 +57,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'flowad_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"flowad_fast.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"flowad_fast.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        from flowad_fast.errors import missing_extra
+
+        raise missing_extra(error, f"flowad_fast.{name}") or error from None

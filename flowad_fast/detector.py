@@ -27,7 +27,7 @@ from flowad_fast import bundle as bundles
 from flowad_fast.config import Classes, ModelConfig, Precision
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
-from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest
+from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
 from flowad_fast.stages.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine
 from flowad_fast.stages.frames import FrozenFrames, check_frames, invalid_frames
 
@@ -204,6 +204,7 @@ class Detector:
         **options: Any,
     ) -> "Detector":
         """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
+        require("model", "torch", "timm", "safetensors", by="Detector.from_checkpoint")
         from flowad_fast.checkpoints.load import load_checkpoint
 
         return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)
@@ -320,7 +321,7 @@ class Camera:
 
 
 def _not_finite(maps: np.ndarray, raw: np.ndarray) -> list[str | None]:
-    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).reshape(len(raw), -1).all(1)
+    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).all(tuple(range(1, raw.ndim)))
     return [None if ok else "the map is not finite" for ok in finite]
 
 
@@ -332,6 +333,7 @@ def load(
     precision: Precision | None = None,
     ops: str | None = None,
     reject_repeats: bool = False,
+    threads: int | None = None,
 ) -> Detector:
     """A detector from an exported bundle, after verifying its files' hashes.
 
@@ -345,6 +347,7 @@ def load(
         ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid, whoever calls: for a detector
             that serves one camera. With several, call each camera's own `Detector.camera()` instead.
+        threads: CPU threads that one call may use, None for all cores; the engine onnxruntime takes a number.
 
     Raises:
         BundleError: no bundle, another version, or an altered file.
@@ -368,7 +371,7 @@ def load(
             f"{folder}: the bundle has nothing for the engine {engine} "
             f"(it has: {', '.join(sorted(has)) or 'nothing'}); export it again with that --format"
         )
-    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops)
+    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops, threads=threads)
     if bundles.read(folder, verify=False)[1] != manifest:  # its thresholds are not those of the engine that was started
         raise BundleError(f"{folder}: the bundle was replaced while it was being loaded; load it again")
     return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats)

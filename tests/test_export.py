@@ -371,7 +371,7 @@ def test_an_altered_engine_is_refused_before_it_is_parsed(
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     monkeypatch.setattr(exporter, "load", raising(AssertionError("parsed")))
-    monkeypatch.setattr("flowad_fast.detector.load_checkpoint", raising(AssertionError("parsed")))
+    monkeypatch.setattr("flowad_fast.checkpoints.load.load_checkpoint", raising(AssertionError("parsed")))
     with pytest.raises(BundleError, match="altered or damaged"):
         flowad_fast.load(tmp_path / "b")
     with pytest.raises(BundleError, match="altered or damaged"):

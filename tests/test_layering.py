@@ -1,6 +1,8 @@
 """Imports point downwards only: kernels <- flowad_fast <- export <- benchmarks <- tests, and floor by floor."""
 
 import ast
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ FLOORS = (
     ("stages.schedule", "stages.decision", "stages.frames"),
     ("stages.scorers",),
     ("bundle",),
-    ("engines",),
+    ("engines", "engines.onnx_file"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     # What needs torch: the computation, and the engines that run it.
@@ -29,10 +31,13 @@ FLOORS = (
     ("engines.device", "engines.precision", "engines.memory"),
     ("engines.attention", "engines.products"),
     ("engines.eager", "engines.cudagraph", "engines.inductor", "engines.tensorrt"),
+    ("checkpoints.reading",),
+    ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
+    ("checkpoints.own",),
     ("checkpoints.load",),
     # What reads data, judges and trains.
-    ("data.samples",),
-    ("data.images", "data.layouts"),
+    ("data.samples", "data.images"),
+    ("data.layouts",),
     ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
     ("evaluation.evaluate",),
     ("training.config",),
@@ -42,6 +47,24 @@ FLOORS = (
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
+LIGHT = (
+    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("detector",)) + 1] for name in floor),
+    "flowad_fast.data.images",
+    "flowad_fast.data.samples",
+    "flowad_fast.data.layouts",
+    "flowad_fast.evaluation.inspection",
+    "flowad_fast.cli.common",
+    "flowad_fast.cli.inspect",
+    "flowad_fast.export.cli",
+    "flowad_fast.export.show",
+    "flowad_fast.export.calibrate",
+)
+"""What the light runtime has, as far as it is there: it imports with the base dependencies alone."""
+EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
+          "matplotlib", "jinja2", "psutil", "accelerate")  # fmt: skip
+"""Packages that the base installation does not have."""
+POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
+"""Modules that Windows does not have."""
 
 
 def imported(source: str) -> Iterator[str]:
@@ -135,8 +158,63 @@ def test_the_check_finds_upward_imports(own: str, source: str) -> None:
     assert not upward("flowad_fast", "from flowad_fast.kernels import reference")
 
 
-def test_the_package_imports_without_torch() -> None:
-    import subprocess
+def blocking(modules: tuple[str, ...]) -> str:
+    return f"import sys; sys.modules.update(dict.fromkeys({modules!r}, None))\n"
 
-    code = "import sys, flowad_fast; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+def without(modules: tuple[str, ...], code: str) -> None:
+    """Run code in a process in which these modules cannot be imported."""
+    run = [sys.executable, "-c", blocking(modules) + code]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_package_imports_without_torch() -> None:
+    without((), "import sys, flowad_fast; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))")
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_the_light_runtime_imports_without_the_extras(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip("not built yet")
+    without(EXTRAS, f"import {name}")
+
+
+NEEDS = """
+import flowad_fast
+from flowad_fast.errors import MissingExtraError
+for call in (lambda: flowad_fast.load_checkpoint, lambda: flowad_fast.Detector.from_checkpoint("demo", None)):
+    try:
+        call()
+    except MissingExtraError as error:
+        assert str(error).endswith('pip install "flowad-fast[model]"'), error
+    else:
+        raise AssertionError("it went through")
+"""
+COMMAND = """
+import typer
+from flowad_fast.cli import common
+def needs():
+    import sklearn.metrics
+sys.argv = ["flowad-thing"]
+common.command(needs)()
+"""
+
+
+def test_what_needs_an_extra_says_which_in_one_line() -> None:
+    without(EXTRAS, NEEDS)
+    done = subprocess.run(
+        [sys.executable, "-c", blocking(EXTRAS) + COMMAND], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == 'error: MissingExtraError: flowad-thing needs sklearn: pip install "flowad-fast[tools]"\n'
+
+
+def test_the_runtimes_tests_pass_without_the_extras_and_what_windows_lacks() -> None:
+    """filelock, which has its own code for Windows, is imported before; a real Windows is not at hand."""
+    files = [f"tests/test_{name}.py" for name in ("bundle", "decision", "data")]
+    aggregates = "not test_aggregates"  # torch computes those
+    arguments = ["-q", "--noconftest", "-p", "no:cacheprovider", "-k", aggregates, *files]
+    code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+    before = "import filelock, PIL.Image\n"
+    without((), before + blocking(POSIX + EXTRAS) + code)

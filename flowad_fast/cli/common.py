@@ -7,13 +7,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowad_fast.errors import FlowADError
+from flowad_fast.errors import FlowADError, missing_extra
 
 out = Console(width=None if sys.stdout.isatty() else 160)
 """Results go here (standard output); in a file or pipe, tables have room for their columns."""
@@ -33,16 +34,19 @@ def run(app: typer.Typer) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, Path(sys.argv[0]).stem) or error from None
     except FlowADError as error:
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_ERROR)
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
     err.print("[yellow]warning:[/] ", end="")
-    err.print(str(message), markup=False, highlight=False)
+    err.print(str(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[..., Any]) -> Callable[[], None]:
