@@ -26,6 +26,7 @@ from flowad_fast.stages.scorers import Inversion
 
 CLASSES = 2
 COMPILED = ("compile", "inductor")
+EXPORTED = [name for name, one in ENGINES.items() if one.starts_from == "artefact"]
 FRAMES, Y = tiny_frames(5, seed=1), np.array([0, 1, 1, 0, 1])
 
 
@@ -47,7 +48,7 @@ def started(name: str) -> tuple[Engine, FlowModel]:
         pytest.skip(f"{name}: {error}")
 
 
-@pytest.fixture(scope="module", params=entries(ENGINES, COMPILED))
+@pytest.fixture(scope="module", params=entries(ENGINES, COMPILED, EXPORTED))
 def engine(request: pytest.FixtureRequest) -> Engine:
     return started(request.param)[0]
 
@@ -171,6 +172,7 @@ def test_every_artefact_that_an_engine_reads_is_some_formats() -> None:
     assert {name for names in AUTO.values() for name in names} <= set(ENGINES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_bundle_without_its_artefact_is_refused(name: str) -> None:
     other = "onnx" if ENGINES[name].artefact == "eager" else "eager"

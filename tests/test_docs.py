@@ -82,6 +82,7 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
     assert not named - targets
 
 
+@pytest.mark.long
 def test_api_pages_are_built_offline_and_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("pdoc", reason="pdoc is not installed; it comes with the extra dev")
     code = "import build, pathlib, sys; [build.build(pathlib.Path(folder)) for folder in sys.argv[1:]]"
