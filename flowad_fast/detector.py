@@ -27,7 +27,7 @@ from flowad_fast import bundle as bundles
 from flowad_fast.config import Classes, ModelConfig, Precision
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
-from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest
+from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
 from flowad_fast.stages.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine
 from flowad_fast.stages.frames import FrozenFrames, check_frames, invalid_frames
 
@@ -204,6 +204,7 @@ class Detector:
         **options: Any,
     ) -> "Detector":
         """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
+        require("model", "torch", "timm", "safetensors", by="Detector.from_checkpoint")
         from flowad_fast.checkpoints.load import load_checkpoint
 
         return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)

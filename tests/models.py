@@ -90,6 +90,7 @@ def exported(name: str, classes: int = 0) -> tuple[FlowModel, ExportResult]:
     return model, export_bundle(model, Inversion(), target, formats=(name,), frames=frames, device="auto", quiet=True)
 
 
-def entries(registry: Iterable[str], compiled: Container[str] = ()) -> list[ParameterSet]:
-    """The names of a registry as test parameters; those in `compiled` take a C++ compiler a minute: slow."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in compiled else ()) for name in registry]
+def entries(registry: Iterable[str], slow: Container[str] = (), long: Container[str] = ()) -> list[ParameterSet]:
+    """The names of a registry as test parameters: a C++ compiler takes a minute for those in `slow`, `long` seconds."""
+    marks = {name: [mark for mark, names in (("slow", slow), ("long", long)) if name in names] for name in registry}
+    return [pytest.param(name, marks=[getattr(pytest.mark, mark) for mark in marks[name]]) for name in registry]

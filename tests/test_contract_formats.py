@@ -21,16 +21,15 @@ from flowad_fast.files import sha256
 from flowad_fast.stages.scorers import Inversion
 
 COMPILED = ("aoti",)
-every = pytest.mark.parametrize("name", entries(FORMATS, COMPILED))
+every = pytest.mark.parametrize("name", entries(FORMATS, COMPILED, set(FORMATS) - {"eager"}))
 
 
 def written(name: str) -> tuple[Path, bundle.Manifest]:
     """A bundle of the format; a machine that cannot write it is a reason to skip."""
     _, result = exported(name)
-    if name not in result.manifest.artefacts:
-        assert "not available" in result.status[name] and not result.published, result.status[name]
+    if result.path is None or not result.published:
+        assert result.status[name].startswith("not available"), result.status[name]
         pytest.skip(f"{name}: {result.status[name]}")
-    assert result.published and result.path is not None, result.status[name]
     return result.path, result.manifest
 
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 DEMO = Path("demo-output") / "bundles" / "demo-inversion"
 """Where `make demo` leaves the bundle that README's snippets load."""
-MODULES = ("detector", "stages.decision", "stages.scorers", "stages.integration", "checkpoints.load")
+MODULES = sorted({getattr(flowad_fast, name).__module__ for name in flowad_fast.__all__})
+"""Where the public names are."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
 NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|toml|txt|cff|yaml|sh))`")
 """What looks like a file of this project in a page: a path with a folder, or a name with one of its suffixes."""
@@ -44,9 +45,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name: str, demo: Path) -> None:
-    module = importlib.import_module(f"flowad_fast.{name}")
-    failed, tried = doctest.testmod(module, extraglobs={"bundle": demo / DEMO})
-    assert tried and not failed
+    failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"bundle": demo / DEMO})
+    assert not failed
 
 
 @pytest.mark.parametrize("name", ["Density", "Detection", "Detector", "Inversion", "Reconstruction", "integrate",
@@ -82,6 +82,7 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
     assert not named - targets
 
 
+@pytest.mark.long
 def test_api_pages_are_built_offline_and_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("pdoc", reason="pdoc is not installed; it comes with the extra dev")
     code = "import build, pathlib, sys; [build.build(pathlib.Path(folder)) for folder in sys.argv[1:]]"

@@ -162,10 +162,14 @@ def test_the_check_finds_upward_imports(own: str, source: str) -> None:
     assert not upward("flowad_fast", "from flowad_fast.kernels import reference")
 
 
+def blocking(modules: tuple[str, ...]) -> str:
+    return f"import sys; sys.modules.update(dict.fromkeys({modules!r}, None))\n"
+
+
 def without(modules: tuple[str, ...], code: str) -> None:
     """Run code in a process in which these modules cannot be imported."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({modules!r}, None))\n"
-    done = subprocess.run([sys.executable, "-c", block + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = [sys.executable, "-c", blocking(modules) + code]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -178,6 +182,36 @@ def test_the_light_runtime_imports_without_the_extras(name: str) -> None:
     without(EXTRAS, f"import {name}")
 
 
+NEEDS = """
+import flowad_fast
+from flowad_fast.errors import MissingExtraError
+for call in (lambda: flowad_fast.load_checkpoint, lambda: flowad_fast.Detector.from_checkpoint("demo", None)):
+    try:
+        call()
+    except MissingExtraError as error:
+        assert str(error).endswith('pip install "flowad-fast[model]"'), error
+    else:
+        raise AssertionError("it went through")
+"""
+COMMAND = """
+import typer
+from flowad_fast.cli import common
+def needs():
+    import sklearn.metrics
+sys.argv = ["flowad-thing"]
+common.command(needs)()
+"""
+
+
+def test_what_needs_an_extra_says_which_in_one_line() -> None:
+    without(EXTRAS, NEEDS)
+    done = subprocess.run(
+        [sys.executable, "-c", blocking(EXTRAS) + COMMAND], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == 'error: MissingExtraError: flowad-thing needs sklearn: pip install "flowad-fast[tools]"\n'
+
+
 def test_the_runtimes_tests_pass_without_the_extras_and_what_windows_lacks() -> None:
     """filelock, which has its own code for Windows, is imported before; a real Windows is not at hand."""
     files = [f"tests/test_{name}.py" for name in ("bundle", "decision", "data")]
@@ -185,5 +219,4 @@ def test_the_runtimes_tests_pass_without_the_extras_and_what_windows_lacks() -> 
     arguments = ["-q", "--noconftest", "-p", "no:cacheprovider", "-k", aggregates, *files]
     code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
     before = "import filelock, PIL.Image\n"
-    block = f"import sys; sys.modules.update(dict.fromkeys({POSIX + EXTRAS!r}, None))\n"
-    without((), before + block + code)
+    without((), before + blocking(POSIX + EXTRAS) + code)

@@ -95,7 +95,7 @@ def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None =
     values = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
     if values.ndim == 3:
         colours = len([band for band in image.getbands() if band not in "Aa"])
-        return np.any(values[..., :colours], axis=-1)
+        return np.asarray(values[..., :colours].any(-1), np.bool_)
     return values > 0
 
 

@@ -57,7 +57,7 @@ class Engine(ABC):
         Raises:
             EngineUnavailableError: it cannot run here, or takes no number of threads.
         """
-        refuse_threads(cls.name, threads)
+        refuse_threads(artefact.engine, threads)
         return cls(path, artefact, device)  # type: ignore[call-arg]
 
     @property
@@ -98,7 +98,8 @@ class Backend:
         """
         module, _, name = self.place.partition(":")
         try:
-            return getattr(importlib.import_module(f"flowad_fast.engines.{module}"), name)
+            found: type[Engine] = getattr(importlib.import_module(f"flowad_fast.engines.{module}"), name)
+            return found
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("flowad_fast"):
                 raise

@@ -148,7 +148,9 @@ class Streams:
         self.compute, self.upload, self.download = (torch.cuda.Stream(device) if self.cuda else None for _ in range(3))
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
 
-    def on(self, stream: "torch.cuda.Stream | None", after: "torch.cuda.Event | None" = None) -> AbstractContextManager:
+    def on(
+        self, stream: "torch.cuda.Stream | None", after: "torch.cuda.Event | None" = None
+    ) -> AbstractContextManager[object]:
         """Make `stream` current, after an event of another one."""
         if stream is None:
             return nullcontext()

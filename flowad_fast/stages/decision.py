@@ -100,7 +100,8 @@ def combine(raw: np.ndarray, ranges: tuple[Range, Range] | None) -> np.ndarray:
         raise CalibrationError("the aggregate diff+sum needs ranges fitted on good parts; calibrate the model first")
     low = np.array([r.low for r in ranges])
     width = np.array([max(r.high - r.low, np.finfo(np.float32).tiny) for r in ranges])
-    return ((raw - low) / width).sum(1).astype(np.float32)
+    terms: np.ndarray = (raw - low) / width
+    return np.asarray(terms.sum(1), np.float32)
 
 
 def calibrate(

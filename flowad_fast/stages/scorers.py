@@ -71,7 +71,8 @@ class BaseScorer:
 
         y = model.check_classes(y, x1.shape[0])
         with torch.no_grad():
-            return self.prepare(model)(to_tokens(x1), y).unflatten(1, tuple(x1.shape[2:]))
+            map: Tensor = self.prepare(model)(to_tokens(x1), y)
+        return map.reshape(map.shape[0], *x1.shape[2:])
 
     def expected(self, model: "VelocityModel", x1: "Tensor", y: "Tensor | None" = None) -> "Tensor":
         """The map (B, h, w) that artefacts are held against, float32: the training form, adaLN at every evaluation.
@@ -146,8 +147,8 @@ class Density(BaseScorer):
         prepared: DensityMap = self.prepare(model)  # type: ignore[assignment]
         with torch.no_grad():
             map, error = prepared.with_error(to_tokens(x1), y)
-        grid = tuple(x1.shape[2:])
-        return map.unflatten(1, grid), error.unflatten(1, grid)
+        map, error = (each.reshape(each.shape[0], *x1.shape[2:]) for each in (map, error))
+        return map, error
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -265,5 +266,5 @@ scorer_adapter: TypeAdapter[Scorer] = TypeAdapter(Annotated[Scorer, Field(discri
 
 def options(kind: str) -> dict[str, Any]:
     """The options of a scorer by name, as pydantic's field descriptions."""
-    fields = SCORERS[kind].__pydantic_fields__
+    fields = SCORERS[kind].__pydantic_fields__  # type: ignore[union-attr]
     return {name: field for name, field in fields.items() if name != "kind"}
