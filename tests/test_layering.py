@@ -52,18 +52,31 @@ FLOORS = (
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
     *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy",)) + 1] for name in floor),
-    "flowad_fast.data.images",
-    "flowad_fast.data.samples",
-    "flowad_fast.data.layouts",
-    "flowad_fast.evaluation.inspection",
-    "flowad_fast.evaluation.overlay",
-    "flowad_fast.cli.common",
-    "flowad_fast.cli.inspect",
-    "flowad_fast.export.cli",
-    "flowad_fast.export.calibration",
-    "flowad_fast.export.card",
+    *(
+        f"flowad_fast.{name}"
+        for name in (
+            "data.images",
+            "data.samples",
+            "data.layouts",
+            "evaluation.inspection",
+            "evaluation.overlay",
+            "training.config",
+            "cli.common",
+            "cli.scorer_options",
+            "cli.inspect",
+            "cli.eval",
+            "cli.train",
+            "export.cli",
+            "export.calibration",
+            "export.card",
+            "export.frames",
+            "export.formats",
+            "export.verify",
+            "benchmarks.cli",
+        )  # fmt: skip
+    ),
 )
-"""What the light runtime has: it imports with the base dependencies alone."""
+"""What imports with the base dependencies alone: the runtime, and every command up to where it needs more."""
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate")  # fmt: skip
 """Packages that the base installation does not have."""
