@@ -20,7 +20,7 @@ FLOORS = (
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     # What needs torch: the computation, and the engines that run it.
-    ("stages.arithmetic", "stages.image", "stages.score"),
+    ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
     ("stages.velocity", "stages.integration"),
     ("model",),
