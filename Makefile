@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := build/check
+LIGHT  := build/light
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test slow fuzz lint wheel-test gpu-check clean
+.PHONY: help demo test quick slow fuzz lint wheel-test docs release gpu-check clean
 
 help:
 	@echo "make demo        install, then the main job on real photos; writes demo-output/report.html"
 	@echo "make test        install, then all tests (GPU tests are reported as skipped without a GPU)"
+	@echo "make quick       the tests that take less than a minute together"
 	@echo "make slow        the tests that take minutes and up to 24 GiB: models above 2 GB"
 	@echo "make fuzz        five minutes of fuzzing everything that is read from disk"
-	@echo "make lint        ruff, and mypy against the built wheel"
-	@echo "make wheel-test  the built wheel, used from outside the checkout"
+	@echo "make lint        ruff and mypy"
+	@echo "make wheel-test  the built wheel outside the checkout: with everything, and in an environment without torch"
+	@echo "make docs        the documentation pages"
+	@echo "make release     everything that a release needs, and what to type then; publishes nothing"
 	@echo "make gpu-check   on a machine with a GPU: GPU tests and benchmarks, results as JSON, under 9 minutes"
 	@echo "make clean       remove the environment and everything built"
 
@@ -35,26 +39,45 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
+quick: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
+
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 fuzz: $(VENV)/dev.stamp
 	$(BIN)/python tests/fuzz/fuzz_readers.py --seconds 300 $(ARGS)
 
-# Type checkers do not see the package-dir mapping of an editable install, so mypy reads the unpacked wheel.
-$(BUILD)/site: $(VENV)/dev.stamp $(shell git ls-files -- '*.py' pyproject.toml 2>/dev/null)
-	@rm -rf $(BUILD) build/lib && mkdir -p $(BUILD)
-	$(BIN)/python -m build --wheel --outdir $(BUILD) . >$(BUILD)/build.log 2>&1 || { cat $(BUILD)/build.log; exit 1; }
-	$(BIN)/python -m pip install --quiet --no-deps --target $(BUILD)/site $(BUILD)/*.whl
-
-lint: $(VENV)/dev.stamp $(BUILD)/site
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(BUILD)/site && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
-	  --python-executable $(abspath $(BIN))/python --cache-dir $(CURDIR)/.mypy_cache -p flowad_fast
+	$(BIN)/mypy -p flowad_fast
 
-wheel-test: $(BUILD)/site
-	cd $(BUILD) && PYTHONPATH=$(abspath $(BUILD))/site $(abspath $(BIN))/python $(CURDIR)/tests/wheel_check.py
+# The wheel, unpacked in site/, the source distribution beside it, and what the light environment is compared with.
+$(BUILD)/stamp: $(VENV)/dev.stamp $(shell git ls-files -- '*.py' '*.j2' pyproject.toml 2>/dev/null)
+	@rm -rf $(BUILD) build/lib && mkdir -p $(BUILD)
+	$(BIN)/python -m build --outdir $(BUILD) . >$(BUILD)/build.log 2>&1 || { cat $(BUILD)/build.log; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --target $(BUILD)/site $(BUILD)/*.whl
+	@touch $@
+
+# What `pip install flowad-fast` installs, with the pinned versions; the wheel itself is put in anew each time.
+$(LIGHT)/stamp: pyproject.toml constraints.txt $(BUILD)/stamp
+	@test -x $(LIGHT)/bin/python || $(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/python -m pip install --quiet --constraint constraints.txt $(BUILD)/*.whl
+	$(LIGHT)/bin/python -m pip install --quiet --no-deps --force-reinstall $(BUILD)/*.whl
+	@touch $@
+
+wheel-test: $(BUILD)/stamp $(LIGHT)/stamp
+	cd $(BUILD) && PYTHONPATH=$(abspath $(BUILD))/site $(abspath $(BIN))/python $(CURDIR)/tests/wheel_check.py full
+	cd $(BUILD) && $(abspath $(LIGHT))/bin/python $(CURDIR)/tests/wheel_check.py light
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python docs/build.py $(ARGS)
+
+release: lint wheel-test test
+	@test -z "$$(git status --porcelain)" || { echo "there are uncommitted changes; commit them first" >&2; exit 1; }
+	@rm -rf dist && mkdir dist && cp $(BUILD)/*.whl $(BUILD)/*.tar.gz dist
+	@$(BIN)/python tests/wheel_check.py release
 
 # Needs no environment of ours: `PYTHON=python3 make gpu-check` runs in any that has torch and this project.
 gpu-check:

@@ -1,6 +1,6 @@
 """pytest-benchmark suite of the operators, reference beside fused, at a model's sizes; synchronised inside.
 
-    pytest benchmarks/bench_kernels.py [--benchmark-compare]
+    flowad-bench kernels [--benchmark-compare]      (or pytest benchmarks/bench_kernels.py)
 
 On a CPU the fused operators are the reference itself, so only the reference is timed there.
 """

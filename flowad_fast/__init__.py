@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
     from flowad_fast.stages.decision import Verdict
     from flowad_fast.stages.integration import integrate
-    from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
+    from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ _HOME = {
     "Density": "stages.scorers",
     "Inversion": "stages.scorers",
     "Reconstruction": "stages.scorers",
+    "Mismatch": "stages.scorers",
 }
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Detector",
     "FlowModel",
     "Inversion",
+    "Mismatch",
     "Reconstruction",
     "VelocityConfig",
     "Verdict",
@@ -57,4 +59,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'flowad_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"flowad_fast.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"flowad_fast.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        from flowad_fast.errors import missing_extra
+
+        raise missing_extra(error, f"flowad_fast.{name}") or error from None

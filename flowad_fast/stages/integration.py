@@ -117,6 +117,15 @@ def integrate(
 
     Raises:
         ConfigError: not even one step, or the model is a diffusion model.
+
+    Example:
+        >>> import torch
+        >>> from flowad_fast import integrate, load_checkpoint
+        >>> model = load_checkpoint("demo")
+        >>> x1 = torch.zeros(1, 192, 16, 16)
+        >>> x0 = integrate(model, x1, steps=3)
+        >>> x0.shape
+        torch.Size([1, 192, 16, 16])
     """
     rows = schedule.flow(model.config, steps, start, stop)
     tokens = run(model.at(tuple(row.t for row in rows)), rows, to_tokens(x), y)

@@ -17,7 +17,7 @@ from flowad_fast.model import VelocityModel
 from flowad_fast.stages.arithmetic import Arithmetic
 from flowad_fast.stages.integration import Field, StepField, run, run_dual, run_to_error
 from flowad_fast.stages.schedule import Row
-from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
+from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction, Scorer
 from flowad_fast.stages.velocity import TabledDiT
 
 WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
@@ -194,10 +194,48 @@ class DensityMap(MapModule[Density]):
         return -(_log_normal(x0) + each.mean(0)), each.std(0) / len(each) ** 0.5
 
 
+class MismatchMap(MapModule[Mismatch]):
+    """||(X1 - eps) - u(X_tau, tau)||², averaged over draws of eps."""
+
+    noise: Tensor
+
+    def __init__(self, field: StepField, row: Row, tau: float, noise: Tensor) -> None:
+        super().__init__(field)
+        self.row, self.tau = row, tau
+        self.register_buffer("noise", noise, persistent=False)
+
+    @classmethod
+    def bind(cls, scorer: Mismatch, model: Field, how: Arithmetic) -> "MismatchMap":
+        """See `MapModule`."""
+        row = scorer.row(model.config)
+        field = model.at((row.t,), how)
+        return cls(field, row, scorer.tau, scorer.draw(model.config).to(_device(field)))
+
+    @staticmethod
+    def reference(scorer: Mismatch, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `MapModule`."""
+        row, maps = scorer.row(model.config), []
+        with torch.no_grad():
+            for eps in scorer.draw(model.config).to(x.device):
+                velocity = euler(model, (row,), scorer.tau * x + (1 - scorer.tau) * eps, y)
+                maps.append((x - eps - velocity).square().sum(-1))
+        return torch.stack(maps).mean(0)
+
+    def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, N)."""
+        draws = len(self.noise)  # K: states are (K B, N, C)
+        x = (self.tau * tokens + (1 - self.tau) * self.noise).flatten(0, 1)
+        target = (tokens - self.noise).flatten(0, 1)
+        y = None if y is None else y.repeat(draws)
+        square = self.field.ops.affine_error_map(x, self.field(x, 0, y), self.row.a, self.row.b, target)
+        return square if draws == 1 else square.unflatten(0, (draws, -1)).mean(0)
+
+
 MAPS: dict[str, type[MapModule[Any]]] = {
     "density": DensityMap,
     "inversion": InversionMap,
     "reconstruction": ReconstructionMap,
+    "mismatch": MismatchMap,
 }
 """By `Scorer.kind`."""
 
