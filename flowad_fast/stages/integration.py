@@ -1,12 +1,12 @@
 """Stage 5: applying a schedule to a velocity field; the primal alone, and the primal with tangents for density."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
 from flowad_fast.config import VelocityConfig
+from flowad_fast.kernels.operators import Operators
 from flowad_fast.stages import schedule
 from flowad_fast.stages.arithmetic import FP32, Arithmetic
 from flowad_fast.stages.schedule import Row
@@ -19,7 +19,7 @@ class StepField(Protocol):
     """
 
     config: VelocityConfig
-    ops: ModuleType
+    ops: Operators
 
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None, /) -> Tensor:
         """Network output (B, N, C) at step `step`."""
