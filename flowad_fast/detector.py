@@ -27,7 +27,7 @@ from flowad_fast import bundle as bundles
 from flowad_fast.config import Classes, ModelConfig, Precision
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
-from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest
+from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
 from flowad_fast.stages.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine
 from flowad_fast.stages.frames import FrozenFrames, check_frames, invalid_frames
 
@@ -39,6 +39,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Detection:
     """The result for a batch of B frames.
+
+    Example:
+        >>> import numpy as np
+        >>> from flowad_fast import Detection
+        >>> from flowad_fast.stages.decision import Calibration
+        >>> limits = Calibration.model_validate({"alpha": 0.05, "classes": {"": {"threshold": 1.5, "parts": 19}}})
+        >>> maps, scores = np.zeros((3, 256, 256), np.float32), np.array([1.0, 2.0, 1.0], np.float32)
+        >>> reasons = (None, None, "the frame is black")
+        >>> detection = Detection(maps, scores, ("",) * 3, reasons, "eager on cpu", limits)
+        >>> [str(verdict) for verdict in detection.verdict]
+        ['good', 'anomalous', 'invalid']
 
     Attributes:
         map: (B, S, S) float32 anomaly map, higher is more anomalous.
@@ -98,6 +109,17 @@ class Detection:
 
 class Detector:
     """An engine with its decision: call it with frames. Safe from many threads; `close` frees the engine.
+
+    Example:
+        >>> import numpy as np
+        >>> from flowad_fast import Detector, Inversion
+        >>> detector = Detector.from_checkpoint("demo", Inversion(), device="cpu")
+        >>> detector.engine
+        'eager on cpu'
+        >>> frames = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
+        >>> detection = detector(frames)
+        >>> detection.map.shape, detection.score.shape
+        ((2, 256, 256), (2,))
 
     Attributes:
         engine: what runs, see `Detection.engine`.
@@ -182,6 +204,7 @@ class Detector:
         **options: Any,
     ) -> "Detector":
         """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
+        require("model", "torch", "timm", "safetensors", by="Detector.from_checkpoint")
         from flowad_fast.checkpoints.load import load_checkpoint
 
         return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)
@@ -329,6 +352,13 @@ def load(
     Raises:
         BundleError: no bundle, another version, or an altered file.
         EngineUnavailableError: the engine is not in the bundle or cannot run here; says what to install.
+
+    Example:
+        `bundle` is the folder of an exported and calibrated bundle, as `make demo` leaves one.
+
+        >>> detector = load(bundle, device="cpu")
+        >>> detector.calibration.alpha
+        0.05
     """
     if engine != "auto":
         backend(engine)

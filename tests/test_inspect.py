@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import flowad_fast
-from flowad_fast.benchmarks.cases import random_model, spec_of
+from flowad_fast.benchmarks.measure.cases import random_model, spec_of
 from flowad_fast.cli import inspect as cli
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.errors import ConfigError, FrameError
@@ -141,6 +141,30 @@ def test_a_call_has_frames_of_one_size_and_results_keep_their_order(bundle, fold
     for result in results:
         assert np.array_equal(result.frame, read_frame(result.path))
         np.testing.assert_allclose(result.map, inner(result.frame).map[0], rtol=1e-3, atol=1e-3)
+
+
+def test_scan_calls_once_per_size_and_class_of_a_window_and_keeps_errors_in_their_places():
+    calls = []
+
+    def detector(frames, classes):
+        calls.append((frames.shape[1], classes))
+        if "unheard" in classes:
+            raise ConfigError("no such class")
+        return frames[:, 0, 0, 0]
+
+    class Files(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    frames = Files(np.full((size, 4, 3), i, np.uint8) for i, size in enumerate((4, 8, 4, 4, 4, 4, 8)))
+    found = list(inspection.scan(detector, frames, ["a", "a", "a", "b", "a", "unheard", "a"], batch=5))
+    assert calls == [(4, ["a", "a"]), (8, ["a"]), (4, ["b"]), (4, ["unheard"]), (8, ["a"])]
+    assert [type(one) for one in (found[2], found[5])] == [FrameError, ConfigError]
+    for i in (0, 1, 3, 4, 6):
+        assert found[i].detection[found[i].place] == i and (found[i].frame == i).all()
+    assert list(inspection.scan(detector, [])) == []
 
 
 def test_frames_that_the_detector_refuses_are_error_rows(folder):

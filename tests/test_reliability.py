@@ -33,6 +33,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "ONNX external data outside the folder, link, past the end": (
         "test_onnx.py::test_external_data_that_lead_elsewhere_are_refused_before_they_are_read",
         "test_onnx.py::test_linked_and_truncated_external_data_are_refused",
+        "test_onnxruntime.py::test_external_tensors_are_those_that_the_onnx_package_finds",
+        "test_onnxruntime.py::test_hostile_bytes_are_refused",
+    ),
+    "a package of another extra is not installed": (
+        "test_detector.py::test_a_missing_package_is_named_with_the_extra_that_has_it",
+        "test_layering.py::test_what_needs_an_extra_says_which_in_one_line",
     ),
     "bundle file with a name that leads outside, a link": (
         "test_bundle.py::test_names_that_could_lead_outside_are_refused",

@@ -20,10 +20,10 @@ def test_every_field_of_every_scorer_is_an_option() -> None:
     assert set(made) == {"model", "evaluations"} | {name for kind in SCORERS for name in options(kind)}
     assert all(made[name].default is None for name in option_names())
     texts = {name: made[name].annotation.__metadata__[0].help for name in option_names()}
-    assert texts["steps"] == "steps per unit time [3]"
+    assert texts["steps"] == "density, inversion, reconstruction: steps per unit time [3]"
     assert texts["probes"] == "density: probes of the divergence, or few [10]"
-    assert texts["tau"].startswith("reconstruction: where")
-    assert texts["seed"].startswith("density, reconstruction: ")
+    assert texts["tau"] == "reconstruction, mismatch: time of the noised features [0.5]"
+    assert texts["seed"].startswith("density, reconstruction, mismatch: ")
 
 
 @pytest.mark.parametrize("kind", SCORERS)

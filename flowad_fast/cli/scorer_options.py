@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import typer
+from pydantic import ValidationError
 
 from flowad_fast.config import VelocityConfig, validated
 from flowad_fast.errors import ConfigError, nearest
@@ -57,7 +58,8 @@ def with_scorer_options(
         kind = _plain(field.annotation) if word is None else str
         text = f"{prefix}{whose}{field.description}{'' if word is None else f', or {word}'}{shown}"
         parameters.append(_option(name, kind, text))
-    parameters.append(_option(EVALUATIONS, int, f"{prefix}function evaluations per frame, instead of --steps"))
+    text = f"{prefix}function evaluations per frame, instead of --steps (or --draws)"
+    parameters.append(_option(EVALUATIONS, int, text))
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 
@@ -83,13 +85,13 @@ def scorer_from(kind: str, given: Mapping[str, Any]) -> Scorer:
     scorer = cast(Scorer, validated(SCORERS[kind], wanted, f"--scorer {kind}"))
     if evaluations is None:
         return scorer
-    if "steps" in wanted:
-        raise ConfigError("got --steps and --evaluations, expected one of them: steps count per unit time")
+    if scorer.counted_by in wanted:
+        raise ConfigError(f"got --{scorer.counted_by} and --evaluations, expected one of them: each sets the other")
     return with_evaluations(scorer, evaluations)
 
 
 def with_evaluations(scorer: Scorer, count: int) -> Scorer:
-    """`scorer` with the steps per unit time that make `count` function evaluations per frame.
+    """`scorer` with the steps per unit time (or draws) that make `count` function evaluations per frame.
 
     Of several such numbers of steps, the one in the middle: there the steps divide the way best.
 
@@ -99,19 +101,19 @@ def with_evaluations(scorer: Scorer, count: int) -> Scorer:
     by_count: dict[int, list[int]] = {}
     for steps in range(1, 10_001):
         try:
-            got = replace(scorer, steps=steps).evaluations(_MODEL)
-        except ConfigError:  # not even one step
+            got = replace(scorer, **{scorer.counted_by: steps}).evaluations(_MODEL)
+        except (ConfigError, ValidationError):  # not even one step, or more draws than there may be
             continue
         by_count.setdefault(got, []).append(steps)
         if got > max(count, 0):
             break
     if count in by_count:
         found = by_count[count]
-        return replace(scorer, steps=found[(len(found) - 1) // 2])
+        return replace(scorer, **{scorer.counted_by: found[(len(found) - 1) // 2]})
     near = sorted(sorted(by_count, key=lambda one: abs(one - count))[:2])
     raise ConfigError(
         f"--evaluations {count}: {scorer!r} cannot have them, near it are {' and '.join(map(str, near))}; "
-        "give one of these, or --steps"
+        f"give one of these, or --{scorer.counted_by}"
     )
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from flowad_fast.cli import common
 from flowad_fast.config import parse, read_mapping
@@ -81,7 +89,7 @@ def _progress(quiet: bool) -> Iterator["Report"]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=common.err, disable=quiet) as bars:
 
         def report(stage: str, done: int, total: int, loss: float | None) -> None:

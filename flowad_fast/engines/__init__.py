@@ -98,7 +98,8 @@ class Backend:
         """
         module, _, name = self.place.partition(":")
         try:
-            return getattr(importlib.import_module(f"flowad_fast.engines.{module}"), name)
+            found: type[Engine] = getattr(importlib.import_module(f"flowad_fast.engines.{module}"), name)
+            return found
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("flowad_fast"):
                 raise

@@ -29,7 +29,7 @@ from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.linear import DTYPES
+from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.velocity import TabledDiT
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -148,7 +148,9 @@ class Streams:
         self.compute, self.upload, self.download = (torch.cuda.Stream(device) if self.cuda else None for _ in range(3))
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
 
-    def on(self, stream: "torch.cuda.Stream | None", after: "torch.cuda.Event | None" = None) -> AbstractContextManager:
+    def on(
+        self, stream: "torch.cuda.Stream | None", after: "torch.cuda.Event | None" = None
+    ) -> AbstractContextManager[object]:
         """Make `stream` current, after an event of another one."""
         if stream is None:
             return nullcontext()
@@ -252,7 +254,7 @@ class CudaGraphEngine(Engine):
         check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
         self.pipeline = pipeline.on(self._device)
-        dtype = DTYPES[pipeline.precision]
+        dtype = NUMBERS[pipeline.precision].dtype
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
         self.products: dict[int, list[ProductChoice]] | None = {} if measure_products else None
         self._buckets = tuple(sorted(set(buckets)))

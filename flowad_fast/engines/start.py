@@ -1,6 +1,7 @@
 """Choosing and starting an engine: of a bundle's artefacts, or on a model in memory."""
 
 import importlib
+from collections.abc import Set
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +60,7 @@ def _has_torch() -> bool:
     return find_spec("torch") is not None
 
 
-def choose_engine(has: set[str], device: str) -> str:
+def choose_engine(has: Set[str], device: str) -> str:
     """The engine that `auto` takes of those that the artefacts in `has` feed; see `AUTO`.
 
     In the light runtime, which has no torch, those that need none come first.

@@ -25,6 +25,7 @@ from flowad_fast.bundle import MANIFEST
 from flowad_fast.data.images import read_frame
 from flowad_fast.errors import CalibrationError, ConfigError, FlowADError, FrameError
 from flowad_fast.evaluation.overlay import heat_range, overlay
+from flowad_fast.files import replacing
 from flowad_fast.stages.decision import Verdict
 
 if TYPE_CHECKING:
@@ -318,7 +319,8 @@ def overlay_writer(
     missing = [path for path, name in files.items() if name not in ranges]
     ranges |= heat_ranges(detector, missing, [files[path] for path in missing])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SCALE).write_text(json.dumps({"bundle": bundle, "ranges": ranges}, indent=2) + "\n", "utf-8")
+    with replacing(folder / SCALE) as file:
+        file.write(json.dumps({"bundle": bundle, "ranges": ranges}, indent=2).encode() + b"\n")
 
     def write(result: Result) -> None:
         if result.frame is None or result.map is None:

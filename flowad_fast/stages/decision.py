@@ -47,6 +47,14 @@ class Calibration(Frozen):
 
     For a new good part, exchangeable with the calibration parts, P(score > threshold) <= alpha: the threshold is the
     ceil((n + 1)(1 - alpha))-th smallest of n good scores (split conformal prediction).
+
+    Example:
+        >>> import numpy as np
+        >>> fitted = calibrate(np.arange(19.0), alpha=0.05)
+        >>> fitted.classes[""].threshold, fitted.classes[""].parts
+        (18.0, 19)
+        >>> Calibration.model_validate_json(fitted.model_dump_json()) == fitted
+        True
     """
 
     alpha: float = Field(gt=0, lt=1)
@@ -92,7 +100,8 @@ def combine(raw: np.ndarray, ranges: tuple[Range, Range] | None) -> np.ndarray:
         raise CalibrationError("the aggregate diff+sum needs ranges fitted on good parts; calibrate the model first")
     low = np.array([r.low for r in ranges])
     width = np.array([max(r.high - r.low, np.finfo(np.float32).tiny) for r in ranges])
-    return ((raw - low) / width).sum(1).astype(np.float32)
+    terms: np.ndarray = (raw - low) / width
+    return np.asarray(terms.sum(1), np.float32)
 
 
 def calibrate(

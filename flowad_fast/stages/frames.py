@@ -13,7 +13,7 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
     try:
         array = np.asarray(frames)
     except ValueError:
-        raise FrameError("frames have different sizes; call the detector once a size") from None
+        raise FrameError("frames have different sizes; call the detector once per size") from None
     if array.ndim == 3 and array.shape[-1] == 3:
         array = array[None]
     if array.size == 0 and array.ndim in (1, 4) and array.shape[0] == 0:

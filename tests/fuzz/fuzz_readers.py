@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
@@ -28,6 +29,7 @@ from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import IMAGENET_MEAN, ModelConfig, VelocityConfig
+from flowad_fast.engines.onnxruntime import check_external_data
 from flowad_fast.errors import FlowADError
 from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
@@ -145,6 +147,14 @@ class Readers:
         self.zip = (folder / "flowad.pth").read_bytes()
         torch.save({"model": state}, folder / "old.pth", _use_new_zipfile_serialization=False)
         self.pickle = (folder / "old.pth").read_bytes()
+        tensor = onnx.TensorProto(name="w", dims=[4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in {"location": "weights", "offset": "0", "length": "16"}.items():
+            tensor.external_data.add(key=key, value=value)
+        constant = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+        self.onnx = onnx.helper.make_model(
+            onnx.helper.make_graph([constant], "g", [], [], [tensor])
+        ).SerializeToString()
+        (folder / "weights").write_bytes(bytes(16))
         (folder / "training.yaml").write_text(yaml.safe_dump(TRAINING))
         (folder / "bundle").mkdir()
         (folder / "bundle" / "engine").write_bytes(b"engine")
@@ -162,6 +172,7 @@ class Readers:
         self.read_safetensors(self.tensors)
         self.read_pth(self.zip)
         self.read_pth(self.pickle)
+        self.read_onnx(self.onnx)
         (folder / "own.safetensors").write_bytes(self.tensors)  # what was valid is valid: the fuzzers start from here
 
     def read_manifest(self, data: Any) -> None:
@@ -198,6 +209,10 @@ class Readers:
         (self.folder / "damaged.pth").write_bytes(data)
         load_checkpoint(self.folder / "damaged.pth", self.folder / "training.yaml")
 
+    def read_onnx(self, data: bytes) -> None:
+        (self.folder / "model.onnx").write_bytes(data)
+        check_external_data(self.folder / "model.onnx")
+
     def fuzzers(self) -> dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]]:
         """By name: a reader and what it is given."""
         text = json.dumps(self.manifest).encode()
@@ -211,6 +226,7 @@ class Readers:
             "safetensors": (self.read_safetensors, damaged_bytes(self.tensors)),
             "zip .pth": (self.read_pth, damaged_bytes(self.zip)),
             "pickle .pth": (self.read_pth, damaged_bytes(self.pickle)),
+            "ONNX": (self.read_onnx, damaged_bytes(self.onnx)),
         }
 
 
