@@ -195,7 +195,7 @@ def test_cpp_refuses_what_it_cannot_judge(program: Path, exported: Path, picture
     for bad, message in (
         (content[:-1], "the file ends before its pixels do"),
         (b"\x89PNG", "not a binary PPM"),
-        (b"P6\n# 12 bits\n120 90\n4095\n", "expected 8 bits a channel"),
+        (b"P6\n# 12 bits\n120 90\n4095\n", "expected 8 bits per channel"),
         (b"P6\n-1 90\n255\n", "damaged PPM header"),
         (b"P6 8 8 255\n" + bytes(8 * 8 * 3), "at least 16x16"),
     ):

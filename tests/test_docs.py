@@ -49,8 +49,8 @@ def test_examples_in_docstrings_run(name: str, demo: Path) -> None:
     assert not failed
 
 
-@pytest.mark.parametrize("name", ["Density", "Detection", "Detector", "Inversion", "Reconstruction", "integrate",
-                                  "load", "load_checkpoint", "save_checkpoint"])  # fmt: skip
+@pytest.mark.parametrize("name", ["Density", "Detection", "Detector", "Inversion", "Mismatch", "Reconstruction",
+                                  "integrate", "load", "load_checkpoint", "save_checkpoint"])  # fmt: skip
 def test_public_names_have_an_example(name: str) -> None:
     assert ">>>" in (inspect.getdoc(getattr(flowad_fast, name)) or "")
 

@@ -231,6 +231,11 @@ class Mismatch(BaseScorer):
     It is the noise-start reconstruction with a single step, divided by (1 - tau)² (published as flow mismatching,
     arXiv 2605.23070; not in the paper). eps is standard normal, drawn once from `seed` and shared by all frames; with
     several `draws` their maps are averaged, all evaluated in one batch.
+
+    Example:
+        >>> from flowad_fast import Mismatch, load_checkpoint
+        >>> Mismatch(tau=0.5, draws=2).evaluations(load_checkpoint("demo").config)
+        2
     """
 
     counted_by: ClassVar[str] = "draws"
