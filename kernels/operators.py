@@ -126,5 +126,5 @@ def _primal_first(plain: Callable[[], Any], duals: Iterator[Sequence[Any]]) -> t
     first = next(duals, None)
     if first is None:
         return plain(), iter(())
-    # Nothing here may hold a chunk that the caller has used: `map` does not, where a generator's variables would.
-    return first[0], chain((first[1],), map(itemgetter(1), duals))
+    # Nothing here may hold a chunk that the caller has used, as a generator's variables or a tuple in `chain` would.
+    return first[0], chain(iter((first[1],)), map(itemgetter(1), duals))

@@ -1,12 +1,15 @@
 """The inference form of the velocity field: precisions, operators, tangents, and what a precision costs."""
 
+import weakref
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowad_fast.config import VelocityConfig
 from flowad_fast.kernels import fused, reference
@@ -181,6 +184,37 @@ def test_memory_budgets_change_nothing_but_memory(exact: bool, monkeypatch: pyte
             assert part.plan(2, x.device) == (together, wide)
             assert relative(part(x), expected) < 1e-5
             assert torch.allclose(part.with_error(x)[1], error, atol=1e-4)
+
+
+class LiveTangents(TorchDispatchMode):
+    """The most tangents whose activations of one width were alive at once."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.most = width, 0
+        self.seen: dict[int, weakref.ref[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple) else (out,):
+            if isinstance(one, Tensor) and one.ndim == 4 and one.shape[-1] == self.width:
+                self.seen[id(one)] = weakref.ref(one)
+        alive = {one.untyped_storage()._cdata: len(one) for ref in self.seen.values() if (one := ref()) is not None}
+        self.most = max(self.most, sum(alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_wide_activations_exist_for_a_chunk_of_tangents_at_a_time(precision: str) -> None:
+    model = random_model(channels=16, hidden_size=32, mlp_ratio=3.0)
+    field = model.at(TIMES, Arithmetic(precision))  # type: ignore[arg-type]
+    x, z = tokens(model), torch.sign(tokens(model, 12, 5))[:, None]
+    most = {}
+    for count, chunk in ((4, 4), (12, 4), (12, 12)):
+        with torch.no_grad(), LiveTangents(width=96) as live:  # that of the MLP and of q, k and v together
+            field.dual(x, z[:count], 0, None, chunk)
+        most[count, chunk] = live.most
+    assert most[4, 4] == most[12, 4] == most[12, 12] / 3 > 0, most
 
 
 def test_standard_errors_are_those_of_independent_draws() -> None:
