@@ -1,6 +1,6 @@
 """pytest-benchmark suite of the operators, reference beside fused, at a model's sizes; synchronised inside.
 
-    pytest benchmarks/bench_kernels.py [--benchmark-compare]
+    flowad-bench kernels [--benchmark-compare]      (or pytest benchmarks/bench_kernels.py)
 
 On a CPU the fused operators are the reference itself, so only the reference is timed there.
 """
@@ -44,13 +44,13 @@ def _inputs(dtype: torch.dtype) -> dict[str, Any]:
         "attention": qkv,
         "attention_dual": (*qkv, *dqkv),
         "affine_step": (state, rand(BATCH, n, c), 1.0, -1 / 3),
-        "affine_step_error": (state, rand(BATCH, n, c), 1.0, -1 / 3),
+        "affine_error_map": (state, rand(BATCH, n, c), 1.0, -1 / 3),
     }
 
 
 OPERATORS = (
     "ln_modulate", "ln_modulate_dual", "gate_residual_ln_modulate", "gate_residual_ln_modulate_dual", "gelu_tanh",
-    "gelu_tanh_dual", "attention", "attention_dual", "affine_step", "affine_step_error",
+    "gelu_tanh_dual", "attention", "attention_dual", "affine_step", "affine_error_map",
 )  # fmt: skip
 
 

@@ -1,15 +1,25 @@
 """`flowad-bench`: speed and memory beside the reference path, each row behind a parity gate."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from flowad_fast.cli import common
 from flowad_fast.errors import ConfigError
+from flowad_fast.stages.scorers import SCORERS
+
+if TYPE_CHECKING:
+    from flowad_fast.benchmarks.record.record import Record
+    from flowad_fast.config import VelocityConfig
+    from flowad_fast.stages.scorers import Scorer
+
+KINDS = ", ".join(SCORERS)
+STEPS = "Steps per unit time, as in every command. [default: as --evaluations says]"
+EVALUATIONS = "Function evaluations per frame. [default: 3]"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -25,31 +35,58 @@ def _numbers(text: str, option: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _scorers(
+    kinds: Sequence[str], steps: str, evaluations: str, probes: Sequence[int], config: "VelocityConfig | None"
+) -> "list[Scorer]":
+    """Scorers along the axes that the options name."""
+    from flowad_fast.benchmarks.measure.cases import make_scorers
+
+    if steps and evaluations:
+        raise ConfigError("--steps and --evaluations say the same in two ways; give one of them")
+    return make_scorers(
+        kinds,
+        steps=_numbers(steps, "--steps") if steps else (),
+        evaluations=_numbers(evaluations, "--evaluations") if evaluations else (3,),
+        probes=probes,
+        config=config,
+    )
+
+
+def _probes(text: str, kinds: Sequence[str], default: Sequence[int]) -> Sequence[int]:
+    """The option --probes, refused where no scorer has probes."""
+    from flowad_fast.benchmarks.measure.cases import has_probes
+
+    if text and not any(map(has_probes, kinds)):
+        able = ", ".join(filter(has_probes, SCORERS))
+        raise ConfigError(f"--probes {text}: an option of {able}, not of {', '.join(kinds)}; leave it out")
+    return _numbers(text, "--probes") if text else default
+
+
 @app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
     preset: Annotated[str, typer.Option(help="demo, small, paper, invad; a checkpoint; or bundles.")] = "demo",
-    scorer: Annotated[str, typer.Option(help="density, inversion, reconstruction. [default: the preset's]")] = "",
+    scorer: Annotated[str, typer.Option(help=f"{KINDS}. [default: the preset's]")] = "",
     engine: Annotated[str, typer.Option(help="reference, eager, onnxruntime, … [default: the preset's]")] = "",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16, fp8.")] = "fp32",
     ops: Annotated[str, typer.Option(help="reference or fused operators.")] = "reference",
-    batch: Annotated[str, typer.Option(help="Frames a call.")] = "1",
-    steps: Annotated[str, typer.Option(help="Function evaluations along the path.")] = "3",
+    batch: Annotated[str, typer.Option(help="Frames per call.")] = "1",
+    steps: Annotated[str, typer.Option(help=STEPS)] = "",
+    evaluations: Annotated[str, typer.Option(help=EVALUATIONS)] = "",
     probes: Annotated[str, typer.Option(help="Density: probes. [default: the preset's]")] = "",
-    mode: Annotated[str, typer.Option(help="offline, single-stream, line.")] = "offline",
-    rate: Annotated[float | None, typer.Option(help="Line: frames a second. [default: 80 % of capacity]")] = None,
+    mode: Annotated[str, typer.Option(help="offline, single-stream.")] = "offline",
     frame_size: Annotated[int | None, typer.Option(help="Height and width of frames. [default: the model's]")] = None,
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 15.0,
+    seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 15.0,
     quick: Annotated[bool, typer.Option("--quick", help="Few repeats, one engine: a first impression.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table (Markdown) here.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Write figures (PNG) into this folder.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
-    """Measure scorers on engines, in turn with the reference path, one fresh process a row.
+    """Measure scorers on engines, in turn with the reference path, one fresh process per row.
 
     Every option that names an axis takes a comma-separated list. A row whose map disagrees with the fp32 reference on
     the same frames has no speed.
@@ -58,63 +95,71 @@ def bench(
         return
     from dataclasses import replace
 
-    from flowad_fast.benchmarks import harness
-    from flowad_fast.benchmarks.cases import axes_of, expand
+    from flowad_fast.benchmarks.measure import harness
+    from flowad_fast.benchmarks.measure.cases import axes_of, expand, is_bundle
+    from flowad_fast.benchmarks.measure.turns import QUICK, Effort
 
     cases = []
     for one in _words(preset):
-        defaults = axes_of(one, quick)
+        axes = axes_of(one, quick)
+        kinds = _words(scorer) or axes.scorers
+        if not is_bundle(one):
+            scorers = _scorers(kinds, steps, evaluations, _probes(probes, kinds, axes.probes), axes.velocity)
+        elif scorer or steps or evaluations or probes:
+            raise ConfigError(f"{one}: a bundle has a scorer of its own; leave out what would change it")
+        else:
+            scorers = []
         cases += expand(
             one,
-            scorers=_words(scorer) or defaults.scorers,
-            engines=_words(engine) or defaults.engines,
+            scorers,
+            engines=_words(engine) or axes.engines,
             precisions=_words(precision),
             batches=_numbers(batch, "--batch"),
-            steps=_numbers(steps, "--steps"),
-            probes=_numbers(probes, "--probes") if probes else defaults.probes,
             modes=_words(mode),
             ops=ops,
             device=device,
             frame_size=frame_size,
-            parity_frames=defaults.parity_frames,
+            parity_frames=axes.parity_frames,
             config=None if config is None else str(config),
             backbone_weights=None if backbone_weights is None else str(backbone_weights),
         )
-    effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
+    effort = QUICK if quick else replace(Effort(), seconds=seconds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished rows are kept
     with common.status("measuring") as tell:
-        record = harness.run(cases, effort, tell, rate, keep=_keep(output))
+        record = harness.run(cases, effort, tell, keep=_keep(output))
     _show(record, output, markdown, figures, json)
-    if any(row["reason"] == "interrupted" for row in record["cases"]):
+    if any(row.reason == "interrupted" for row in record.cases):
         raise typer.Exit(common.EXIT_INTERRUPTED)
 
 
 @app.command()
 def ladder(
     preset: Annotated[str, typer.Option(help="demo, small, paper, invad; or a checkpoint.")] = "small",
-    scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
-    batch: Annotated[int, typer.Option(help="Frames a call.")] = 1,
-    steps: Annotated[int, typer.Option(help="Function evaluations along the path.")] = 3,
-    probes: Annotated[int, typer.Option(help="Density: probes.")] = 10,
+    scorer: Annotated[str, typer.Option(help=f"One of {KINDS}.")] = "inversion",
+    batch: Annotated[int, typer.Option(help="Frames per call.")] = 1,
+    steps: Annotated[str, typer.Option(help=STEPS)] = "",
+    evaluations: Annotated[str, typer.Option(help=EVALUATIONS)] = "",
+    probes: Annotated[str, typer.Option(help="Density: probes. [default: 10]")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Time for a row, in seconds.")] = 15.0,
+    seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 15.0,
     quick: Annotated[bool, typer.Option("--quick", help="Few repeats.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Write figures (PNG) into this folder.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
-    """One optimisation a row, each on top of those before: speed, memory and drift."""
+    """One optimisation per row, each on top of those before: speed, memory and drift."""
     from dataclasses import replace
 
-    from flowad_fast.benchmarks import harness
-    from flowad_fast.benchmarks import ladder as rungs
-    from flowad_fast.benchmarks.cases import Case, axes_of, scorer_options
+    from flowad_fast.benchmarks.measure.cases import Case, axes_of
+    from flowad_fast.benchmarks.measure.turns import QUICK, Effort
+    from flowad_fast.benchmarks.runs import ladder as rungs
 
-    frames = axes_of(preset).parity_frames
-    like = Case(
-        preset, scorer_options(scorer, steps, probes), "eager", batch=batch, device=device, parity_frames=frames
-    )  # fmt: skip
-    effort = harness.QUICK if quick else replace(harness.Effort(), seconds=seconds)
+    axes = axes_of(preset)
+    scorers = _scorers([scorer], steps, evaluations, _probes(probes, [scorer], (10,)), axes.velocity)
+    if len(scorers) != 1:
+        raise ConfigError("a ladder is of one scorer; give one number for --steps, --evaluations or --probes")
+    like = Case(preset, scorers[0], "eager", batch=batch, device=device, parity_frames=axes.parity_frames)
+    effort = QUICK if quick else replace(Effort(), seconds=seconds)
     with common.status("measuring") as tell:
         record = rungs.run(like, effort, tell, keep=_keep(output))
     _show(record, output, None, figures, json)
@@ -126,48 +171,61 @@ def drift(
     data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
     layout: Annotated[str, typer.Option(help="mvtec (also MPDD), visa, realiad, folder or elpv.")] = "elpv",
     category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
-    scorer: Annotated[str, typer.Option(help="Comma-separated.")] = "density,inversion,reconstruction",
+    scorer: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SCORERS),
     precision: Annotated[str, typer.Option(help="Comma-separated.")] = "bf16,fp16,fp8",
     ops: Annotated[str, typer.Option(help="reference or fused operators.")] = "reference",
-    steps: Annotated[int, typer.Option(help="Function evaluations along the path.")] = 3,
-    probes: Annotated[int, typer.Option(help="Density: probes.")] = 1,
+    steps: Annotated[str, typer.Option(help=STEPS)] = "",
+    evaluations: Annotated[str, typer.Option(help=EVALUATIONS)] = "",
+    probes: Annotated[str, typer.Option(help="Density: probes. [default: 1]")] = "",
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Photos a call.")] = 8,
+    batch: Annotated[int, typer.Option(help="Photos per call.")] = 8,
     output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
     """What a precision changes on labelled photos: maps, scores, and AUROC against fp32."""
-    from flowad_fast.benchmarks import drift as drifting
-    from flowad_fast.benchmarks import record, report
-    from flowad_fast.benchmarks.cases import Case, load_model, scorer_options
+    from flowad_fast.benchmarks.record import record, report
+    from flowad_fast.benchmarks.runs import drift as drifting
+    from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.data.layouts import read_dataset
     from flowad_fast.engines.device import torch_device
     from flowad_fast.engines.precision import check_precision
     from flowad_fast.evaluation.evaluate import select_tests
 
     dataset, kinds, precisions = read_dataset(layout, data), _words(scorer), _words(precision)
-    cases = [
-        Case(model, scorer_options(kind, steps, probes), "eager", config=None if config is None else str(config),
-             backbone_weights=None if backbone_weights is None else str(backbone_weights))
-        for kind in kinds
-    ]  # fmt: skip
+    probe_counts = _probes(probes, kinds, (1,))
     for one in precisions:
         check_precision(one, torch_device(device))
+    loaded = load_checkpoint(model, config, backbone_weights)
+    scorers = _scorers(kinds, steps, evaluations, probe_counts, loaded.config)
     photos = sum(len(samples) for samples in select_tests(dataset, category).values())
-    runs = len(kinds) * len({"fp32", *precisions})
+    runs = len(scorers) * len({"fp32", *precisions})
     with common.progress("comparing", photos * runs, quiet=json) as advance:
         found = drifting.run(
-            load_model(cases[0]), dataset, [case.make_scorer() for case in cases], precisions, categories=category,  # type: ignore[arg-type]
+            loaded, dataset, scorers, precisions, categories=category,  # type: ignore[arg-type]
             device=device, ops=ops, batch=batch, name=Path(model).name, progress=advance,
         )  # fmt: skip
     if output is not None:
         record.write(found, output)
     if json:
-        common.print_json(found)
+        common.print_json(found.dump())
     else:
         _console().print(report.drift_table(found))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def kernels(context: typer.Context) -> None:
+    """Time the operators, reference beside fused, with pytest-benchmark; whatever follows goes to pytest."""
+    from importlib.util import find_spec
+
+    lacking = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+    if lacking:
+        raise ConfigError(f'needs {" and ".join(lacking)}, not installed: pip install "flowad-fast[dev]"')
+    import pytest
+
+    suite = Path(__file__).resolve().parent / "bench_kernels.py"
+    raise typer.Exit(int(pytest.main([str(suite), *context.args])))
 
 
 @app.command()
@@ -177,15 +235,18 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
 ) -> None:
     """Say for each row of two records whether it became faster or slower, or whether noise hides any difference."""
-    from flowad_fast.benchmarks import record, report
+    from dataclasses import asdict
 
-    lines = record.compare(record.read(old), record.read(new))
-    if not lines:
+    from flowad_fast.benchmarks.record import compare as comparing
+    from flowad_fast.benchmarks.record import record, report
+
+    changes = comparing.compare(record.read(old), record.read(new))
+    if not changes:
         raise ConfigError(f"{old} and {new} have no row in common")
     if json:
-        common.print_json(lines)
+        common.print_json([asdict(change) for change in changes])
     else:
-        _console().print(report.comparison(lines))
+        _console().print(report.comparison(changes))
 
 
 @app.command("report")
@@ -194,15 +255,15 @@ def make_report(
     figures: Annotated[bool, typer.Option(help="Draw the records' figures as well.")] = True,
 ) -> None:
     """Write benchmarks/README.md and docs/scaling.md from the committed records."""
-    from flowad_fast.benchmarks import record, report, scaling
+    from flowad_fast.benchmarks.record import record, report, scaling
 
     folder = folder or report.RESULTS
     if figures:
-        from flowad_fast.benchmarks import figures as drawing
+        from flowad_fast.benchmarks.record import figures as drawing
 
         for path in sorted(folder.glob("*.json")):
             one = record.read(path)
-            if one["kind"] not in report.OTHER_KINDS:
+            if isinstance(one, record.Record) and one.kind != "peers":
                 drawing.draw(one, folder / "figures" / path.stem)
     report.README.write_text(report.readme(folder), encoding="utf-8")
     scaling.PAGE.parent.mkdir(exist_ok=True)
@@ -210,27 +271,27 @@ def make_report(
     common.out.print(f"wrote {report.README} and {scaling.PAGE}", highlight=False)
 
 
-def _keep(output: Path | None) -> Callable[[dict[str, Any]], None]:
+def _keep(output: Path | None) -> "Callable[[Record], None]":
     """Writes what has been measured so far, so that whatever ends the run loses only the rows under way."""
-    from flowad_fast.benchmarks import record as records
+    from flowad_fast.benchmarks.record import record as records
 
     return lambda found: None if output is None else records.write(found, output)
 
 
-def _show(record: dict[str, Any], output: Path | None, markdown: Path | None, figures: Path | None, json: bool) -> None:
-    from flowad_fast.benchmarks import record as records
-    from flowad_fast.benchmarks import report
+def _show(record: "Record", output: Path | None, markdown: Path | None, figures: Path | None, json: bool) -> None:
+    from flowad_fast.benchmarks.record import record as records
+    from flowad_fast.benchmarks.record import report
 
     if output is not None:
         records.write(record, output)
     if markdown is not None:
         markdown.write_text(report.markdown(record), encoding="utf-8")
     if figures is not None:
-        from flowad_fast.benchmarks import figures as drawing
+        from flowad_fast.benchmarks.record import figures as drawing
 
         drawing.draw(record, figures)
     if json:
-        common.print_json(record)
+        common.print_json(record.dump())
         return
     for table in report.tables(record):
         _console().print(table)

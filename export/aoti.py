@@ -8,43 +8,29 @@ from typing import Any
 
 import torch
 
-from flowad_fast.config import Precision
 from flowad_fast.engines.inductor import PORTABLE, cpp_compiler, target
 from flowad_fast.engines.precision import arithmetic, check_precision
+from flowad_fast.export.formats import Built, Request
 from flowad_fast.export.graph import boundary
-from flowad_fast.model import FlowModel
-from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.decision import Aggregate
-from flowad_fast.stages.scorers import Scorer
 
 
-def write(
-    path: Path,
-    model: FlowModel,
-    scorer: Scorer,
-    aggregate: Aggregate,
-    frame_size: tuple[int, int] | None = None,
-    precision: Precision = "fp32",
-    device: str = "cpu",
-) -> dict[str, int | str]:
-    """Compile to `path` (`.pt2`) for a device of this machine; batch and (with `frame_size` None) frame size stay free.
+def write(request: Request, folder: Path) -> Built:
+    """Compile `model.pt2` for the request's device; batch and (without a frame size) frame size stay free.
 
-    Returns:
-        What the package depends on, see `engines.inductor.target`. The same, and what a C++ caller must know about the
-        inputs, is in the package's own metadata.
+    The details are what the package depends on, see `engines.inductor.target`. The same, and what a C++ caller must
+    know about the inputs, is in the package's own metadata.
 
     Raises:
         EngineUnavailableError: no C++ compiler, or a precision that the device does not have.
     """
     compiler = cpp_compiler()
-    chosen = torch.device(device)
+    chosen, precision = torch.device(request.device), request.precision
     check_precision(precision, chosen)
-    edge = boundary(model, scorer, aggregate, frame_size, precision)
-    assert isinstance(edge.module, ScoringPipeline), "the boundary of frames is a scoring pipeline"
+    edge = boundary(request)
     edge = replace(edge, module=edge.module.on(chosen), example=tuple(tensor.to(chosen) for tensor in edge.example))
     facts = target(chosen)
-    size = "any" if frame_size is None else f"{frame_size[0]}x{frame_size[1]}"
-    inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(model.config.num_classes)}
+    size = "any" if request.frame_size is None else "x".join(map(str, request.frame_size))
+    inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(request.model.config.num_classes)}
     metadata = facts | inputs | {"precision": precision, "torch": torch.__version__}
     options: dict[str, Any] = {
         # Otherwise the thread count of this machine is compiled in.
@@ -54,12 +40,13 @@ def write(
         "aot_inductor.metadata": {f"flowad.{key}": value for key, value in metadata.items()},
     }
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as wrapper:
         if facts["cpu"] == PORTABLE:
-            options |= _portable(compiler, Path(folder))
+            options |= _portable(compiler, Path(wrapper))
         with arithmetic(precision, chosen):
-            torch._inductor.aoti_compile_and_package(edge.trace(), package_path=str(path), inductor_configs=options)
-    return dict(facts)
+            path = str(folder / "model.pt2")
+            torch._inductor.aoti_compile_and_package(edge.trace(), package_path=path, inductor_configs=options)
+    return Built(("model.pt2",), {"torch": torch.__version__}, dict(facts))
 
 
 def _portable(compiler: str, folder: Path) -> dict[str, Any]:

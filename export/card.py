@@ -1,6 +1,17 @@
 """The model card of a bundle: its manifest in Markdown, for people."""
 
+from pathlib import Path
+
 from flowad_fast.bundle import Artefact, Manifest
+from flowad_fast.files import replacing
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, manifest: Manifest, heading: str = "") -> None:
+    """Write or replace the card of the bundle in `folder`, with `heading` above it."""
+    with replacing(folder / CARD) as file:
+        file.write((heading + model_card(manifest)).encode())
 
 
 def _certificate(artefact: Artefact) -> tuple[str, ...]:
@@ -47,7 +58,7 @@ def model_card(manifest: Manifest) -> str:
         lines.append(f"| {name} | {a.engine} | {a.precision} | {' | '.join(_certificate(a))} |")
     lines += ["", "## Calibration", ""]
     if manifest.calibration is None:
-        lines.append("None: scores are available, verdicts are not. `flowad-export BUNDLE --calibrate GOOD_FOLDER`.")
+        lines.append("None: scores are available, verdicts are not. `flowad-export calibrate BUNDLE GOOD_FOLDER`.")
     else:
         lines += [
             f"Accepted false-reject rate: {manifest.calibration.alpha:g}.",

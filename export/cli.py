@@ -1,98 +1,129 @@
-"""`flowad-export`: checkpoint to bundle, and what one does with a bundle afterwards: inspect, verify, calibrate."""
+"""`flowad-export`: checkpoint to bundle (`make`), and what one does with a bundle: `show`, `verify`, `calibrate`.
 
+Only `make` and the parity part of `verify` need torch; each imports what it needs when it runs.
+"""
+
+import inspect as inspection
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
 from flowad_fast import bundle
-from flowad_fast.bundle import Manifest
-from flowad_fast.checkpoints.load import DEMO, load_checkpoint
+from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.cli import common
-from flowad_fast.config import Precision, validated
-from flowad_fast.engines.device import torch_device
-from flowad_fast.errors import ConfigError, ParityError, nearest
-from flowad_fast.evaluation.probes import ProbeChoice, choose_probes
-from flowad_fast.export.exporter import ExportResult, Outcome, check_bundle, export_bundle, recalibrate
+from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
+from flowad_fast.config import Precision
+from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
+from flowad_fast.export.calibration import recalibrate
+from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
 from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
-from flowad_fast.export.verify import ParityFrames
+from flowad_fast.export.verify import Outcome, ParityFrames
 from flowad_fast.files import sha256
-from flowad_fast.model import FlowModel
 from flowad_fast.stages.decision import AGGREGATES, require_parts
-from flowad_fast.stages.scorers import SCORERS, Density, Scorer
+from flowad_fast.stages.scorers import SCORERS, Density
 
-FORMAT_HELP = f"Comma-separated, or auto: {', '.join(f.name for f in FORMATS.values() if f.auto)}. " + " ".join(
-    f"{f.name}: {f.description}." for f in FORMATS.values()
+if TYPE_CHECKING:
+    from flowad_fast.evaluation.probes import ProbeChoice
+    from flowad_fast.model import FlowModel
+
+FORMAT_HELP = f"Comma-separated, or auto: {', '.join(name for name, f in FORMATS.items() if f.auto)}. " + " ".join(
+    f"{name}: {f.description}." for name, f in FORMATS.items()
 )
-
 PROBE_FRAMES = 8
 """Good parts on which --probes auto measures."""
+MODEL = ("torch", "torchvision", "timm", "safetensors")
+"""What a model in memory needs."""
+HASHES_OK = "hashes ok"
+BEFORE = "without-command"
+"""What the form without a command is called inside."""
 
 
-def export(
-    source: Annotated[str, typer.Argument(help="Checkpoint (.pth, .safetensors, or `demo`), or an existing bundle.")],
+class _Group(TyperGroup):
+    """Takes the form of before too, which had flags instead of commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click; what names no command is the old form."""
+        if args and args[0] not in self.commands and args[0] not in self.get_help_option_names(ctx):
+            args = [BEFORE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    help="Bundles: make one from a checkpoint, show, verify and calibrate it.",
+)
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
+Data = Annotated[str | None, typer.Option(help="Folder of real frames for the parity check.")]
+Alpha = Annotated[float, typer.Option(help="Accepted false-reject rate of the calibration.")]
+Device = Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
+
+
+def make(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth, .safetensors, or `demo`).")
+    ],
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
     format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
     precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
-    scorer: Annotated[str, typer.Option(help="density, inversion or reconstruction.")] = "inversion",
-    steps: Annotated[int, typer.Option(help="Euler steps per unit time.")] = 3,
-    probes: Annotated[str, typer.Option(help="Density: Rademacher probes, or auto (by their noise).")] = "10",
-    tau: Annotated[float, typer.Option(help="Reconstruction: where it starts.")] = 0.5,
-    start: Annotated[str, typer.Option(help="Reconstruction: noise or inversion.")] = "noise",
-    power: Annotated[int, typer.Option(help="Inversion: 2 for the squared norm (paper), 1 for the norm.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of probes and noise.")] = 0,
-    aggregate: Annotated[str, typer.Option(help="Image score: max, mean, sum, diff or diff+sum of the map.")] = "max",
+    scorer: Annotated[str, typer.Option(help=f"{', '.join(SCORERS)}.")] = "inversion",
+    aggregate: Annotated[str, typer.Option(help=f"Image score of the map: {', '.join(AGGREGATES)}.")] = "max",
     frame_size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames, or any.")] = "any",
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
     workspace: Annotated[int, typer.Option(help="Memory for engine builders, MiB.", min=1)] = 4096,
-    data: Annotated[str | None, typer.Option(help="Folder of real frames for the parity check.")] = None,
-    calibrate: Annotated[str | None, typer.Option(help="Folder of good parts; also for an existing bundle.")] = None,
-    alpha: Annotated[float, typer.Option(help="Accepted false-reject rate of the calibration.")] = 0.01,
+    data: Data = None,
+    calibrate: Annotated[str | None, typer.Option(help="Folder of good parts, to calibrate at once.")] = None,
+    alpha: Alpha = 0.01,
     output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/NAME-SCORER]")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Re-check a bundle: hashes, and parity.")] = False,
-    inspect: Annotated[bool, typer.Option("--inspect", help="Show a bundle's manifest.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate everything, write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")] = False,
-) -> None:  # fmt: skip
+    json: Json = False,
+    **scoring: Any,
+) -> None:
     """Turn a trained checkpoint into a bundle that proves what it computes.
 
     Every artefact is run against the fp32 reference on real frames. Formats that agree are published together; failing
     ones are kept under a `.rejected` name, and the exit code is 1 unless every format that was asked for is ok.
-    """
-    if verify or inspect:
-        _look(source, verify, data, device, json)
-        return
-    if _is_bundle(source):
-        if calibrate is None:
-            raise ConfigError(f"{source} is a bundle already; give --inspect, --verify or --calibrate, or a checkpoint")
-        _recalibrate(source, calibrate, alpha, device, json)
-        return
 
-    chosen = _scorer(scorer, steps, probes, tau, start, power, seed)
+    Example: `flowad-export make demo --calibrate demo`.
+    """
+    if bundle.is_bundle(checkpoint):
+        raise ConfigError(f"{checkpoint} is a bundle already; give a checkpoint, or use show, verify or calibrate")
+    measured = scorer == "density" and scoring.get("probes") == AUTO
+    chosen = scorer_from(scorer, scoring | ({"probes": None} if measured else {}))
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
     score = _one_of("aggregate", aggregate, AGGREGATES)
     arithmetic = _one_of("precision", precision, get_args(Precision))
+    require("model", *MODEL, "onnx", "onnxscript", by="flowad-export make")
+    from flowad_fast.checkpoints.load import DEMO, load_checkpoint
+    from flowad_fast.engines.device import torch_device
+
     torch_device(device)  # refuses what this machine does not have
-    target = output or Path("bundles") / f"{Path(source).stem}-{chosen.kind}"
+    target = output or Path("bundles") / f"{Path(checkpoint).stem}-{chosen.kind}"
     bundle.check_target(target)
 
     with common.err.status("reading the checkpoint and the frames"):
-        model = load_checkpoint(source, config, backbone_weights)
-        chosen.rows(model.config)  # refuses scorers that the model cannot have
+        model = load_checkpoint(checkpoint, config, backbone_weights)
+        chosen.schedules(model.config)  # refuses scorers that the model cannot have
         _ = model.backbone
         frames = parity_frames(data)
         good = None if calibrate is None else good_parts(calibrate, model.spec.classes.labels)
         if good is not None:
             require_parts(good.classes, alpha, score)
         choice = None
-        if isinstance(chosen, Density) and probes == AUTO:
+        if measured and isinstance(chosen, Density):
             chosen, choice = _chosen_probes(model, chosen, good, frames)
     if dry_run:
         plan = {
@@ -109,14 +140,8 @@ def export(
         }
         common.print_json(plan) if json else common.out.print(plan)
         return
-    file = DEMO if source == "demo" else Path(source)
-    with common.err.status("exporting") as status:
-
-        def tell(line: str) -> None:
-            status.update(f"exporting · {line}")
-            if not common.err.is_terminal:  # where the status line is not shown
-                common.err.print(line, markup=False, highlight=False)
-
+    file = DEMO if checkpoint == "demo" else Path(checkpoint)
+    with common.status("exporting") as tell:
         result = export_bundle(
             model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
             frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
@@ -127,8 +152,105 @@ def export(
     _report(result, json)
 
 
-def _is_bundle(source: str) -> bool:
-    return (Path(source) / "manifest.json").is_file()
+def show(path: Bundle, json: Json = False) -> None:
+    """Show what a bundle holds and what was checked, after checking its files' hashes.
+
+    Example: `flowad-export show bundles/demo-inversion`.
+    """
+    folder, manifest = bundle.read(path)
+    _print_bundle(folder, manifest, _hashed(folder, manifest), "", json)
+
+
+def verify(path: Bundle, data: Data = None, device: Device = "auto", json: Json = False) -> None:
+    """Check a bundle again on this machine: its files' hashes, and the parity of its artefacts.
+
+    Parity needs the model: the format eager in the bundle, and the extra `model` of this project. Without them it is
+    not re-checked, and that is said.
+
+    Example: `flowad-export verify bundles/demo-inversion`.
+    """
+    folder, manifest = bundle.read(path)
+    outcomes, doubt = _hashed(folder, manifest), ""
+    eager = manifest.artefacts.get("eager")
+    if eager is None:
+        if data is not None:
+            raise ConfigError(
+                f"{folder}: re-checking parity needs the model, which the format eager holds; omit --data"
+            )
+        doubt = "parity: not re-checked, since the bundle has no format eager, which holds the model"
+    else:
+        try:
+            require("model", *MODEL, by="re-checking parity")
+        except MissingExtraError as error:
+            if data is not None:
+                raise
+            doubt = f"parity: not re-checked: {error}"
+        else:
+            outcomes = _rechecked(folder, eager, data, device)
+    _print_bundle(folder, manifest, outcomes, doubt, json)
+    failed = [name for name, outcome in outcomes.items() if not outcome.ok and outcome.status != HASHES_OK]
+    if failed:
+        raise ParityError(f"{folder}: {', '.join(failed)}: no longer agrees with the fp32 reference; export it again")
+
+
+def calibrate(
+    path: Bundle,
+    good: Annotated[
+        str, typer.Argument(metavar="GOOD_FOLDER", help="Good parts; for conditional bundles one folder per class.")
+    ],
+    alpha: Alpha = 0.01,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Fit a bundle's thresholds on good parts, and store them in its manifest; engine files stay as they are.
+
+    Example: `flowad-export calibrate bundles/demo-inversion parts/good --alpha 0.01`.
+    """
+    _, manifest = bundle.read(path, verify=False)
+    with common.err.status("calibrating"):
+        manifest = recalibrate(path, good_parts(good, manifest.model.classes.labels), alpha, device)
+    if json:
+        common.print_json({"bundle": str(path), "manifest": manifest.model_dump(mode="json")})
+    else:
+        _print_calibration(manifest)
+
+
+def _before(
+    checkpoint: str,
+    verify_it: Annotated[bool, typer.Option("--verify", help="See `verify`.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="See `show`.")] = False,
+    **options: Any,
+) -> None:
+    """The form of before: flags in place of commands. It goes on working in this release."""
+    good, path, json = options["calibrate"], Path(checkpoint), options["json"]
+    if verify_it:
+        _note("verify BUNDLE")
+        verify(path, options["data"], options["device"], json)
+    elif inspect:
+        _note("show BUNDLE")
+        show(path, json)
+    elif good is not None and bundle.is_bundle(path):
+        _note("calibrate BUNDLE GOOD_FOLDER")
+        calibrate(path, good, options["alpha"], options["device"], json)
+    else:
+        _note("make CHECKPOINT")
+        make(checkpoint, **options)
+
+
+def _note(form: str) -> None:
+    text = f"note: write flowad-export {form} ...; the form without a command goes with the next release"
+    common.err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _of_before() -> Any:
+    """`_before` with the options of `make` in place of its **options."""
+    flags = [p for p in inspection.signature(_before).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    _, *options = inspection.signature(make).parameters.values()
+    source, *rest = flags
+    source = source.replace(annotation=Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint or bundle.")])
+    parameters = [one.replace(kind=one.KEYWORD_ONLY) for one in (*rest, *options)]
+    _before.__signature__ = inspection.Signature([source, *parameters])  # type: ignore[attr-defined]
+    return _before
 
 
 def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
@@ -137,23 +259,15 @@ def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
     return value
 
 
-def _scorer(name: str, steps: int, probes: str, tau: float, start: str, power: int, seed: int) -> Scorer:
-    _one_of("scorer", name, tuple(SCORERS))
-    options: dict[str, dict[str, Any]] = {
-        "density": {"seed": seed} if probes == AUTO else {"probes": probes, "seed": seed},
-        "inversion": {"power": power},
-        "reconstruction": {"tau": tau, "start": start, "seed": seed},
-    }
-    return validated(SCORERS[name], {"steps": steps, **options[name]}, f"--scorer {name}")
-
-
 def _chosen_probes(
-    model: FlowModel, scorer: Density, good: GoodParts | None, frames: ParityFrames
-) -> tuple[Density, ProbeChoice]:
+    model: "FlowModel", scorer: Density, good: GoodParts | None, frames: ParityFrames
+) -> "tuple[Density, ProbeChoice]":
     """The scorer with the number of probes that some of the good parts ask for.
 
     They come from --calibrate, otherwise from the frames of the parity check that are not known to be defective.
     """
+    from flowad_fast.evaluation.probes import choose_probes
+
     if good is not None:
         index = (
             [i * len(good) // PROBE_FRAMES for i in range(PROBE_FRAMES)]
@@ -195,43 +309,33 @@ def _report(result: ExportResult, json: bool) -> None:
         raise typer.Exit(common.EXIT_ERROR)
 
 
-def _look(source: str, verify: bool, data: str | None, device: str, json: bool) -> None:
-
-    folder, manifest = bundle.read(source)
-    outcomes = {
-        name: Outcome("hashes ok", "", artefact, sum((folder / file).stat().st_size for file in artefact.files))
+def _hashed(folder: Path, manifest: Manifest) -> dict[str, Outcome]:
+    """The outcomes of a bundle whose hashes were checked, and no more."""
+    return {
+        name: Outcome(HASHES_OK, "", artefact, sum((folder / file).stat().st_size for file in artefact.files))
         for name, artefact in manifest.artefacts.items()
     }
-    eager = manifest.artefacts.get("eager")
-    if verify and eager is not None:
-        with common.err.status("verifying"):
-            model = load_checkpoint(folder / next(iter(eager.files)))
-            outcomes = check_bundle(source, model, parity_frames(data), device)
-    elif verify and data is not None:
-        raise ConfigError(f"{folder}: re-checking parity needs the model, which the format eager holds; omit --data")
-    failed = [name for name, outcome in outcomes.items() if not outcome.ok and outcome.status != "hashes ok"]
+
+
+def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str) -> dict[str, Outcome]:
+    from flowad_fast.checkpoints.load import load_checkpoint
+
+    with common.err.status("verifying"):
+        model = load_checkpoint(folder / next(iter(eager.files)))
+        return check_bundle(folder, model, parity_frames(data), device)
+
+
+def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome], doubt: str, json: bool) -> None:
     if json:
-        common.print_json({"ok": not failed, "bundle": str(folder), **_facts(manifest, outcomes)})
-    else:
-        common.out.print(_table(manifest, outcomes))
-        _print_reasons(outcomes)
-        common.out.print(f"written by flowad-fast {manifest.project_version} on {manifest.created}", highlight=False)
-        if verify and eager is None:
-            common.out.print("parity: not re-checked, since the bundle has no format eager, which holds the model")
-        _print_calibration(manifest)
-    if failed:
-        raise ParityError(f"{folder}: {', '.join(failed)}: no longer agrees with the fp32 reference; export it again")
-
-
-def _recalibrate(source: str, calibrate: str, alpha: float, device: str, json: bool) -> None:
-
-    _, manifest = bundle.read(source, verify=False)
-    with common.err.status("calibrating"):
-        manifest = recalibrate(source, good_parts(calibrate, manifest.model.classes.labels), alpha, device)
-    if json:
-        common.print_json({"bundle": source, "manifest": manifest.model_dump(mode="json")})
-    else:
-        _print_calibration(manifest)
+        ok = all(outcome.ok or outcome.status == HASHES_OK for outcome in outcomes.values())
+        common.print_json({"ok": ok, "bundle": str(folder), "doubt": doubt, **_facts(manifest, outcomes)})
+        return
+    common.out.print(_table(manifest, outcomes))
+    _print_reasons(outcomes)
+    common.out.print(f"written by flowad-fast {manifest.project_version} on {manifest.created}", highlight=False)
+    if doubt:
+        common.out.print(doubt, markup=False, highlight=False, soft_wrap=True)
+    _print_calibration(manifest)
 
 
 def _facts(manifest: Manifest, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -252,7 +356,7 @@ def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
     for column in ("format", "status", "file", "MB", "build s", "map error", "RMS", "rank corr."):
         table.add_column(column, overflow="fold")
     for name, outcome in outcomes.items():
-        style = "green" if outcome.ok or outcome.status == "hashes ok" else "bold red"
+        style = "green" if outcome.ok or outcome.status == HASHES_OK else "bold red"
         status = f"[{style}]{outcome.status}[/]"
         artefact = outcome.artefact
         if artefact is None:
@@ -280,7 +384,7 @@ def _print_reasons(outcomes: dict[str, Outcome]) -> None:
 
 def _print_calibration(manifest: Manifest) -> None:
     if manifest.calibration is None:
-        common.out.print("calibration: none, so no verdicts; give --calibrate GOOD_FOLDER")
+        common.out.print("calibration: none, so no verdicts; flowad-export calibrate BUNDLE GOOD_FOLDER")
         return
     for name, one in manifest.calibration.classes.items():
         common.out.print(
@@ -290,7 +394,15 @@ def _print_calibration(manifest: Manifest) -> None:
         )
 
 
-main = common.command(export)
+for command in (with_scorer_options(make, {"probes": "auto: by their noise"}), show, verify, calibrate):
+    app.command()(common.interruptible(command))
+app.command(BEFORE, hidden=True)(common.interruptible(_of_before()))
+
+
+def main() -> None:
+    """The console script."""
+    common.run(app)
+
 
 if __name__ == "__main__":
     main()

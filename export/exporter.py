@@ -6,61 +6,41 @@ bundle stays and the whole export is kept under its `.rejected` name.
 
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import flowad_fast
 from flowad_fast import bundle
-from flowad_fast.bundle import Artefact, Manifest, Parity
+from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.config import Precision
-from flowad_fast.detector import Detector, load
-from flowad_fast.engines.device import torch_device
-from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError, FrameError
-from flowad_fast.export.card import model_card
-from flowad_fast.export.formats import BATCH, FORMATS, WORKSPACE_MIB, Built, Request
-from flowad_fast.export.frames import GoodParts
-from flowad_fast.export.onnx_graph import OPSET
-from flowad_fast.export.verify import ParityFrames, compare, reference_outputs, run_in_batches
+from flowad_fast.detector import Detector
+from flowad_fast.engines.start import start_engine
+from flowad_fast.errors import CalibrationError, EngineUnavailableError, FlowADError
+from flowad_fast.export.calibration import check_good, fit
+from flowad_fast.export.card import write_card
+from flowad_fast.export.formats import BATCH, FORMATS, OPSET, WORKSPACE_MIB, Request
+from flowad_fast.export.frames import GoodParts, ParityFrames
+from flowad_fast.export.verify import (
+    FAILED,
+    NOT_AVAILABLE,
+    Outcome,
+    Reference,
+    check_size,
+    class_indices,
+    one_line,
+)
 from flowad_fast.files import sha256
-from flowad_fast.model import FlowModel
-from flowad_fast.stages.decision import Aggregate, Calibration, calibrate, require_parts
-from flowad_fast.stages.frames import invalid_frames
+from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
 
-Outputs = tuple[np.ndarray, np.ndarray]
-CARD = "README.md"
-OK, UNMEASURED = "ok", "ok, parity not measured"
-FAILED_PARITY, NOT_AVAILABLE, FAILED = "failed parity", "not available", "failed"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one format.
-
-    Attributes:
-        status: one of ok; ok, parity not measured; failed parity; not available; failed.
-        reason: why it is not plainly ok, one line.
-        artefact: what was written, with its parity; None when nothing was.
-        bytes: size of its files.
-    """
-
-    status: str
-    reason: str = ""
-    artefact: Artefact | None = None
-    bytes: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether the artefact may be published."""
-        return self.status in (OK, UNMEASURED)
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.reason}" if self.reason else self.status
+if TYPE_CHECKING:
+    from flowad_fast.model import FlowModel
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ class ExportResult:
     manifest: Manifest
     outcomes: dict[str, Outcome]
     published: bool
-    rejected: Path | None = field(default=None)
+    rejected: Path | None = None
 
     @property
     def status(self) -> dict[str, str]:
@@ -92,8 +72,109 @@ class ExportResult:
         return self.published and all(outcome.ok for outcome in self.outcomes.values())
 
 
+@dataclass
+class Export:
+    """An export under way, in a folder of its own beside the target.
+
+    Attributes:
+        request: what every format is asked to write.
+        manifest: what is computed, without artefacts.
+        reference: what every artefact is held against.
+        device: where artefacts are checked and calibrated, as the user named it.
+        folder: where formats are written; what is done lies in its sub-folders `passed` and `failing`.
+        say: receives one line of progress at a time.
+        outcomes: so far, by format.
+    """
+
+    request: Request
+    manifest: Manifest
+    reference: Reference
+    device: str
+    folder: Path
+    say: Callable[[str], None]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.passed, self.failing = self.folder / ".passed", self.folder / ".failing"
+        self.passed.mkdir()
+        self.failing.mkdir()
+
+    def write(self, name: str) -> None:
+        """Write one format, check it, and move its files to `passed` or `failing`."""
+        precision, precisions = self.request.precision, FORMATS[name].precisions
+        if precision not in precisions:
+            outcome = Outcome(NOT_AVAILABLE, f"{name} does {', '.join(precisions)}, not {precision}")
+        else:
+            folder = self.folder / f".{name}"
+            folder.mkdir()
+            outcome = self._written(name, folder)
+            if outcome.artefact is not None:
+                _move(outcome.artefact, folder, self.passed if outcome.ok else self.failing)
+            shutil.rmtree(folder)
+        self.outcomes[name] = outcome
+        self.say(f"{name}: {outcome}")
+
+    def _written(self, name: str, folder: Path) -> Outcome:
+        try:
+            self.say(f"{name}: writing")
+            start = time.perf_counter()
+            built = FORMATS[name].write(self.request, folder)
+            artefact = Artefact(
+                engine=FORMATS[name].engine,
+                files={file: sha256(folder / file) for file in built.files},
+                precision=self.request.precision,
+                versions=built.versions,
+                build_seconds=round(time.perf_counter() - start, 2),
+                details=dict(built.details),
+            )
+            self.say(f"{name}: checking against the reference")
+            return self.reference.measure(name, artefact, folder, self.manifest, self.device)
+        except EngineUnavailableError as error:
+            return Outcome(NOT_AVAILABLE, one_line(error))
+        except Exception as error:  # whatever an exporter's libraries raise must not lose the other formats
+            (self.failing / f"{name}.error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            return Outcome(FAILED, one_line(error))
+
+    def conclude(self, target: str | Path, good: GoodParts | None, alpha: float) -> ExportResult:
+        """Publish what passed at `target`, calibrated on good parts where there are some; keep the rest as rejected."""
+        ok = {name: o.artefact for name, o in self.outcomes.items() if o.ok and o.artefact is not None}
+        bad = {name: o.artefact for name, o in self.outcomes.items() if not o.ok and o.artefact is not None}
+        publish = bool(ok) and not _formats_at(target) & {name for name, o in self.outcomes.items() if not o.ok}
+        if not publish:  # what passed is kept with the rest
+            for artefact in ok.values():
+                _move(artefact, self.passed, self.failing)
+            ok, bad = {}, ok | bad
+        published = self.manifest.model_copy(update={"artefacts": ok})
+        if publish and good is not None:
+            self.say(f"calibration: {len(good)} good parts, alpha {alpha:g}")
+            published = published.model_copy(update={"calibration": self._calibrated(published, good, alpha)})
+        refused, kept = self.manifest.model_copy(update={"artefacts": bad}), None
+        if any(self.failing.iterdir()):
+            bundle.write_manifest(self.failing, refused)
+            status = "\n".join(f"- {name}: {outcome}" for name, outcome in self.outcomes.items())
+            write_card(self.failing, refused, f"# Rejected export\n\n{status}\n\n")
+            kept = bundle.reject(self.failing, target)
+        if not publish:
+            return ExportResult(kept, refused, self.outcomes, False, kept)
+        bundle.write_manifest(self.passed, published)
+        write_card(self.passed, published)
+        bundle.publish(self.passed, target)
+        return ExportResult(Path(target), published, self.outcomes, True, kept)
+
+    def _calibrated(self, manifest: Manifest, good: GoodParts, alpha: float) -> Calibration:
+        """Thresholds by the first artefact that runs here."""
+        for artefact in manifest.artefacts.values():
+            if artefact.parity is not None:
+                engine = start_engine(self.passed, manifest, artefact.engine, self.device, artefact)
+                return fit(Detector.from_manifest(engine, manifest), good, alpha)
+        raise CalibrationError(
+            f"none of the formats {', '.join(manifest.artefacts)} runs on this machine, so nothing can be calibrated "
+            "here; add the format onnx or eager, or calibrate the bundle later on the machine that runs it"
+        )
+
+
 def export_bundle(
-    model: FlowModel,
+    model: "FlowModel",
     scorer: Scorer,
     target: str | Path,
     *,
@@ -146,17 +227,17 @@ def export_bundle(
         ParityError: the reference itself is not finite.
         BundleError: the target cannot be written.
     """
+    from flowad_fast.engines.device import torch_device
+
     say = (lambda _: None) if quiet else (tell or _to_stderr)
     given = frames if isinstance(frames, ParityFrames) else ParityFrames(frames, "frames given by the caller")
-    y = _classes(model, given)
+    ranges = (given.frames, class_indices(model, given))
     built_for = str(torch_device(device))
-    request = Request(
-        model, scorer, aggregate, frame_size, opset, precision, batch, built_for, workspace, (given.frames, y)
-    )
-    _check_frame_size(given, frame_size)
+    request = Request(model, scorer, aggregate, frame_size, opset, precision, batch, built_for, workspace, ranges)
+    check_size(given, frame_size)
     if good is not None:
         say(f"good parts: checking {len(good)} frames")
-        _check_good(good, alpha, aggregate)
+        check_good(good, alpha, aggregate)
     manifest = Manifest(
         project_version=flowad_fast.__version__,
         created=bundle.now(),
@@ -168,39 +249,16 @@ def export_bundle(
         artefacts={},
         probe_choice=probe_choice,
     )
-    with bundle.writing(target) as aside:
+    with bundle.writing(target) as folder:
         say(f"reference: {len(given.frames)} frames, fp32")
-        expected = reference_outputs(model, scorer, aggregate, given.frames, y)
-        passed, failing = aside / ".passed", aside / ".failing"
-        passed.mkdir()
-        failing.mkdir()
-        outcomes = {}
+        reference = Reference.of(model, scorer, aggregate, given)
+        export = Export(request, manifest, reference, device, folder, say)
         for name in formats:
-            outcomes[name] = _one_format(name, request, manifest, given, y, expected, device, aside, say)
-            say(f"{name}: {outcomes[name]}")
-        return _conclude(target, manifest, outcomes, passed, failing, good, alpha, device, say)
+            export.write(name)
+        return export.conclude(target, good, alpha)
 
 
-def recalibrate(path: str | Path, good: GoodParts, alpha: float, device: str = "auto") -> Manifest:
-    """Fit thresholds on good parts and store them in an existing bundle's manifest; engine files stay untouched.
-
-    Raises:
-        BundleError: no bundle, an altered one, or one that is being written.
-        CalibrationError: good parts that are too few.
-        FrameError: a good part that cannot be read or judged.
-    """
-    bundle.read(path, verify=False)  # before anything is created beside a mistyped path
-    with bundle.locked(path):
-        folder, manifest = bundle.read(path, verify=False)  # `load` verifies
-        _check_good(good, alpha, manifest.aggregate)
-        detector = load(path, device=device)
-        manifest = manifest.model_copy(update={"calibration": _calibration(detector, good, alpha)})
-        bundle.write_manifest(folder, manifest)
-        bundle.replace_text(folder / CARD, model_card(manifest))
-    return manifest
-
-
-def check_bundle(path: str | Path, model: FlowModel, frames: ParityFrames, device: str = "cpu") -> dict[str, Outcome]:
+def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, device: str = "cpu") -> dict[str, Outcome]:
     """Check a bundle's hashes and its parity on `frames` again, on this machine.
 
     Raises:
@@ -208,90 +266,12 @@ def check_bundle(path: str | Path, model: FlowModel, frames: ParityFrames, devic
         ConfigError: frames of another size than the bundle's.
     """
     folder, manifest = bundle.read(path)
-    _check_frame_size(frames, manifest.frame_size)
-    y = _classes(model, frames)
-    expected = reference_outputs(model, manifest.scorer, manifest.aggregate, frames.frames, y)
-    outcomes = {}
-    for name, artefact in manifest.artefacts.items():
-        only = manifest.model_copy(update={"artefacts": {name: artefact}})
-        outcomes[name] = _measured(name, artefact, folder, only, frames, y, expected, device)
-    return outcomes
-
-
-def _one_format(
-    name: str,
-    request: Request,
-    manifest: Manifest,
-    frames: ParityFrames,
-    y: np.ndarray | None,
-    expected: Outputs,
-    device: str,
-    aside: Path,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Write one format, check it, and move its files to `.passed` or `.failing`."""
-    precisions = FORMATS[name].precisions
-    if request.precision not in precisions:
-        return Outcome(NOT_AVAILABLE, f"{name} does {', '.join(precisions)}, not {request.precision}")
-    folder = aside / f".{name}"
-    folder.mkdir()
-    try:
-        say(f"{name}: writing")
-        built = FORMATS[name].write(request, folder)
-        artefact = _described(name, built, request.precision, folder)
-        say(f"{name}: checking against the reference")
-        only = manifest.model_copy(update={"artefacts": {name: artefact}})
-        outcome = _measured(name, artefact, folder, only, frames, y, expected, device)
-    except EngineUnavailableError as error:
-        outcome = Outcome(NOT_AVAILABLE, _line(error))
-    except Exception as error:  # whatever an exporter's libraries raise must not lose the other formats
-        outcome = Outcome(FAILED, _line(error))
-        (aside / ".failing" / f"{name}.error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    if outcome.artefact is not None:
-        _move(outcome.artefact, folder, aside / (".passed" if outcome.ok else ".failing"))
-    shutil.rmtree(folder)
-    return outcome
-
-
-def _described(name: str, built: Built, precision: Precision, folder: Path) -> Artefact:
-    return Artefact(
-        engine=FORMATS[name].engine,
-        files={file: sha256(folder / file) for file in built.files},
-        precision=precision,
-        versions=built.versions,
-        build_seconds=round(built.seconds, 2),
-        details=dict(built.details),
-    )
-
-
-def _measured(
-    name: str,
-    artefact: Artefact,
-    folder: Path,
-    manifest: Manifest,
-    frames: ParityFrames,
-    y: np.ndarray | None,
-    expected: Outputs,
-    device: str,
-) -> Outcome:
-    """The outcome of an artefact that lies in `folder`, by running it; what cannot run here is openly unmeasured."""
-    size = sum((folder / file).stat().st_size for file in artefact.files)
-    try:
-        engine = FORMATS[name].start(folder, manifest, artefact, device)
-        got = run_in_batches(engine, frames.frames, y)
-    except EngineUnavailableError as error:
-        unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": _line(error)})
-        return Outcome(UNMEASURED, _line(error), unmeasured, size)
-    parity = compare(got, expected, frames.source, artefact.precision, engine.device, frames.labels, manifest.aggregate)
-    checked = artefact.model_copy(update={"parity": parity, "unmeasured": None})
-    return Outcome(OK if parity.passed else FAILED_PARITY, "" if parity.passed else _excess(parity), checked, size)
-
-
-def _excess(parity: Parity) -> str:
-    return (
-        f"map error {parity.max_error:.1e} (tolerance {parity.tolerance:.0e}), RMS {parity.rms_error:.1e} "
-        f"({parity.rms_tolerance:.0e}), score error {parity.score_error:.1e}"
-    )
+    check_size(frames, manifest.frame_size)
+    reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames)
+    return {
+        name: reference.measure(name, artefact, folder, manifest, device)
+        for name, artefact in manifest.artefacts.items()
+    }
 
 
 def _move(artefact: Artefact, source: Path, target: Path) -> None:
@@ -301,104 +281,12 @@ def _move(artefact: Artefact, source: Path, target: Path) -> None:
         (source / file).rename(target / file)
 
 
-def _conclude(
-    target: str | Path,
-    manifest: Manifest,
-    outcomes: dict[str, Outcome],
-    passed: Path,
-    failing: Path,
-    good: GoodParts | None,
-    alpha: float,
-    device: str,
-    say: Callable[[str], None],
-) -> ExportResult:
-    """Publish the folder `passed`, keep the folder `failing` as rejected."""
-    ok = {name: o.artefact for name, o in outcomes.items() if o.ok and o.artefact is not None}
-    bad = {name: o.artefact for name, o in outcomes.items() if not o.ok and o.artefact is not None}
-    publish = bool(ok) and not _formats_at(target) & {name for name, o in outcomes.items() if not o.ok}
-    if not publish:  # what passed is kept with the rest
-        for artefact in ok.values():
-            _move(artefact, passed, failing)
-        ok, bad = {}, ok | bad
-    published = manifest.model_copy(update={"artefacts": ok})
-    if publish and good is not None:
-        say(f"calibration: {len(good)} good parts, alpha {alpha:g}")
-        published = published.model_copy(
-            update={"calibration": _calibration(_detector(passed, published, device), good, alpha)}
-        )
-    kept = None
-    if any(failing.iterdir()):
-        refused = manifest.model_copy(update={"artefacts": bad})
-        bundle.write_manifest(failing, refused)
-        status = "\n".join(f"- {name}: {outcome}" for name, outcome in outcomes.items())
-        bundle.replace_text(failing / CARD, f"# Rejected export\n\n{status}\n\n{model_card(refused)}")
-        kept = bundle.reject(failing, target)
-    if not publish:
-        return ExportResult(kept, manifest.model_copy(update={"artefacts": bad}), outcomes, False, kept)
-    bundle.write_manifest(passed, published)
-    bundle.replace_text(passed / CARD, model_card(published))
-    bundle.publish(passed, target)
-    return ExportResult(Path(target), published, outcomes, True, kept)
-
-
 def _formats_at(target: str | Path) -> set[str]:
     """The formats of the bundle at `target`, none where there is no readable one."""
     try:
         return set(bundle.read(target, verify=False)[1].artefacts)
     except FlowADError:
         return set()
-
-
-def _detector(folder: Path, manifest: Manifest, device: str) -> Detector:
-    """A detector on the first artefact that runs here, to calibrate with."""
-    for name, artefact in manifest.artefacts.items():
-        if artefact.parity is not None:
-            return Detector.from_manifest(FORMATS[name].start(folder, manifest, artefact, device), manifest)
-    raise CalibrationError(
-        f"none of the formats {', '.join(manifest.artefacts)} runs on this machine, so nothing can be calibrated here; "
-        "add the format onnx or eager, or calibrate the bundle later on the machine that runs it"
-    )
-
-
-def _check_good(good: GoodParts, alpha: float, aggregate: Aggregate) -> None:
-    """Refuse good parts before the work: too few, or a frame that cannot be read or judged."""
-    require_parts(good.classes, alpha, aggregate)
-    for frame, label in zip(good.frames, good.labels, strict=True):
-        if (reason := invalid_frames(frame[None])[0]) is not None:
-            raise FrameError(f"calibration frame {label}: {reason}; remove it")
-
-
-def _calibration(detector: Detector, good: GoodParts, alpha: float) -> Calibration:
-    raw = []
-    for frame, name, label in zip(good.frames, good.classes, good.labels, strict=True):
-        detection = detector(frame, detector.classes.label(name) if name else None)
-        if detection.invalid[0]:
-            raise FrameError(f"calibration frame {label}: {detection.invalid[0]}; remove it")
-        raw.append(detection.raw_score)
-    return calibrate(np.concatenate(raw), alpha, good.classes if any(good.classes) else None, good.labels)
-
-
-def _check_frame_size(frames: ParityFrames, size: tuple[int, int] | None) -> None:
-    got = frames.frames.shape[1:3]
-    if size is not None and got != size:
-        raise ConfigError(
-            f"the frames for the parity check are {got[0]}x{got[1]}, the bundle is for {size[0]}x{size[1]}; "
-            "give frames of that size with --data"
-        )
-
-
-def _classes(model: FlowModel, given: ParityFrames) -> np.ndarray | None:
-    classes: Any = given.classes
-    if model.config.use_class_labels and classes is None:
-        classes = [i % model.config.num_classes for i in range(len(given.frames))]
-    return model.spec.classes.indices(classes, len(given.frames))
-
-
-def _line(error: Exception) -> str:
-    """An exception in one line, with its type where it is not one of the project's own."""
-    text = " ".join(str(error).split())
-    own = isinstance(error, FlowADError)
-    return text if own else f"{type(error).__name__}: {text[:300]}"
 
 
 def _to_stderr(line: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.errors import CalibrationError, FrameError
-from flowad_fast.export.verify import ParityFrames
+from flowad_fast.evaluation.inspection import FrameFiles
 
 DEMO = "demo"
 """Names the demo's data set (ELPV, monocrystalline) wherever a folder of frames is expected."""
@@ -17,8 +17,18 @@ PARITY_FRAMES = 16
 
 
 @dataclass(frozen=True)
+class ParityFrames:
+    """Frames uint8 (n, H, W, 3), where they come from, and (where known) labels 0/1 and classes of each."""
+
+    frames: np.ndarray
+    source: str
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class GoodParts:
-    """Frames of good parts, a class name each ("" for unconditional models), and a label each for messages."""
+    """Frames of good parts, the class name of each ("" for unconditional models), and its label for messages."""
 
     frames: Sequence[np.ndarray]
     classes: list[str]
@@ -26,19 +36,6 @@ class GoodParts:
 
     def __len__(self) -> int:
         return len(self.frames)
-
-
-class FrameFiles(Sequence[np.ndarray]):
-    """Image files as a sequence of frames that are read when asked for, since a camera's good parts fill memory."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return read_frame(self.paths[index])
 
 
 def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> ParityFrames:
@@ -74,7 +71,8 @@ def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> Pari
 def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> GoodParts:
     """Good parts to calibrate on.
 
-    The folder holds images; for conditional models it holds one folder a class. `demo` is the demo's calibration split.
+    The folder holds images, or for conditional models one folder of them per class. `demo` is the demo's calibration
+    split.
 
     Raises:
         CalibrationError: a conditional model, and no folder of one of its classes.
@@ -90,7 +88,8 @@ def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> GoodParts
         given = [name for name in class_names if (root / name).is_dir()]
         if not given:
             raise CalibrationError(
-                f"{root}: the model is conditional; expected one folder of good parts a class: {', '.join(class_names)}"
+                f"{root}: the model is conditional; expected one folder of good parts per class: "
+                f"{', '.join(class_names)}"
             )
         pairs = [(name, path) for name in given for path in find_images(root / name)]
     paths = [path for _, path in pairs]

@@ -8,24 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from flowad_fast.config import Precision
-from flowad_fast.model import FlowModel
+from flowad_fast.export.formats import Request
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.arithmetic import Arithmetic
-from flowad_fast.stages.decision import Aggregate
-from flowad_fast.stages.scorers import Scorer
 
 OUTPUTS = ("map", "score")
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A module with example inputs and the names and dynamic axes of the exported graph."""
+    """A pipeline with example inputs and the names and dynamic axes of the exported graph."""
 
-    module: nn.Module
+    module: ScoringPipeline
     inputs: tuple[str, ...]
     example: tuple[Tensor, ...]
     dynamic_shapes: tuple[Any, ...]
@@ -37,21 +34,16 @@ class Boundary:
             return torch.export.export(self.module, self.example, dynamic_shapes=self.dynamic_shapes)
 
 
-def boundary(
-    model: FlowModel,
-    scorer: Scorer,
-    aggregate: Aggregate,
-    frame_size: tuple[int, int] | None = None,
-    precision: Precision = "fp32",
-) -> Boundary:
-    """The exported boundary of a model with a scorer; `frame_size` None accepts frames of any size."""
-    pipeline = ScoringPipeline(model, scorer, aggregate, Arithmetic(precision)).eval()
-    height, width = frame_size or (300, 280)
+def boundary(request: Request) -> Boundary:
+    """The exported boundary of a model with a scorer; without a frame size it accepts frames of any."""
+    model = request.model
+    pipeline = ScoringPipeline(model, request.scorer, request.aggregate, Arithmetic(request.precision)).eval()
+    height, width = request.frame_size or (300, 280)
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
     batch = Dim("batch", min=1, max=4096)
     axes: dict[int, Any] = {0: batch}
-    if frame_size is None:
+    if request.frame_size is None:
         axes |= {1: Dim("height", min=16, max=16384), 2: Dim("width", min=16, max=16384)}
     if not model.config.use_class_labels:
         return Boundary(pipeline, ("frames",), (frames,), (axes,))

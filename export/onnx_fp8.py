@@ -1,7 +1,7 @@
 """fp8 in the graph: QuantizeLinear and DequantizeLinear (e4m3) around the velocity field's matrix products.
 
-Weights are stored in e4m3 with one scale an output channel; activations get one fixed scale a product, from its range
-on real frames, since engines fuse only scales that are constants. Scales have the dtype of what they scale.
+Weights are stored in e4m3 with one scale per output channel; activations get one fixed scale per product, from its
+range on real frames, since engines fuse only scales that are constants. Scales have the dtype of what they scale.
 """
 
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def measure_ranges(path: Path, chosen: list[Product], frames: np.ndarray, y: np.
 
 
 def _stored(graph: onnx_ir.Graph, name: str, weight: np.ndarray) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-    """A weight (out, in) as e4m3 (in, out) and one scale a column."""
+    """A weight (out, in) as e4m3 (in, out) and one scale per column."""
     wide = weight.astype(np.float32)
     scale = (np.abs(wide).max(1) / FP8_MAX).clip(1e-6).astype(weight.dtype)
     q = (wide / scale[:, None].astype(np.float32)).clip(-FP8_MAX, FP8_MAX).T.astype(ml_dtypes.float8_e4m3fn)

@@ -1,62 +1,54 @@
-"""The scoring pipeline, or one step of its loop, as ONNX; checked by ONNX's own checker and shape inference."""
+"""The scoring pipeline as ONNX; checked by ONNX's own checker and shape inference."""
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
-from flowad_fast.config import Precision
 from flowad_fast.errors import ConfigError
 from flowad_fast.export import onnx_fp8
+from flowad_fast.export.formats import OPSET, Built, Request, versions_of
 from flowad_fast.export.graph import Boundary, boundary
-from flowad_fast.model import FlowModel
-from flowad_fast.stages.decision import Aggregate
-from flowad_fast.stages.scorers import Scorer
 
-OPSET = 20
-"""Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1.
-
-From 23 on attention is one operator, which TensorRT-RTX builds only where it has a kernel for the shape and dtype.
-"""
+PACKAGES = ("torch", "onnx", "onnxscript")
+"""What the graph depends on."""
 INLINE_BYTES = 1_500_000_000
 """Weights above this go to one external file, since protobuf ends at 2 GB."""
 
 
-def write(
-    path: Path,
-    model: FlowModel,
-    scorer: Scorer,
-    aggregate: Aggregate,
-    frame_size: tuple[int, int] | None = None,
-    opset: int = OPSET,
-    precision: Precision = "fp32",
-    frames: tuple[np.ndarray, np.ndarray | None] | None = None,
-) -> int:
+def write(request: Request, folder: Path) -> Built:
+    """Write `model.onnx`, and beside it `model.onnx.data` for weights that are too large for one file."""
+    nodes = write_graph(request, folder / "model.onnx")
+    files = sorted((path.name for path in folder.iterdir()), key=lambda name: (name != "model.onnx", name))
+    return Built(tuple(files), versions_of(*PACKAGES), {"opset": request.opset, "nodes": nodes})
+
+
+def write_graph(request: Request, path: Path) -> int:
     """Write the whole boundary to `path`; returns the number of nodes. See `write_boundary`.
 
     The backbone, the state and the statistics are float32 in every precision; fp16 and bf16 are those of the velocity
-    field's products. fp8 is fp16 with its products quantised, for which `frames` gives real frames uint8 (n, H, W, 3)
-    and their class indices (n,) or None.
+    field's products. fp8 is fp16 with its products quantised, for which the request has real frames.
 
     Raises:
         ConfigError: an opset or precision that the exporter does not write, or fp8 without frames.
     """
-    if precision != "fp8":
-        return write_boundary(path, boundary(model, scorer, aggregate, frame_size, precision), opset)
-    if frames is None:
+    opset = request.opset
+    if request.precision != "fp8":
+        return write_boundary(path, boundary(request), opset)
+    if request.frames is None:
         raise ConfigError("fp8 needs real frames, from which it takes the activations' ranges; give --data")
     if opset < onnx_fp8.OPSET:
         raise ConfigError(f"fp8 needs opset {onnx_fp8.OPSET} or later, got {opset}")
-    graph = _graph(boundary(model, scorer, aggregate, frame_size, "fp16"), opset)
+    graph = _graph(boundary(replace(request, precision="fp16")), opset)
     _save(graph, path)
-    chosen = onnx_fp8.products(graph, model.config.keep_bf16)
-    onnx_fp8.quantise(graph, chosen, onnx_fp8.measure_ranges(path, chosen, *frames))
+    chosen = onnx_fp8.products(graph, request.model.config.keep_bf16)
+    onnx_fp8.quantise(graph, chosen, onnx_fp8.measure_ranges(path, chosen, *request.frames))
     passes.RemoveUnusedNodesPass()(graph)
     path.with_name(path.name + ".data").unlink(missing_ok=True)
     return _save(graph, path)

@@ -4,19 +4,22 @@ Networks are strongly typed: the precision is the graph's. TensorRT builds on an
 builds anywhere, for a list of compute capabilities.
 """
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import filelock
 import torch
 
 from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
-from flowad_fast.engines.tensorrt import Flavour, Log, import_library
+from flowad_fast.engines.tensorrt import FLAVOURS, Flavour, Log, import_library
 from flowad_fast.errors import ConfigError, EngineUnavailableError, ExportError
+from flowad_fast.export.formats import Built, Request
+from flowad_fast.export.onnx_graph import write_graph
+from flowad_fast.files import replacing
 
 FRAME_SIDES = (32, 512, 1024)
 """Smallest, usual and largest side of the frames of an engine for frames of any size, in pixels."""
@@ -34,6 +37,34 @@ class BuiltEngine:
     capabilities: tuple[str, ...]
     layers: int
     timing_cache: str
+
+
+def write_tensorrt(request: Request, folder: Path) -> Built:
+    """Write a TensorRT engine for the request's GPU. See `build`."""
+    return _write(FLAVOURS["tensorrt"], request, folder)
+
+
+def write_rtx(request: Request, folder: Path) -> Built:
+    """Write a TensorRT-RTX engine for every GPU that can run the precision. See `build`."""
+    return _write(FLAVOURS["tensorrt-rtx"], request, folder)
+
+
+def _write(flavour: Flavour, request: Request, folder: Path) -> Built:
+    check_available(flavour)  # before the graph is traced, which takes a while
+    graph, engine = folder / "model.onnx", folder / f"model.{flavour.name}.engine"
+    write_graph(request, graph)
+    built = build(
+        flavour, graph, engine, batch=request.batch, precision=request.precision, workspace=request.workspace,
+        device=request.device,
+    )  # fmt: skip
+    details: dict[str, int | str] = {
+        "capabilities": " ".join(built.capabilities),
+        "batch": ":".join(map(str, request.batch)),
+        "opset": request.opset,
+        "layers": built.layers,
+        "timing_cache": built.timing_cache,
+    }
+    return Built((engine.name,), built.versions, details)
 
 
 def build(
@@ -181,9 +212,8 @@ def _set_timing_cache(config: Any, path: Path) -> str:
 
 def _save_timing_cache(config: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    aside.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    aside.replace(path)
+    with filelock.FileLock(f"{path}.lock"), replacing(path) as file:  # another build may be writing the same cache
+        file.write(memoryview(config.get_timing_cache().serialize()))
 
 
 def _line(text: str) -> str:

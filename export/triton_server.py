@@ -6,12 +6,13 @@ Clients send `frames` (uint8, B x H x W x 3) and, for conditional models, `class
 the raw `score`; thresholds are in the bundle's manifest. Frames of one request have one size.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
 from flowad_fast.errors import ConfigError
+from flowad_fast.export.formats import Built, Request, versions_of
+from flowad_fast.export.onnx_graph import PACKAGES, write_graph
 
 REPOSITORY, MODEL = "triton-server", "flowad"
 QUEUE_DELAY_US = 2_000
@@ -29,30 +30,22 @@ _TYPES: dict[int, str] = {
 }
 
 
-def write(
-    folder: Path,
-    write_graph: Callable[[Path], object],
-    size: tuple[int, int],
-    batch: tuple[int, int, int] = (1, 8, 64),
-    device: str = "cpu",
-) -> tuple[str, ...]:
-    """Write the repository below `folder`; returns its files relative to `folder`, the graph first.
+def write(request: Request, folder: Path) -> Built:
+    """Write the repository below `folder`, the graph first of its files.
 
-    Args:
-        folder: where the repository's own folder goes.
-        write_graph: writes the ONNX graph to a path.
-        size: height and width of the warm-up frames.
-        batch: smallest, usual and largest batch that the server forms.
-        device: `cpu`, or `cuda` for one instance on every GPU of the server.
+    The server forms batches of the request's sizes, runs one instance on every GPU when it is for one, and warms up
+    with frames of the request's size, otherwise of the model's.
     """
     version = folder / REPOSITORY / MODEL / "1"
     version.mkdir(parents=True)
     graph = version / "model.onnx"
-    write_graph(graph)
-    text = config(onnx.load(str(graph), load_external_data=False), size, batch, device)
+    write_graph(request, graph)
+    size = request.frame_size or (request.model.spec.image.size,) * 2
+    text = config(onnx.load(str(graph), load_external_data=False), size, request.batch, request.device)
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     files = sorted(path for path in (folder / REPOSITORY).rglob("*") if path.is_file())
-    return tuple(path.relative_to(folder).as_posix() for path in sorted(files, key=lambda path: path != graph))
+    names = (path.relative_to(folder).as_posix() for path in sorted(files, key=lambda path: path != graph))
+    return Built(tuple(names), versions_of(*PACKAGES), {"opset": request.opset})
 
 
 def config(graph: onnx.ModelProto, size: tuple[int, int], batch: tuple[int, int, int], device: str) -> str:

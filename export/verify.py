@@ -1,19 +1,27 @@
 """The parity certificate: an artefact against the fp32 reference, on the same real frames."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from flowad_fast.bundle import Parity
+from flowad_fast.bundle import Artefact, Manifest, Parity
 from flowad_fast.config import Precision
 from flowad_fast.engines import Engine
-from flowad_fast.errors import ParityError
-from flowad_fast.kernels import reference as ops
-from flowad_fast.model import FlowModel
+from flowad_fast.engines.start import start_engine
+from flowad_fast.errors import ConfigError, EngineUnavailableError, FlowADError, ParityError
+from flowad_fast.export.frames import ParityFrames
 from flowad_fast.stages.decision import Aggregate
-from flowad_fast.stages.score import image_score
 from flowad_fast.stages.scorers import Scorer
+
+if TYPE_CHECKING:
+    from flowad_fast.model import FlowModel
+
+Outputs = tuple[np.ndarray, np.ndarray]
+"""Maps (n, S, S) and raw scores (n,) or (n, 2)."""
+OK, UNMEASURED = "ok", "ok, parity not measured"
+FAILED_PARITY, NOT_AVAILABLE, FAILED = "failed parity", "not available", "failed"
 
 
 @dataclass(frozen=True)
@@ -39,22 +47,114 @@ HUGE = 1e30
 
 
 @dataclass(frozen=True)
-class ParityFrames:
-    """Frames uint8 (n, H, W, 3), where they come from, and (where known) labels 0/1 and classes of each."""
+class Outcome:
+    """What became of one format.
 
-    frames: np.ndarray
-    source: str
-    labels: np.ndarray | None = None
-    classes: tuple[str, ...] | None = None
+    Attributes:
+        status: one of ok; ok, parity not measured; failed parity; not available; failed.
+        reason: why it is not plainly ok, one line.
+        artefact: what was written, with its parity; None when nothing was.
+        bytes: size of its files.
+    """
+
+    status: str
+    reason: str = ""
+    artefact: Artefact | None = None
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the artefact may be published."""
+        return self.status in (OK, UNMEASURED)
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.reason}" if self.reason else self.status
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What artefacts are held against: the fp32 reference's outputs for real frames of classes `y`."""
+
+    frames: ParityFrames
+    y: np.ndarray | None
+    expected: Outputs
+
+    @classmethod
+    def of(cls, model: "FlowModel", scorer: Scorer, aggregate: Aggregate, frames: ParityFrames) -> "Reference":
+        """Compute it, with classes in turn where a conditional model's frames have none."""
+        y = class_indices(model, frames)
+        return cls(frames, y, reference_outputs(model, scorer, aggregate, frames.frames, y))
+
+    def measure(self, name: str, artefact: Artefact, folder: Path, manifest: Manifest, device: str) -> Outcome:
+        """The outcome of an artefact that lies in `folder`, by running it; what cannot run here is openly unmeasured.
+
+        Args:
+            name: of its format.
+            artefact: what was written.
+            folder: where its files lie.
+            manifest: what it computes; its own artefacts do not matter.
+            device: where it runs.
+        """
+        size = sum((folder / file).stat().st_size for file in artefact.files)
+        only = manifest.model_copy(update={"artefacts": {name: artefact}})
+        try:
+            engine = start_engine(folder, only, artefact.engine, device, artefact)
+            got = run_in_batches(engine, self.frames.frames, self.y)
+        except EngineUnavailableError as error:
+            reason = one_line(error)
+            unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": reason})
+            return Outcome(UNMEASURED, reason, unmeasured, size)
+        parity = compare(
+            got, self.expected, self.frames.source, artefact.precision, engine.device, self.frames.labels,
+            manifest.aggregate,
+        )  # fmt: skip
+        checked = artefact.model_copy(update={"parity": parity, "unmeasured": None})
+        return (
+            Outcome(OK, "", checked, size) if parity.passed else Outcome(FAILED_PARITY, _excess(parity), checked, size)
+        )
+
+
+def check_size(frames: ParityFrames, size: tuple[int, int] | None) -> None:
+    """Refuse frames of another size than the bundle's.
+
+    Raises:
+        ConfigError: what was got, and what the bundle is for.
+    """
+    got = frames.frames.shape[1:3]
+    if size is not None and got != size:
+        raise ConfigError(
+            f"the frames for the parity check are {got[0]}x{got[1]}, the bundle is for {size[0]}x{size[1]}; "
+            "give frames of that size with --data"
+        )
+
+
+def class_indices(model: "FlowModel", frames: ParityFrames) -> np.ndarray | None:
+    """The class of each frame, in turn where a conditional model's frames have none."""
+    classes = model.spec.classes
+    given: tuple[str | int, ...] | None = frames.classes
+    if classes.conditional and given is None:
+        given = tuple(i % classes.count for i in range(len(frames.frames)))
+    return classes.indices(given, len(frames.frames))
+
+
+def one_line(error: Exception) -> str:
+    """An exception in one line, with its type where it is not one of the project's own."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FlowADError) else f"{type(error).__name__}: {text[:300]}"
 
 
 def reference_outputs(
-    model: FlowModel, scorer: Scorer, aggregate: Aggregate, frames: np.ndarray, y: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+    model: "FlowModel", scorer: Scorer, aggregate: Aggregate, frames: np.ndarray, y: np.ndarray | None
+) -> Outputs:
     """Map (n, S, S) and raw score of the fp32 reference.
 
     See `Scorer.expected`: the training form, adaLN computed at every evaluation.
     """
+    import torch
+
+    from flowad_fast.kernels import reference as ops
+    from flowad_fast.stages.score import image_score
+
     classes = None if y is None else torch.from_numpy(y)
     maps = []
     for i in range(len(frames)):
@@ -66,8 +166,8 @@ def reference_outputs(
 
 
 def compare(
-    got: tuple[np.ndarray, np.ndarray],
-    expected: tuple[np.ndarray, np.ndarray],
+    got: Outputs,
+    expected: Outputs,
     source: str,
     precision: Precision,
     device: str,
@@ -103,13 +203,9 @@ def compare(
     finite = bool(np.isfinite(maps).all() and np.isfinite(raw).all())
     spearman = auroc_difference = None
     if finite and len(raw) > 2 and all(len(set(a)) > 1 < len(set(b)) for a, b in terms):
-        from scipy.stats import spearmanr
-
-        spearman = min(float(spearmanr(a, b).statistic) for a, b in terms)
+        spearman = min(float(np.corrcoef(ranks(a), ranks(b))[0, 1]) for a, b in terms)
     if finite and labels is not None and 0 < labels.sum() < len(labels):
-        from sklearn.metrics import roc_auc_score
-
-        differences = [float(roc_auc_score(labels, a) - roc_auc_score(labels, b)) for a, b in terms]
+        differences = [auroc(labels, a) - auroc(labels, b) for a, b in terms]
         auroc_difference = max(differences, key=abs)
     return Parity(
         passed=finite and max(worst, excess) <= tolerance.max and rms <= tolerance.rms,
@@ -127,14 +223,32 @@ def compare(
     )
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value, from 1; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The share of pairs of a defective (1) and a good (0) frame that the scores order rightly; ties count half."""
+    defective = labels == 1
+    n = int(defective.sum())
+    return float((ranks(scores)[defective].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
+
+
+def _excess(parity: Parity) -> str:
+    return (
+        f"map error {parity.max_error:.1e} (tolerance {parity.tolerance:.0e}), RMS {parity.rms_error:.1e} "
+        f"({parity.rms_tolerance:.0e}), score error {parity.score_error:.1e}"
+    )
+
+
 def _units(aggregate: Aggregate, pixels: int) -> tuple[int, ...]:
     """How far a map error of one in every pixel can move each term of an aggregate."""
     return {"max": (1,), "mean": (1,), "sum": (pixels,), "diff": (2,), "diff+sum": (2, pixels)}[aggregate]
 
 
-def run_in_batches(
-    engine: Engine, frames: np.ndarray, y: np.ndarray | None, batch: int = 3
-) -> tuple[np.ndarray, np.ndarray]:
+def run_in_batches(engine: Engine, frames: np.ndarray, y: np.ndarray | None, batch: int = 3) -> Outputs:
     """An engine's outputs for many frames, in batches that are not all equal, so that a fixed batch shows itself."""
     parts = [
         engine.run(frames[i : i + batch], None if y is None else y[i : i + batch]) for i in range(0, len(frames), batch)

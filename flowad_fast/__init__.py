@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
     from flowad_fast.stages.decision import Verdict
     from flowad_fast.stages.integration import integrate
-    from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
+    from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ _HOME = {
     "Density": "stages.scorers",
     "Inversion": "stages.scorers",
     "Reconstruction": "stages.scorers",
+    "Mismatch": "stages.scorers",
 }
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Detector",
     "FlowModel",
     "Inversion",
+    "Mismatch",
     "Reconstruction",
     "VelocityConfig",
     "Verdict",

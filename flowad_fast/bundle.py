@@ -21,7 +21,7 @@ from pydantic import Field
 
 from flowad_fast.config import Frozen, ModelConfig, Precision, parse, read_mapping
 from flowad_fast.errors import BundleError
-from flowad_fast.files import sha256
+from flowad_fast.files import replacing, sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
 
@@ -29,7 +29,7 @@ MANIFEST, REJECTED = "manifest.json", "rejected.json"
 ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")
 """A plain relative path: no empty, hidden, `.` or `..` component, so nothing outside the folder can be named."""
 
-EngineName = Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor", "triton-server"]
+EngineName = Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"]
 
 
 class Parity(Frozen):
@@ -92,6 +92,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def is_bundle(path: str | Path) -> bool:
+    """Whether `path` is a folder with a manifest; nothing is checked."""
+    return (Path(path) / MANIFEST).is_file()
+
+
 def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
     """The manifest of the bundle at `path`, after checking the listed files' names, kinds and hashes.
 
@@ -100,10 +105,10 @@ def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
         ConfigError: a manifest that is no JSON or has an unknown, missing or impossible field.
     """
     folder = Path(path)
-    if not (folder / MANIFEST).is_file():
+    if not is_bundle(folder):
         rejected = (folder / REJECTED).is_file()
         what = "a rejected export, see its README.md" if rejected else f"no bundle: there is no {MANIFEST}"
-        raise BundleError(f"{folder}: {what}; make one with flowad-export CHECKPOINT")
+        raise BundleError(f"{folder}: {what}; make one with flowad-export make CHECKPOINT")
     data = read_mapping(folder / MANIFEST)
     if data.get("schema_version") != 1:
         raise BundleError(
@@ -139,19 +144,9 @@ def verify_file(folder: Path, name: str, expected: str) -> Path:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write or replace the manifest: aside, synced, renamed."""
-    replace_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write or replace a text file, so that a crash at any moment leaves the old or the new one."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync(path.parent)
+    """Write or replace the manifest, so that a crash at any moment leaves the old or the new one."""
+    with replacing(folder / MANIFEST) as file:
+        file.write((manifest.model_dump_json(indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -207,7 +202,7 @@ def check_target(target: str | Path) -> None:
         BundleError: `target` exists and is neither a bundle nor an empty folder.
     """
     target = Path(target)
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not is_bundle(target) and (not target.is_dir() or any(target.iterdir())):
         raise BundleError(f"{target}: exists and is no bundle; choose another --output")
 
 
@@ -296,6 +291,8 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix":  # Windows syncs neither folders nor files that are open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

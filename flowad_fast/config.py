@@ -28,7 +28,11 @@ TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3,
 
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
-"""Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them."""
+"""Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them.
+
+What each is made of: `stages.arithmetic.NUMBERS`."""
+Backbone = Literal["efficientnet-b4", "efficientnet-lite0"]
+"""Frozen feature extractors, described in `stages.features.BACKBONES`."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ class VelocityConfig(Frozen):
     `num_classes` is the number of rows of the class embedding, less the dropout row that exists when
     `class_dropout_prob` > 0. `t_scale` multiplies t in [0, 1] before the sinusoid (1 for models that are fed integer
     timesteps). `pred_type` says what the network outputs: velocity, data X1, noise X0, or (diffusion models) epsilon.
+    `step_grid` says where steps lie whose size does not divide the interval, see `schedule.flow`.
     `keep_bf16` names linear layers of the inference form that the precision fp8 leaves in bf16: patterns of embed,
-    blocks.<i>.{qkv,proj,fc1,fc2} and head; see `drift.linear_report`.
+    blocks.<i>.{qkv,proj,fc1,fc2} and head. Keep a layer when the drift of the whole model is too large without it.
     """
 
     # The upper limits are far from any model; beyond them a damaged file would ask for endless work.
@@ -124,6 +129,7 @@ class VelocityConfig(Frozen):
     use_class_labels: bool = False
     t_scale: float = Field(default=1000.0, gt=0)
     pred_type: Literal["velocity", "data", "noise", "epsilon"] = "velocity"
+    step_grid: Literal["equal", "short-last"] = "equal"
     keep_bf16: tuple[str, ...] = ("embed", "head")
 
     @model_validator(mode="after")
@@ -166,7 +172,7 @@ class ModelConfig(Frozen):
 
     schema_version: Literal[1] = 1
     velocity: VelocityConfig
-    backbone: Literal["efficientnet-b4", "efficientnet-lite0"]
+    backbone: Backbone
     image: ImageConfig = ImageConfig()
     feature_normalisation: bool = False
     class_names: tuple[str, ...] = ()

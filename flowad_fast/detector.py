@@ -40,6 +40,17 @@ if TYPE_CHECKING:
 class Detection:
     """The result for a batch of B frames.
 
+    Example:
+        >>> import numpy as np
+        >>> from flowad_fast import Detection
+        >>> from flowad_fast.stages.decision import Calibration
+        >>> limits = Calibration.model_validate({"alpha": 0.05, "classes": {"": {"threshold": 1.5, "parts": 19}}})
+        >>> maps, scores = np.zeros((3, 256, 256), np.float32), np.array([1.0, 2.0, 1.0], np.float32)
+        >>> reasons = (None, None, "the frame is black")
+        >>> detection = Detection(maps, scores, ("",) * 3, reasons, "eager on cpu", limits)
+        >>> [str(verdict) for verdict in detection.verdict]
+        ['good', 'anomalous', 'invalid']
+
     Attributes:
         map: (B, S, S) float32 anomaly map, higher is more anomalous.
         raw_score: the image scores as the graph gives them, (B,), or (B, 2) for the aggregate diff+sum.
@@ -98,6 +109,17 @@ class Detection:
 
 class Detector:
     """An engine with its decision: call it with frames. Safe from many threads; `close` frees the engine.
+
+    Example:
+        >>> import numpy as np
+        >>> from flowad_fast import Detector, Inversion
+        >>> detector = Detector.from_checkpoint("demo", Inversion(), device="cpu")
+        >>> detector.engine
+        'eager on cpu'
+        >>> frames = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
+        >>> detection = detector(frames)
+        >>> detection.map.shape, detection.score.shape
+        ((2, 256, 256), (2,))
 
     Attributes:
         engine: what runs, see `Detection.engine`.
@@ -330,6 +352,13 @@ def load(
     Raises:
         BundleError: no bundle, another version, or an altered file.
         EngineUnavailableError: the engine is not in the bundle or cannot run here; says what to install.
+
+    Example:
+        `bundle` is the folder of an exported and calibrated bundle, as `make demo` leaves one.
+
+        >>> detector = load(bundle, device="cpu")
+        >>> detector.calibration.alpha
+        0.05
     """
     if engine != "auto":
         backend(engine)

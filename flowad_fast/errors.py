@@ -41,6 +41,10 @@ class ParityError(FlowADError, RuntimeError):
     """An exported artefact does not compute what the reference computes."""
 
 
+class OutputError(FlowADError, OSError):
+    """What a command prints cannot be written: standard output is closed, or its disk is full."""
+
+
 class MissingExtraError(FlowADError, ImportError):
     """What was asked for needs packages that are not installed; the message names the extra that has them."""
 

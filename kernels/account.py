@@ -1,6 +1,6 @@
 """What a scorer costs: bytes and operations of each operator, and the time that a GPU's roofs allow. No torch.
 
-The account is of the algorithm as the fused path runs it: every operand read and every result written once a call,
+The account is of the algorithm as the fused path runs it: every operand read and every result written once per call,
 weights once for the primal and once for the tangents. It leaves out the backbone, launches, and what caches save; a
 prediction is therefore a limit to hold a measurement against, not a measurement.
 """
@@ -8,14 +8,33 @@ prediction is therefore a limit to hold a measurement against, not a measurement
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import NamedTuple
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "fp8")
+
+class Widths(NamedTuple):
+    """What a precision moves: bytes per activation, and per operand of its matrix products.
+
+    A precision that quantises says how the names of its operators end, and in what it computes all other layers.
+    """
+
+    value: int
+    operand: int
+    suffix: str = ""
+    rest: str = ""
+
+
+WIDTHS = {
+    "fp32": Widths(4, 4),
+    "tf32": Widths(4, 4),
+    "bf16": Widths(2, 2),
+    "fp16": Widths(2, 2),
+    "fp8": Widths(2, 1, "_fp8", "bf16"),
+}
+"""By precision."""
 _STATE = 4
 """Bytes of a value of the integrator's state."""
 _ROW_FLOPS = 10
-"""Operations an element of a row operator, roughly: far below what its bytes cost."""
+"""Operations per element of a row operator, roughly: far below what its bytes cost."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class OpCost:
     calls: int
     flops: float
     bytes: float
-    precision: Precision
+    precision: str
 
     def seconds(self, roofs: "Roofs") -> float:
         """The time that the tighter of the two roofs allows."""
@@ -68,7 +87,7 @@ class Roofs:
     name: str
     source: str
     bytes: float
-    flops: Mapping[Precision, float] = field(hash=False)
+    flops: Mapping[str, float] = field(hash=False)
 
 
 H100 = Roofs(
@@ -79,7 +98,7 @@ H100 = Roofs(
 )
 
 
-def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: Precision) -> list[OpCost]:
+def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: str) -> list[OpCost]:
     """The operators of one scorer on one batch, from features to map and score.
 
     Args:
@@ -95,26 +114,25 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
     Raises:
         ValueError: an unknown precision, or a count that is not positive (probes: negative).
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"got precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision not in WIDTHS:
+        raise ValueError(f"got precision {precision!r}, expected one of {', '.join(WIDTHS)}")
     if min(batch, nfe) < 1 or probes < 0:
         raise ValueError(f"got batch {batch}, nfe {nfe}, probes {probes}; batch and nfe start at 1, probes at 0")
     d, n, c, streams = shape.hidden, shape.tokens, shape.channels, 1 + probes
     rows = batch * n
-    quantised = precision == "fp8"
-    plain: Precision = "bf16" if quantised else precision
-    value = 4 if precision in ("fp32", "tf32") else 2
+    value, operand, ending, rest = WIDTHS[precision]
+    quantised, plain = bool(rest), rest or precision
     dual = "_dual" if probes else ""
-    suffix = dual + ("_fp8" if quantised else "")
+    suffix = dual + ending
 
-    def linear(name: str, width: int, out: int, calls: int, kind: Precision) -> OpCost:
-        each = 1 if kind == "fp8" else value
+    def linear(name: str, width: int, out: int, calls: int, kind: str) -> OpCost:
+        each = WIDTHS[kind].operand
         moved = streams * rows * (width * each + out * value) + min(streams, 2) * width * out * each
         return OpCost(name, calls, calls * streams * 2 * rows * width * out, calls * moved, kind)
 
-    def rowwise(name: str, read: int, written: int, calls: int, to_fp8: int = 0) -> OpCost:
-        """A row operator that reads `read` and writes `written` values a row; of these `to_fp8` are fp8 and scaled."""
-        each = value * (read + written - to_fp8) + (to_fp8 + 4 if to_fp8 else 0)
+    def rowwise(name: str, read: int, written: int, calls: int, narrow: int = 0) -> OpCost:
+        """A row operator that reads `read` and writes `written` values per row, `narrow` of them quantised."""
+        each = value * (read + written - narrow) + (narrow * operand + 4 if narrow else 0)
         elements = calls * streams * rows * written
         return OpCost(name, calls, _ROW_FLOPS * elements, calls * streams * rows * each, "fp32")
 
@@ -169,25 +187,3 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
 def predicted_seconds(costs: list[OpCost], roofs: Roofs) -> float:
     """The time that the roofs allow for a batch, operators one after the other."""
     return sum(cost.seconds(roofs) for cost in costs)
-
-
-def table(costs: list[OpCost], roofs: Roofs, batch: int) -> str:
-    """A Markdown table of an account, with the predicted time of the batch and the frames a second that it allows."""
-    total = predicted_seconds(costs, roofs)
-    lines = [
-        "| operator | calls | GFLOP | MB | bound by | ms | share |",
-        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
-    ]
-    for cost in costs:
-        seconds = cost.seconds(roofs)
-        bound = "memory" if cost.bytes / roofs.bytes >= seconds else f"{cost.precision} arithmetic"
-        lines.append(
-            f"| {cost.operator} | {cost.calls} | {cost.flops / 1e9:.1f} | {cost.bytes / 1e6:.1f} | {bound} "
-            f"| {seconds * 1e3:.3f} | {seconds / total:.1%} |"
-        )
-    flops, moved = sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
-    lines.append(f"| total | | {flops / 1e9:.1f} | {moved / 1e6:.1f} | | {total * 1e3:.3f} | |")
-    lines.append(
-        f"\n{roofs.name} ({roofs.source}): at most {batch / total:.0f} frames/s, predicted from roofs, not measured."
-    )
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The integrator step x' = a x + b v, alone or fused with the squared-error map of its result.
+"""The integrator step x' = a x + b v, or the squared-error map of its result.
 
 Any strides are taken, because features enter as a transposed view. Tiny in bytes; what it saves is launches.
 """
@@ -106,24 +106,14 @@ def affine_step(x: Tensor, v: Tensor, a: float, b: float) -> Tensor:
     return out
 
 
-@triton_op("flowad::affine_step_error", mutates_args=())
-def affine_step_error(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`affine_step` and the map sum_c (x' - ref)², ref (B, N, C) or None for 0: x' (B, N, C) and float32 (B, N).
-
-    Bytes moved: x, v and ref read, x' written, 4 bytes a row for the map. Errors as `affine_step`.
-    """
-    if not runs_triton(x):
-        return reference.affine_step_error(x, v, a, b, ref)
-    out, error = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _launch(x, v, a, b, ref, out, error)
-    return out, error
-
-
 @triton_op("flowad::affine_error_map", mutates_args=())
 def affine_error_map(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> Tensor:
-    """The map of `affine_step_error` without x', for the last step of a loop: float32 (B, N).
+    """The map sum_c (x' - ref)² of `affine_step`, for the last step of a loop; ref (B, N, C) or None for 0.
 
-    Bytes moved: x, v and ref read, 4 bytes a row written. Errors as `affine_step`.
+    Bytes moved: x, v and ref read, 4 bytes per row written; x' is not. Errors as `affine_step`.
+
+    Returns:
+        (B, N) float32.
     """
     if not runs_triton(x):
         return reference.affine_error_map(x, v, a, b, ref)

@@ -7,7 +7,7 @@ tangent rules are exact forward-mode derivatives, written out so that they compi
 All functions are pure and accept any floating dtype. Half inputs are widened to float32 on entry and rounded once on
 exit; only the matrix products of attention take half operands. `dtype` names the output's type where it may differ
 from the input's; a residual or a state keeps its own. `*_fp8` operators return what they compute as float8_e4m3fn
-(..., D) and one float32 scale a row, (..., 1), of which the value is the product.
+(..., D) and one float32 scale per row, (..., 1), of which the value is the product.
 """
 
 import math
@@ -202,8 +202,8 @@ def affine_step(x: Tensor, v: Tensor, a: float, b: float) -> Tensor:
     return _cast(wide + b * v if a == 1 else a * wide + b * v, x.dtype)
 
 
-def affine_step_error(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The last integrator step fused with the squared-error map sum_c (x' - ref)^2, ref = 0 when None.
+def affine_error_map(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> Tensor:
+    """The squared-error map sum_c (x' - ref)^2 of the last integrator step, whose x' nobody reads; ref = 0 when None.
 
     Args:
         x: state (B, N, C).
@@ -213,16 +213,11 @@ def affine_step_error(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | No
         ref: (B, N, C) or None.
 
     Returns:
-        x' (B, N, C) in the dtype of x, and the map (B, N), float32 or wider.
+        The map (B, N), float32 or wider, of x' in the dtype of x.
     """
     x = affine_step(x, v, a, b)
     error = _wide(x) if ref is None else _wide(x) - _wide(ref)
-    return x, error.square().sum(-1)
-
-
-def affine_error_map(x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> Tensor:
-    """The map of `affine_step_error` alone, (B, N), for a last step whose x' nobody reads."""
-    return affine_step_error(x, v, a, b, ref)[1]
+    return error.square().sum(-1)
 
 
 def upsample(maps: Tensor, size: int) -> Tensor:

@@ -65,7 +65,7 @@ import kernel_cases  # noqa: E402
 from flowad_fast.config import VelocityConfig  # noqa: E402
 from flowad_fast.kernels import fused, reference  # noqa: E402
 from flowad_fast.stages.arithmetic import Arithmetic  # noqa: E402
-from flowad_fast.stages.linear import Split  # noqa: E402
+from flowad_fast.stages.linear import Plan, Split  # noqa: E402
 from flowad_fast.stages.velocity import DiT, TabledDiT  # noqa: E402
 
 
@@ -103,10 +103,10 @@ def _velocity() -> dict[str, dict]:
         plain = TabledDiT(dit, (0.5,), Arithmetic(precision, reference)).dual(x, z, 0)
         for split in (False, True):
             field = TabledDiT(dit, (0.5,), Arithmetic(precision, fused))
-            for block in field.blocks if split else ():
-                for layer in (block.qkv, block.proj, block.fc1, block.fc2):
-                    # The primal's rows in three parts, one of them empty; the tangents' in one.
-                    layer.products = {40: Split(16, 32, 3), 80: Split(32, 16, 1)}
+            if split:
+                # The primal's rows in three parts, one of them empty; the tangents' in one.
+                each = {40: Split(16, 32, 3), 80: Split(32, 16, 1)}
+                field.use(Plan({rows: dict.fromkeys(field.blocks[0].layers, one) for rows, one in each.items()}))
             before = launches
             got = (field(x, 0), *field.dual(x, z, 0))
             results[f"{precision}{'-split' if split else ''}"] = {

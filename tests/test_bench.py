@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -7,37 +8,46 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowad_fast.benchmarks import clock, gpu_check, harness, ladder, memory, paper, record, report, roofs, scaling
-from flowad_fast.benchmarks.cases import (
+from flowad_fast.benchmarks.cli import app
+from flowad_fast.benchmarks.measure import gate, harness, roofs
+from flowad_fast.benchmarks.measure.cases import (
     PRESETS,
     REFERENCE,
     Case,
+    empty_row,
     expand,
-    function_evaluations,
     make_frames,
+    make_scorer,
+    make_scorers,
     random_model,
     random_pictures,
     reference_of,
-    scorer_options,
     spec_of,
 )
-from flowad_fast.benchmarks.cli import app
+from flowad_fast.benchmarks.measure.processes import started
+from flowad_fast.benchmarks.measure.turns import Effort, Turn
+from flowad_fast.benchmarks.measure.turns import measured as figures_of
+from flowad_fast.benchmarks.measure.worker import Samples, Worker, WorkerError
+from flowad_fast.benchmarks.record import clock, compare, paper, record, report, scaling
+from flowad_fast.benchmarks.record.record import Memory, NoProducts, Products, Ratio, Record, Row
+from flowad_fast.benchmarks.runs import gpu_check, ladder
 from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import ConfigError, EngineUnavailableError
+from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.model import FlowModel
-from flowad_fast.stages.scorers import Inversion
+from flowad_fast.stages.scorers import SCORERS, Inversion
 
-EFFORT = harness.Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
+EFFORT = Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
 ROW_KEYS = {
     "name", "preset", "mode", "scorer", "options", "engine", "ran", "details", "precision", "ops", "products",
     "batch", "steps", "nfe", "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity",
-    "density", "latency_ms", "device_time_ms", "fps", "stability", "line", "memory_mb", "ratio_to_reference",
-    "load_s", "export_s", "start_s", "compile_s", "first_call_s", "roof", "prediction",
+    "density", "latency_ms", "device_time_ms", "fps", "stability", "memory_mb", "ratio_to_reference",
+    "load_s", "export_s", "start_s", "compile_s", "first_call_s", "roof", "prediction", "rung", "rung_name", "method",
 }  # fmt: skip
 
 
 def tiny(kind: str = "inversion", **options) -> Case:
-    return Case("tiny", scorer_options(kind, 3, 2), **{"engine": "eager", "device": "cpu", **options})
+    return Case("tiny", make_scorer(kind, probes=2), **{"engine": "eager", "device": "cpu", **options})
 
 
 def quiet(line: str) -> None:
@@ -45,7 +55,7 @@ def quiet(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict:
+def measured() -> Record:
     cases = [
         tiny("density", batch=2),
         tiny(),
@@ -56,55 +66,70 @@ def measured() -> dict:
     return harness.run(cases, EFFORT, quiet)
 
 
-def row_of(result: dict, engine: str, scorer: str = "inversion", precision: str = "fp32") -> dict:
-    return next(
-        r for r in result["cases"] if (r["engine"], r["scorer"], r["precision"]) == (engine, scorer, precision)
-    )  # fmt: skip
+def row_of(result: Record, engine: str, scorer: str = "inversion", precision: str = "fp32") -> Row:
+    return next(r for r in result.cases if (r.engine, r.scorer, r.precision) == (engine, scorer, precision))
 
 
-def test_record_has_the_stable_schema_and_is_json(measured):
-    assert set(measured) == {"schema", "kind", "preset", "environment", "cases", "roofs"}
-    assert measured["schema"] == 1
-    assert all(set(row) == ROW_KEYS for row in measured["cases"])
-    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
-    assert measured["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert measured["environment"]["commit"] is None or len(measured["environment"]["commit"]) >= 12
+def test_record_has_the_stable_schema_and_is_json(measured, tmp_path):
+    saved = measured.dump()
+    assert set(saved) == {"schema", "kind", "preset", "title", "environment", "cases", "roofs", "parts"}
+    assert saved["schema"] == 1
+    assert all(set(row) == ROW_KEYS for row in saved["cases"])
+    assert json.loads(json.dumps(saved, allow_nan=False)) == saved
+    assert saved["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert saved["environment"]["commit"] is None or len(saved["environment"]["commit"]) >= 12
+    record.write(measured, tmp_path / "r.json")
+    assert record.read(tmp_path / "r.json") == measured
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_records_are_read_whole(path: Path):
+    """What is read and written again says the same; only what a mode that is gone left empty may be missing."""
+    before, after = json.loads(path.read_text()), record.read(path).dump()
+    assert set(before) <= set(after) and len(before["cases"]) == len(after["cases"])
+    for old, new in zip(before["cases"], after["cases"], strict=True):
+        assert old.pop("line", None) is None
+        if old["engine"] == REFERENCE:
+            assert (old.pop("parity") or {}).keys() <= {"passed", "note"}, "it is the reference itself"
+        for key, value in old.items():  # what was not written then is null now, or a scorer's default
+            assert value == new[key] or value.items() <= new[key].items(), key
 
 
 def test_rows_are_measured_in_turn_with_the_reference(measured):
-    assert [r["engine"] for r in measured["cases"]].count(REFERENCE) == 2
+    assert [r.engine for r in measured.cases].count(REFERENCE) == 2
     for row in (row_of(measured, "eager"), row_of(measured, "eager", "density")):
-        assert row["status"] == "ok", row["reason"]
-        assert row["ran"] == "eager on cpu"
-        assert row["ratio_to_reference"]["pairs"] >= 3
-        assert (
-            row["ratio_to_reference"]["low"] <= row["ratio_to_reference"]["speed"] <= row["ratio_to_reference"]["high"]
-        )
-        assert row["ratio_to_reference"]["memory"] > 0
-        assert row["parity"]["passed"] and row["parity"]["max_error"] < 1e-3
-        assert row["parity"]["map_spearman"] > 0.999
-        assert row["nfe"] == 3
-        assert row["fps"] == pytest.approx(1e3 * row["batch"] / np.mean(row["latency_ms"]["raw"]), rel=1e-3)
-        assert row["memory_mb"]["peak"] >= row["memory_mb"]["above_idle"] >= 0
-        assert row["roof"]["share"] > 0 and row["prediction"]["ms"] > 0
+        assert row.status == "ok", row.reason
+        assert row.ran == "eager on cpu"
+        ratio = row.ratio_to_reference
+        assert ratio.pairs >= 3
+        assert ratio.low <= ratio.speed <= ratio.high
+        assert ratio.memory > 0
+        assert row.parity.passed and row.parity.max_error < 1e-3
+        assert row.parity.map_spearman > 0.999
+        assert row.nfe == 3
+        found = row.measured
+        assert found.fps == pytest.approx(1e3 * row.batch / np.mean(found.latency_ms.raw), rel=1e-3)
+        assert found.memory_mb.peak >= found.memory_mb.above_idle >= 0
+        assert row.roof.share > 0 and row.prediction.ms > 0
     half, full = row_of(measured, "eager", precision="bf16"), row_of(measured, "eager")
-    assert half["parity"]["max_error"] > full["parity"]["max_error"]
-    assert row_of(measured, REFERENCE)["ran"] == "reference on cpu"
+    assert half.parity.max_error > full.parity.max_error
+    assert row_of(measured, REFERENCE).ran == "reference on cpu"
 
 
 def test_density_rows_state_their_standard_error(measured):
-    density = row_of(measured, "eager", "density")["density"]
-    assert density["standard_error"] > 0
-    assert 0 < density["share_of_spread"] < 1
-    assert 0.5 < density["spearman_with_10"] <= 1
-    assert row_of(measured, "eager")["density"] is None
+    density = row_of(measured, "eager", "density").density
+    assert density.standard_error > 0
+    assert 0 < density.share_of_spread < 1
+    assert 0.5 < density.spearman_with_10 <= 1
+    assert row_of(measured, "eager").density is None
 
 
 def test_what_cannot_run_says_why_and_costs_only_its_row(measured):
     graph, nonsense = row_of(measured, "cudagraph"), row_of(measured, "nonsense")
-    assert graph["status"] == "not available" and "NVIDIA GPU" in graph["reason"]
-    assert nonsense["status"] == "not available" and "unknown engine 'nonsense'" in nonsense["reason"]
-    assert graph["fps"] is None and graph["latency_ms"] is None
+    assert graph.status == "not available" and "NVIDIA GPU" in graph.reason
+    assert nonsense.status == "not available" and "unknown engine 'nonsense'" in nonsense.reason
+    assert graph.measured is None
+    assert graph.model_dump()["fps"] is None and graph.model_dump()["latency_ms"] is None
 
 
 def test_table_and_markdown_show_every_row_and_no_speed_for_failures(measured):
@@ -117,95 +142,110 @@ def test_table_and_markdown_show_every_row_and_no_speed_for_failures(measured):
 
 
 def test_a_crash_costs_one_row(tmp_path):
-    with harness.started(tmp_path, EFFORT) as process:
-        assert process.ask("load", case=tiny().as_dict())["status"] == "ok"
+    with started(tmp_path, EFFORT.timeout) as process:
+        assert process.ask(Worker.load, tiny()).ran == "eager on cpu"
         process._process.kill()
-        answer = process.ask("run", n=1)
-    assert answer["status"] == "crashed" and "SIGKILL during run" in answer["reason"]
+        with pytest.raises(WorkerError) as caught:
+            process.ask(Worker.run, 1)
+    assert caught.value.status == "crashed" and "SIGKILL during run" in caught.value.reason
 
 
 def test_a_silent_process_is_ended(tmp_path):
-    effort = harness.Effort(timeout=0.01)
-    with harness.started(tmp_path, effort) as process:
-        assert process.ask("load", case=tiny().as_dict())["status"] == "timeout"
+    with started(tmp_path, 0.01) as process, pytest.raises(WorkerError) as caught:
+        process.ask(Worker.load, tiny())
+    assert caught.value.status == "timeout"
 
 
 def test_running_out_of_memory_is_a_status(tmp_path):
-    with harness.started(tmp_path, EFFORT) as process:
-        answer = process.ask("load", case=tiny(batch=5 * 10**7).as_dict())
-    assert answer["status"] == "out of memory", answer
+    with started(tmp_path, EFFORT.timeout) as process, pytest.raises(WorkerError) as caught:
+        process.ask(Worker.load, tiny(batch=5 * 10**7))
+    assert caught.value.status == "out of memory", caught.value
 
 
 def test_a_row_that_computes_something_else_has_no_speed(tmp_path):
-    row = harness.empty_row(tiny(), {"status": "ok", "engine": "eager on cpu", "frames": "random pictures"})
-    harness._fill(row, [1.0, 1.0, 1.0], [], {"status": "ok"})
+    memory = Memory(idle=1, peak=2, above_idle=1)
+    row = empty_row(tiny()).but(
+        ran="eager on cpu",
+        frames="random pictures",
+        measured=figures_of(1, [Samples([1.0, 1.0, 1.0], [])], memory),
+        ratio_to_reference=Ratio(speed=2, low=1, high=3, pairs=3),
+    )
     rng = np.random.default_rng(0)
     maps = rng.normal(size=(3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "want.npz", maps=maps, raw=maps.max((1, 2)), cells=maps)
     np.savez(tmp_path / "got.npz", maps=maps * 1.1, raw=maps.max((1, 2)))
-    harness._judge(row, {"status": "ok"}, tmp_path / "got.npz", tmp_path / "want.npz", tmp_path / "none.npz")
-    assert row["status"] == "failed parity" and "map error" in row["reason"]
-    assert row["fps"] is None and row["latency_ms"] is None and row["ratio_to_reference"] is None
-    assert row["parity"]["max_error"] > 0.1
-
-
-def test_line_mode_counts_missed_deadlines():
-    result = harness.run([tiny(mode="line")], EFFORT, quiet, line_rate=2000.0)
-    (row,) = result["cases"]
-    assert row["status"] == "ok", row["reason"]
-    assert row["line"]["rate_fps"] == 2000 and row["line"]["deadline_ms"] == 0.5
-    assert row["line"]["misses"] == row["line"]["frames"] == row["latency_ms"]["n"]
-    assert row["ratio_to_reference"] is None
+    expected = gate.Expected(tmp_path / "want.npz", tmp_path / "none.npz")
+    failed = gate.judged(row, tmp_path / "got.npz", expected)
+    assert failed.status == "failed parity" and "map error" in failed.reason
+    assert failed.measured is None and failed.ratio_to_reference is None
+    assert failed.parity.max_error > 0.1
+    unchecked = gate.judged(row, tmp_path / "got.npz", gate.Expected(*[tmp_path] * 2, WorkerError("failed", "boom")))
+    assert (unchecked.status, unchecked.measured) == ("not checked", None) and "boom" in unchecked.reason
+    assert row.status == "ok" and row.measured.fps == 1000, "rows are never changed"
 
 
 def test_rows_after_the_deadline_are_skipped():
     result = harness.run([tiny()], EFFORT, quiet, deadline=-1)
-    assert [row["status"] for row in result["cases"]] == ["skipped"]
-    assert result["roofs"] == {"reason": "no row was measured"}
+    assert [row.status for row in result.cases] == ["skipped"]
+    assert result.roofs.reason == "no row was measured" and not result.roofs.gemm
 
 
 def test_percentiles_need_samples():
-    assert clock.summary([1.0, 2.0, 3.0]) == {
-        "p50": 2.0, "p90": None, "p99": None, "p999": None, "n": 3, "raw": [1.0, 2.0, 3.0],
+    assert clock.summary([1.0, 2.0, 3.0]).model_dump() == {
+        "p50": 2.0, "p90": None, "p99": None, "p999": None, "n": 3, "raw": (1.0, 2.0, 3.0),
     }  # fmt: skip
     many = clock.summary(list(range(1000)))
-    assert (many["p50"], many["p99"], many["p999"]) == (499.5, 989.01, 998.001)
+    assert (many.p50, many.p99, many.p999) == (499.5, 989.01, 998.001)
 
 
 def test_stability_names_spread_and_drift():
-    assert clock.stability([10.0] * 20)["verdict"] == "stable"
-    assert clock.stability([10.0] * 10 + [13.0] * 10)["drift"] == pytest.approx(0.3)
-    assert clock.stability([10.0] * 10 + [13.0] * 10)["verdict"] == "noisy"
-    assert clock.stability([1.0, 1.0])["verdict"] == "too few samples"
+    assert clock.stability([10.0] * 20).verdict == "stable"
+    assert clock.stability([10.0] * 10 + [13.0] * 10).drift == pytest.approx(0.3)
+    assert clock.stability([10.0] * 10 + [13.0] * 10).verdict == "noisy"
+    assert clock.stability([1.0, 1.0]).verdict == "too few samples"
 
 
 def test_paired_ratio_cancels_what_both_sides_met():
     noise = np.random.default_rng(0).uniform(1, 3, 50)
     ratio = clock.paired_ratio(list(20 * noise), list(10 * noise))
-    assert ratio == {"speed": 2.0, "low": 2.0, "high": 2.0, "pairs": 50}
+    assert ratio == Ratio(speed=2, low=2, high=2, pairs=50)
 
 
-def change(result: dict, factor: float) -> dict:
+def change(result: Record, factor: float) -> Record:
     """The record with every ratio multiplied."""
     cases = []
-    for row in result["cases"]:
-        ratio = row["ratio_to_reference"]
+    for row in result.cases:
+        ratio = row.ratio_to_reference
         if ratio:
-            ratio = {**ratio, **{k: factor * ratio[k] for k in ("speed", "low", "high")}}
-        cases.append({**row, "ratio_to_reference": ratio})
-    return {**result, "cases": cases}
+            ratio = ratio.but(**{k: factor * getattr(ratio, k) for k in ("speed", "low", "high")})
+        cases.append(row.but(ratio_to_reference=ratio))
+    return result.but(cases=tuple(cases))
 
 
 def test_compare_knows_noise_from_change(measured, tmp_path):
     record.write(measured, tmp_path / "a.json")
     record.write(change(measured, 100.0), tmp_path / "b.json")
     old, new = record.read(tmp_path / "a.json"), record.read(tmp_path / "b.json")
-    assert {line["verdict"] for line in record.compare(old, old)} == {"no difference", "not comparable"}
-    assert {line["verdict"] for line in record.compare(old, new)} == {"faster", "not comparable"}
-    assert {line["verdict"] for line in record.compare(new, old)} == {"slower", "not comparable"}
+    assert {one.verdict for one in compare.compare(old, old)} == {"no difference", "not comparable"}
+    assert {one.verdict for one in compare.compare(old, new)} == {"faster", "not comparable"}
+    assert {one.verdict for one in compare.compare(new, old)} == {"slower", "not comparable"}
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--json"])
     assert done.exit_code == 0
-    assert json.loads(done.stdout) == record.compare(old, new)
+    assert json.loads(done.stdout) == [asdict(one) for one in compare.compare(old, new)]
+
+
+def test_committed_records_of_two_runs_are_compared():
+    old, new = (record.read(report.RESULTS / f"{name}.json") for name in ("cpu-small", "cpu-small-again"))
+    changes = compare.compare(old, new)
+    assert len(changes) == 4 and all(one.basis == "ratio to the reference path" for one in changes)
+
+
+def test_an_unknown_field_of_a_record_is_refused(tmp_path, measured):
+    saved = measured.dump()
+    saved["cases"][0]["latncy_ms"] = saved["cases"][0].pop("load_s")
+    (tmp_path / "bad.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="latncy_ms"):
+        record.read(tmp_path / "bad.json")
 
 
 def test_other_schemas_are_refused(tmp_path):
@@ -215,9 +255,10 @@ def test_other_schemas_are_refused(tmp_path):
 
 
 def test_axes_expand_to_cases():
+    scorers = make_scorers(["density", "inversion"], probes=[10, 1])
     cases = expand(
-        "paper", scorers=["density", "inversion"], engines=["eager", REFERENCE], precisions=["fp32", "bf16"],
-        batches=[1, 8], steps=[3], probes=[10, 1], modes=["offline", "single-stream"],
+        "paper", scorers, engines=["eager", REFERENCE], precisions=["fp32", "bf16"],
+        batches=[1, 8], modes=["offline", "single-stream"],
     )  # fmt: skip
     offline = [c for c in cases if c.mode == "offline"]
     assert len(offline) == (2 + 1) * 2 * (2 + 1)
@@ -226,27 +267,59 @@ def test_axes_expand_to_cases():
     assert len({c.name for c in cases}) == len(cases)
     assert {reference_of(c).engine for c in cases} == {REFERENCE}
     with pytest.raises(ConfigError, match="unknown mode 'ofline'; did you mean 'offline'"):
-        expand("demo", scorers=[], engines=[], precisions=[], batches=[], steps=[], probes=[], modes=["ofline"])
+        expand("demo", [], engines=[], precisions=[], modes=["ofline"])
+    with pytest.raises(ConfigError, match="unknown precision 'bf61'; did you mean 'bf16'"):
+        expand("demo", [], engines=[], precisions=["bf61"])
     with pytest.raises(ConfigError, match="unknown scorer 'densty'"):
-        scorer_options("densty", 3, 1)
+        make_scorer("densty")
 
 
-@pytest.mark.parametrize("kind", ["density", "inversion", "reconstruction"])
-def test_every_scorer_takes_as_many_evaluations_as_asked(kind):
-    spec = PRESETS["paper"].spec
-    assert function_evaluations(Case("paper", scorer_options(kind, 3, 1), "eager").make_scorer(), spec.velocity) == 3
+@pytest.mark.parametrize("wanted", [1, 2, 3, 6])
+@pytest.mark.parametrize("kind", SCORERS)
+def test_every_scorer_takes_as_many_evaluations_as_asked(kind, wanted):
+    velocity = PRESETS["paper"].velocity
+    assert make_scorer(kind, evaluations=wanted, config=velocity).evaluations(velocity) == wanted
+
+
+def test_evaluations_are_not_steps_and_presets_take_three():
+    half = make_scorer("reconstruction")
+    assert (half.steps, half.evaluations(PRESETS["paper"].velocity)) == (6, 3)
+    assert make_scorer("reconstruction", steps=4).evaluations(PRESETS["paper"].velocity) == 2
+    assert make_scorer("inversion", steps=4).evaluations(PRESETS["paper"].velocity) == 4
+    assert {tiny(kind).name.split("/")[0] for kind in SCORERS} >= {
+        "density-K2-s3",
+        "inversion-s3",
+        "reconstruction-s6",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scorer", "inversion", "--probes", "4"], "an option of density, not of inversion"),
+        (["--steps", "3", "--evaluations", "3"], "give one of them"),
+        (["ladder", "--scorer", "reconstruction", "--probes", "4"], "an option of density"),
+        (["ladder", "--scorer", "density", "--probes", "1,2"], "a ladder is of one scorer"),
+        (["drift", "demo", "--scorer", "inversion", "--probes", "4"], "an option of density"),
+        (["--preset", "invad", "--scorer", "density"], "use Inversion"),
+        (["--preset", "invad", "--evaluations", "1"], "at least 2 steps"),
+    ],
+)
+def test_options_of_other_scorers_are_refused(arguments, message):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code != 0 and message in str(done.exception)
 
 
 def test_presets_are_the_papers_sizes():
-    velocity = PRESETS["paper"].spec.velocity
+    velocity = PRESETS["paper"].velocity
     assert (velocity.hidden_size, velocity.depth, velocity.num_heads, velocity.channels) == (2048, 16, 8, 272)
     invad: VelocityConfig = PRESETS["invad"].spec.velocity
     assert (invad.pred_type, invad.t_scale, invad.use_class_labels) == ("epsilon", 1.0, False)
 
 
 def test_invad_runs_in_the_same_runtime():
-    case = Case("invad", scorer_options("inversion", 3, 1), "eager")
-    assert function_evaluations(case.make_scorer(), PRESETS["invad"].spec.velocity) == 3
+    velocity = PRESETS["invad"].velocity
+    assert make_scorer("inversion", config=velocity).evaluations(velocity) == 3
 
 
 def test_random_models_are_seeded_and_of_order_one():
@@ -274,15 +347,15 @@ def test_a_random_models_maps_show_its_field(backbone: str, size: int):
 
 
 def test_gemm_roof_is_the_models_own_products():
-    shape = {"hidden": 32, "mlp": 128, "depth": 2, "heads": 2, "tokens": 16, "channels": 192, "image": 64}
+    shape = VelocityShape(hidden=32, mlp=128, depth=2, heads=2, tokens=16, channels=192, image=64)
     result = roofs.measure(shape, [16, 32], ["fp32", "bf16", "fp8"], "cpu", seconds=0.01)
-    assert [g["precision"] for g in result["gemm"]] == ["fp32", "fp32", "bf16", "bf16", "fp8"]
-    assert "needs a GPU" in result["gemm"][-1]["reason"]
-    first = result["gemm"][0]
-    assert set(first["ms"]) == {"qkv", "proj", "fc1", "fc2"}
+    assert [g.precision for g in result.gemm] == ["fp32", "fp32", "bf16", "bf16", "fp8"]
+    assert isinstance(result.gemm[-1], NoProducts) and "needs a GPU" in result.gemm[-1].reason
+    first = result.gemm[0]
+    assert isinstance(first, Products) and set(first.ms) == {"qkv", "proj", "fc1", "fc2"}
     flops = 2 * 16 * 32 * (96 + 32 + 128 + 128)
-    assert first["tflop_s"] == pytest.approx(flops / first["block_ms"] / 1e9, rel=0.01, abs=1e-4)
-    assert result["copy_gb_s"] > 0
+    assert first.tflop_s == pytest.approx(flops / first.block_ms / 1e9, rel=0.01, abs=1e-4)
+    assert result.copy_gb_s > 0
 
 
 def test_paper_table_has_every_method_and_says_that_figures_conflict():
@@ -295,8 +368,8 @@ def test_paper_table_has_every_method_and_says_that_figures_conflict():
 
 
 def test_paper_table_puts_measured_beside_reported(measured):
-    rows = [{**row, "preset": "paper", "probes": 10 if row["probes"] else None} for row in measured["cases"]]
-    text = report._table1({"x": {**measured, "cases": rows}})
+    rows = [row.but(preset="paper", probes=10 if row.probes else None) for row in measured.cases]
+    text = report._table1({"x": measured.but(cases=tuple(rows))})
     assert text.count("not run") == 5
     line = next(line for line in text.splitlines() if line.startswith("| FlowAD (b)"))
     assert re.search(r"\| 41 \| 10 \| .*eager (fp32|bf16), batch 1", line)  # whichever was faster
@@ -308,29 +381,36 @@ def test_committed_pages_are_what_the_records_give(page: Path, text):
 
 
 def test_gpu_check_keeps_what_it_has_and_stays_in_its_budget(tmp_path):
-    def breaks(left: float) -> dict:
+    def breaks(left: float) -> gpu_check.Outcome:
         raise RuntimeError("boom")
 
-    def measures(left: float) -> dict:
+    def measures(left: float) -> gpu_check.Outcome:
         assert 0 < left <= 50
-        return {"record": harness.run([tiny()], EFFORT, quiet, deadline=left)}
+        return gpu_check.Outcome.of(harness.run([tiny()], EFFORT, quiet, deadline=left))
 
-    parts = [("broken", 0.0, breaks), ("rows", 0.0, measures), ("late", 1e6, measures)]
+    parts = [
+        gpu_check.Part("broken", 0.0, breaks),
+        gpu_check.Part("rows", 0.0, measures),
+        gpu_check.Part("late", 1e6, measures),
+    ]
     gpu_check.run(parts, 50.0, tmp_path / "check.json", quiet)
     saved = record.read(tmp_path / "check.json")
-    assert [p["status"] for p in saved["parts"]] == ["failed", "ok", "skipped"]
-    assert "boom" in saved["parts"][0]["reason"] and "1000000 s needed" in saved["parts"][2]["reason"]
-    assert [row["engine"] for row in saved["cases"]] == [REFERENCE, "eager"]
-    assert saved["roofs"]["gemm"]
+    assert [p.status for p in saved.parts] == ["failed", "ok", "skipped"]
+    assert "boom" in saved.parts[0].reason and "1000000 s needed" in saved.parts[2].reason
+    assert [row.engine for row in saved.cases] == [REFERENCE, "eager"]
+    assert saved.roofs.gemm
 
 
 def test_finished_rows_are_kept_while_others_run():
     kept: list[dict] = []
     harness.run(
-        [tiny(), tiny("reconstruction")], EFFORT, quiet, keep=lambda found: kept.append(json.loads(json.dumps(found)))
+        [tiny(), tiny("reconstruction")],
+        EFFORT,
+        quiet,
+        keep=lambda found: kept.append(json.loads(json.dumps(found.dump()))),
     )
     assert [len(found["cases"]) for found in kept] == [2, 4]
-    assert kept[0]["cases"][1]["status"] == "ok" and kept[0]["roofs"] == {"reason": "not measured yet"}
+    assert kept[0]["cases"][1]["status"] == "ok" and kept[0]["roofs"]["reason"] == "not measured yet"
 
 
 def test_an_engine_without_memory_beside_the_reference_is_measured_after_it(monkeypatch):
@@ -338,35 +418,52 @@ def test_an_engine_without_memory_beside_the_reference_is_measured_after_it(monk
 
     def crowded(case: Case, ref: object, *rest) -> tuple:
         if ref is not None:
-            return harness.empty_row(case, {"status": "out of memory", "reason": "fake"}), []
+            return empty_row(case, "out of memory", "fake"), []
         return candidate(case, ref, *rest)
 
     monkeypatch.setattr(harness, "_candidate", crowded)
-    reference, row = harness.run([tiny()], EFFORT, quiet)["cases"]
-    assert (reference["status"], row["status"]) == ("ok", "ok") and reference["latency_ms"]["n"] >= 3
-    assert row["ratio_to_reference"] is None and row["parity"]["passed"]
-    assert re.search(r"both do not fit in memory; the reference path's median is \d+\.\d\d times", row["note"])
+    reference, row = harness.run([tiny()], EFFORT, quiet).cases
+    assert (reference.status, row.status) == ("ok", "ok") and reference.measured.latency_ms.n >= 3
+    assert row.ratio_to_reference is None and row.parity.passed
+    assert re.search(r"both do not fit in memory; the reference path's median is \d+\.\d\d times", row.note)
 
 
-def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch):
+def test_the_reference_is_not_credited_with_calls_of_a_candidate(monkeypatch):
+    """In single-stream mode a candidate runs on its own at the end."""
+    turns = [Turn(Samples([1.0], []), Samples([10.0], []))] * 3 + [Turn(Samples([1.0] * 5, []), None)]
+    monkeypatch.setattr(harness, "take_turns", lambda *_: turns)
+    reference, row = harness.run([tiny(mode="single-stream")], EFFORT, quiet).cases
+    assert reference.measured.latency_ms.raw == (10.0,) * 3 and row.measured.latency_ms.raw == (1.0,) * 8
+    assert (row.ratio_to_reference.speed, row.ratio_to_reference.pairs) == (10, 3)
+
+
+def test_a_reference_that_does_not_run_costs_the_ratio_only(monkeypatch):
+    """Its process is ended, so that the candidates have its memory."""
+    monkeypatch.setattr(harness, "reference_of", lambda case: replace(case, engine=REFERENCE, batch=5 * 10**7))
+    reference, row = harness.run([tiny()], EFFORT, quiet).cases
+    assert (reference.status, row.status) == ("out of memory", "ok")
+    assert row.ratio_to_reference is None and "no ratio: the reference path is out of memory" in row.note
+
+
+def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch, measured):
     asked: list[list[Case]] = []
 
-    def run(cases: list[Case], *_, **__) -> dict:
+    def run(cases: list[Case], *_, **__) -> Record:
         asked.append(cases)
-        return {"cases": [harness.empty_row(case, {"status": "ok"}) for case in cases]}
+        return measured.but(cases=tuple(empty_row(case) for case in cases))
 
     monkeypatch.setattr(ladder.harness, "run", run)
-    rows = {(row["rung"], row["rung_name"]): row for row in ladder.run(tiny(), EFFORT, quiet)["cases"]}
+    rows = {(row.rung, row.rung_name): row for row in ladder.run(tiny(), EFFORT, quiet).cases}
     assert [case.engine for case in asked[0]] == [REFERENCE, "eager", "eager", "compile", "onnxruntime"]
-    assert {number for number, _ in rows} == set(range(8)) and rows[5, "one CUDA graph"]["status"] == "not available"
+    assert {number for number, _ in rows} == set(range(8)) and rows[5, "one CUDA graph"].status == "not available"
     monkeypatch.setattr(ladder, "torch_device", lambda device: torch.device("cuda"))
-    rows = {row["name"]: row for row in ladder.run(tiny(), EFFORT, quiet)["cases"]}
-    assert len(rows) == len(asked[1]) == 9 and "onnxruntime" not in {row["engine"] for row in rows.values()}
+    rows = {row.name: row for row in ladder.run(tiny(), EFFORT, quiet).cases}
+    assert len(rows) == len(asked[1]) == 9 and "onnxruntime" not in {row.engine for row in rows.values()}
     assert [case.products for case in asked[1] if case.engine == "cudagraph"] == ["library"] * 2 + ["measured"] * 2
 
 
 def test_gpu_check_plan_covers_what_is_asked():
-    names = [name for name, _, _ in gpu_check.plan("paper", "cuda", (1, 64), ("bf16",), quiet, EFFORT)]
+    names = [part.name for part in gpu_check.plan("paper", "cuda", (1, 64), ("bf16",), quiet, EFFORT)]
     assert {"GPU tests", "ladder", "batch sweep", "density, K = 10, 1, 2"} <= set(names)
 
 
@@ -386,10 +483,10 @@ def _gpu_app():
 
 
 def test_figures_are_drawn(measured, tmp_path):
-    from flowad_fast.benchmarks import figures
+    from flowad_fast.benchmarks.record import figures
 
-    rungs = [{**row, "rung": i, "rung_name": row["engine"]} for i, row in enumerate(measured["cases"])]
-    made = figures.draw({**measured, "cases": rungs}, tmp_path)
+    rungs = tuple(row.but(rung=i, rung_name=row.engine) for i, row in enumerate(measured.cases))
+    made = figures.draw(measured.but(cases=rungs), tmp_path)
     assert [path.name for path in made] == ["fps_memory.png", "latency.png", "roofline.png", "ladder.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
 
@@ -397,7 +494,7 @@ def test_figures_are_drawn(measured, tmp_path):
 def test_peers_need_anomalib_and_say_so(monkeypatch):
     import importlib.metadata
 
-    from flowad_fast.benchmarks import peers
+    from flowad_fast.benchmarks.runs import peers
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -415,7 +512,7 @@ def test_cli_writes_record_table_and_figures(tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     saved = record.read(tmp_path / "r.json")
-    assert [row["status"] for row in saved["cases"]] == ["ok", "ok"]
+    assert [row.status for row in saved.cases] == ["ok", "ok"]
     assert "| inversion | eager |" in (tmp_path / "r.md").read_text()
 
 
@@ -429,16 +526,26 @@ def test_cli_refuses_nonsense(arguments, message):
 
 
 def test_records_do_not_tell_where_they_were_made():
-    from flowad_fast.benchmarks.environment import command
+    from flowad_fast.benchmarks.measure.environment import command
 
     options = ["--preset", "demo", "--output", "/home/someone/results/a.json", "results/b.json"]
     shown = command("/home/someone/bin/flowad-bench", options)
     assert shown == "flowad-bench --preset demo --output a.json results/b.json"
-    assert command("/x/peers.py", ["--seconds", "8"]) == "python -m flowad_fast.benchmarks.peers --seconds 8"
+    for program, module in (
+        ("/x/flowad_fast/benchmarks/runs/peers.py", "runs.peers"),
+        ("/x/flowad_fast/benchmarks/demo/__main__.py", "demo"),
+        ("/x/flowad_fast/benchmarks/gpu_check.py", "gpu_check"),
+    ):
+        assert command(program, ["--seconds", "8"]) == f"python -m flowad_fast.benchmarks.{module} --seconds 8"
 
 
 def test_memory_beside_published_figures_includes_the_weights():
-    cpu = {"peak": 500.0, "above_idle": 40.0}
-    assert (memory.whole(cpu), memory.footprint(cpu)) == (500.0, 40.0)
-    gpu = {**cpu, "allocator_peak": 900.0}
-    assert memory.whole(gpu) == memory.footprint(gpu) == 900.0
+    cpu = Memory(idle=460, peak=500, above_idle=40)
+    assert (cpu.whole, cpu.footprint) == (500, 40)
+    gpu = cpu.but(allocator_peak=900.0)
+    assert gpu.whole == gpu.footprint == 900
+
+
+def test_the_suite_of_kernels_is_a_command():
+    done = CliRunner().invoke(app, ["kernels", "--collect-only", "-k", "gelu_tanh"])
+    assert done.exit_code == 0, done.output

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from models import tiny_model
 
-from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
 from flowad_fast.detector import Detector
 from flowad_fast.engines import cudagraph
 from flowad_fast.engines.cudagraph import CudaGraphEngine, CudaGraphStep, DirectStep, cut
@@ -17,25 +17,13 @@ from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.arithmetic import Arithmetic
-from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
-from flowad_fast.stages.velocity import DiT
 
 BUCKETS = (1, 2, 4)
 
 
 def small_model(conditional: bool = False) -> FlowModel:
-    torch.manual_seed(0)
-    config = VelocityConfig(
-        channels=192, height=4, width=4, hidden_size=32, depth=2, num_heads=2, num_classes=3 if conditional else 1,
-        use_class_labels=conditional,
-    )  # fmt: skip
-    dit = DiT(config)
-    for parameter in dit.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    spec = ModelConfig(velocity=config, backbone="efficientnet-lite0", image=ImageConfig(size=64))
-    return FlowModel(spec, dit, FeatureExtractor("efficientnet-lite0"))
+    return tiny_model(3 if conditional else 0, real_backbone=True, depth=2)
 
 
 def frames(count: int, height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:

@@ -9,12 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from flowad_fast.benchmarks import demo, harness
-from flowad_fast.benchmarks.cases import Case, random_model, scorer_options, spec_of
-from flowad_fast.benchmarks.gaussian import SHRINKAGE, PositionGaussians
-from flowad_fast.cli.inspect import ResultFile, bundle_identity
+from flowad_fast.benchmarks.demo import demo
+from flowad_fast.benchmarks.demo.gaussian import SHRINKAGE, PositionGaussians
+from flowad_fast.benchmarks.measure import harness
+from flowad_fast.benchmarks.measure.cases import Case, empty_row, make_scorer, random_model, spec_of
+from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.record.record import Latency, Measured, Memory, Parity, Ratio, Record, Stability
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import read_dataset
+from flowad_fast.evaluation.inspection import ResultFile, bundle_identity
 from flowad_fast.stages.scorers import Inversion
 
 
@@ -37,25 +40,39 @@ def judged(bundles, cells, tmp_path_factory):
     return results, *demo.judge(bundles["inversion"], cells, results)
 
 
-def row(status="ok", **more):
+def row(status="ok"):
     """A benchmark row as the harness makes it."""
-    case = Case("demo", scorer_options("density", 3, 10), "eager")
-    answer = {"status": status, "reason": "a reason", "nfe": 3}
-    return harness.empty_row(case, answer) | more
+    case = Case("demo", make_scorer("density", probes=10), "eager")
+    return empty_row(case, status, "a reason").but(nfe=3)
 
 
 def record():
     """Two rows with everything that the report reads; figures are made up."""
-    measured = row(
-        latency_ms={"p50": 12.34, "p90": 13, "p99": 14.5, "n": 9},
-        fps=81.0,
-        memory_mb={"above_idle": 55.0, "peak": 100.0, "idle": 45.0},
-        ratio_to_reference={"speed": 1.7, "low": 1.5, "high": 1.9, "pairs": 3, "memory": 4.2},
-        parity={"passed": True, "max_error": 2e-6, "map_spearman": 0.9999},
-        stability={"verdict": "noisy", "spread": 0.3, "drift": 0.1},
+    measured = row().but(
+        measured=Measured(
+            latency_ms=Latency(p50=12.34, p90=13, p99=14.5, n=9, raw=(12.34,)),
+            fps=81.0,
+            memory_mb=Memory(above_idle=55.0, peak=100.0, idle=45.0),
+            stability=Stability(verdict="noisy", spread=0.3, drift=0.1),
+        ),
+        ratio_to_reference=Ratio(speed=1.7, low=1.5, high=1.9, pairs=3, memory=4.2),
+        parity=Parity(
+            passed=True,
+            frames=4,
+            source="cells",
+            device="cpu",
+            scale=1,
+            max_error=2e-6,
+            rms_error=1e-7,
+            spearman=1,
+            score_error=0,
+            tolerance=1e-3,
+            rms_tolerance=1e-4,
+            map_spearman=0.9999,
+        ),  # fmt: skip
     )
-    environment = {"gpu": None, "cpu": "A <CPU> & more", "threads": 2, "packages": {"torch": "2.11.0"}, "commit": "abc"}
-    return {"preset": "demo", "environment": environment, "cases": [measured, row("not available")]}
+    here = environment(moment()).but(gpu=None, cpu="A <CPU> & more")
+    return Record(preset="demo", environment=here, cases=(measured, row("not available")))
 
 
 def test_judging_writes_the_rows_that_the_metrics_come_from(judged, cells, bundles):
@@ -97,12 +114,7 @@ def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bun
         "scores": demo.histograms(labels, both, {"inversion": outcome.threshold}),
         "roc": demo.roc_curves(labels, both),
     }
-    summary = {
-        "cells": {"train": 413, "calibration": 59, "test": 20},
-        "defective": 10,
-        "alpha": demo.ALPHA,
-        "seconds": {"in all": 1.5},
-    }
+    summary = demo.Summary({"train": 413, "calibration": 59, "test": 20}, 10, demo.ALPHA, {"in all": 1.5})
     html = demo.render(summary, [outcome, baseline], record(), figures, rows, "inversion")
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 15
     sources = re.findall(r'src="([^"]+)"', html)
@@ -117,12 +129,13 @@ def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bun
     for text in (f"{outcome.image_auroc:.3f}", f"{baseline.image_auroc:.3f}", "not available", "a reason", "1.70 ("):
         assert text in html
     assert "A &lt;CPU&gt; &amp; more" in html
+    assert max(table.count("<th>") for table in html.split("<table>")) <= 14, "wider than a window of 1,300 pixels"
     assert {kind: len(part) for kind, part in rows.items()} == dict.fromkeys(demo._KINDS, 3)
 
 
 def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tmp_path):
     import flowad_fast
-    from flowad_fast.cli.inspect import heat_ranges, threshold
+    from flowad_fast.evaluation.inspection import heat_ranges, threshold
     from flowad_fast.evaluation.overlay import overlay
 
     chosen = [("good", cells[0]), ("misses", cells[12])]
@@ -138,10 +151,10 @@ def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tm
 
 def test_the_benchmark_runs_the_bundles(bundles, monkeypatch):
     seen = []
-    monkeypatch.setattr(harness, "run", lambda cases, effort, tell: seen.extend(cases) or {"cases": []})
-    assert demo.benchmark(list(bundles.values()), lambda line: None) == {"cases": []}
+    monkeypatch.setattr(harness, "run", lambda cases, effort, tell: seen.extend(cases) or "the record")
+    assert demo.benchmark(list(bundles.values()), lambda line: None) == "the record"
     (one,) = seen
-    assert (one.preset, one.engine, one.scorer["kind"]) == (str(bundles["inversion"]), "onnxruntime", "inversion")
+    assert (one.preset, one.engine, one.scorer.kind) == (str(bundles["inversion"]), "onnxruntime", "inversion")
 
 
 def test_the_baseline_is_the_mahalanobis_distance_at_each_position():

@@ -9,8 +9,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from flowad_fast.benchmarks import drift, record, report
 from flowad_fast.benchmarks.cli import app
+from flowad_fast.benchmarks.record import compare, record, report
+from flowad_fast.benchmarks.runs import drift
 from flowad_fast.errors import ConfigError
 
 RNG = np.random.default_rng(0)
@@ -26,20 +27,20 @@ def test_ranks_give_the_auroc_also_with_ties() -> None:
 
 def test_no_drift_is_zero_everywhere() -> None:
     found = drift.compared(LABELS.astype(int), SCORES, MAPS, SCORES, MAPS)
-    assert found["auroc_change"] == {"points": 0, "low": 0, "high": 0}
-    assert found["map_rms"] == found["map_error"] == found["score_error"] == 0 and found["score_spearman"] == 1
+    assert found.auroc_change == record.Interval(points=0, low=0, high=0)
+    assert found.map_rms == found.map_error == found.score_error == 0 and found.score_spearman == 1
 
 
 def test_a_known_drift_is_found() -> None:
     noisy = SCORES + 3 * RNG.normal(size=60)
     found = drift.compared(LABELS.astype(int), noisy, MAPS + 0.5, SCORES, MAPS)
     change = roc_auc_score(LABELS, noisy) - roc_auc_score(LABELS, SCORES)
-    assert found["auroc_change"]["points"] == pytest.approx(100 * change, abs=1e-3) != 0
-    assert found["auroc_change"]["low"] < found["auroc_change"]["points"] < found["auroc_change"]["high"]
-    assert found["map_rms"] == pytest.approx(0.5 / np.median(MAPS.std((1, 2))), rel=0.01)
-    assert found["map_error"] == pytest.approx(0.5 / MAPS.std((1, 2)).min(), rel=0.01)
-    assert found["score_error"] == pytest.approx(np.abs(noisy - SCORES).max() / SCORES.std(), rel=0.01)
-    assert found["score_spearman"] < 0.9
+    assert found.auroc_change.points == pytest.approx(100 * change, abs=1e-3) != 0
+    assert found.auroc_change.low < found.auroc_change.points < found.auroc_change.high
+    assert found.map_rms == pytest.approx(0.5 / np.median(MAPS.std((1, 2))), rel=0.01)
+    assert found.map_error == pytest.approx(0.5 / MAPS.std((1, 2)).min(), rel=0.01)
+    assert found.score_error == pytest.approx(np.abs(noisy - SCORES).max() / SCORES.std(), rel=0.01)
+    assert found.score_spearman < 0.9
 
 
 @pytest.fixture
@@ -67,15 +68,15 @@ def test_the_command_compares_and_writes(photos: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     saved = record.read(target)
-    assert json.loads(done.stdout) == saved and saved["kind"] == "drift"
-    exact, bf16, fp8 = saved["cases"]
-    assert exact["map_error"] == 0 and exact["photos"] == 6 and exact["defective"] == 3
-    assert 0 < bf16["map_rms"] < fp8["map_rms"] < 1 and bf16["score_spearman"] > 0.8
-    assert "emulated" not in fp8["engine"] and fp8["precision"] == "fp8"
+    assert json.loads(done.stdout) == saved.dump() and saved.kind == "drift"
+    exact, bf16, fp8 = saved.cases
+    assert exact.map_error == 0 and exact.photos == 6 and exact.defective == 3
+    assert 0 < bf16.map_rms < fp8.map_rms < 1 and bf16.score_spearman > 0.8
+    assert "emulated" not in fp8.engine and fp8.precision == "fp8"
     text = report.drift_markdown(saved)
     assert "| inversion | fp8 |" in text and "6 photos of" in text
     with pytest.raises(ConfigError, match="no speeds to compare"):
-        record.compare(saved, saved)
+        compare.compare(saved, saved)
 
 
 def test_a_precision_that_cannot_run_is_refused_at_once(photos: Path) -> None:

@@ -4,7 +4,6 @@ import random
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from flowad_fast import bundle, detector
 from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.engines import Engine
+from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import (
     BundleError,
     CalibrationError,
@@ -26,11 +26,12 @@ from flowad_fast.errors import (
     FrameError,
     ParityError,
 )
-from flowad_fast.export import exporter
-from flowad_fast.export.exporter import check_bundle, export_bundle, recalibrate
+from flowad_fast.export import calibration, verify
+from flowad_fast.export.calibration import recalibrate
+from flowad_fast.export.exporter import check_bundle, export_bundle
 from flowad_fast.export.formats import FORMATS, Built, Format, Request, parse_batch, parse_formats
-from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
-from flowad_fast.export.verify import TOLERANCES, ParityFrames, compare
+from flowad_fast.export.frames import GoodParts, ParityFrames, good_parts, parity_frames, parse_size
+from flowad_fast.export.verify import TOLERANCES, auroc, compare, ranks
 from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import FeatureExtractor
@@ -82,7 +83,7 @@ def perturbed(share: float) -> Callable[[Request, Path], Built]:
             parameter.mul_(1 + share)
         save_checkpoint(wrong, folder / "own.safetensors", include_backbone=True)
         (folder / "left-over.tmp").touch()
-        return Built(("own.safetensors", "own.json"), {}, 0.0, {})
+        return Built(("own.safetensors", "own.json"), {})
 
     return write
 
@@ -94,18 +95,35 @@ def raising(error: Exception) -> Callable[..., Any]:
     return act
 
 
+class Fake(Format):
+    """A format that is written by a function of the test."""
+
+    def __init__(self, act: Callable[[Request, Path], Built], engine: Any = "eager") -> None:
+        super().__init__("", "", engine)
+        object.__setattr__(self, "act", act)
+
+    def write(self, request: Request, folder: Path) -> Built:
+        return self.act(request, folder)  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Formats with faults, beside the real ones."""
-    no_gpu = raising(EngineUnavailableError("needs a GPU of compute capability 9.0"))
-    for one in (
-        Format("wrong", "eager", "", perturbed(0.05)),
-        Format("right", "eager", "", perturbed(0.0)),
-        Format("elsewhere", "eager", "", perturbed(0.0), start=no_gpu),
-        Format("missing", "eager", "", raising(EngineUnavailableError("needs the package tensorrt"))),
-        Format("crashing", "eager", "", raising(RuntimeError("segment\nfault"))),
-    ):
-        monkeypatch.setitem(FORMATS, one.name, one)
+    """Formats with faults, beside the real ones; `elsewhere` does not run on this machine."""
+    for name, act in {
+        "wrong": perturbed(0.05),
+        "right": perturbed(0.0),
+        "elsewhere": perturbed(0.0),
+        "missing": raising(EngineUnavailableError("needs the package tensorrt")),
+        "crashing": raising(RuntimeError("segment\nfault")),
+    }.items():
+        monkeypatch.setitem(FORMATS, name, Fake(act))
+
+    def start(folder: Path, manifest: bundle.Manifest, *rest: Any) -> Engine:
+        if set(manifest.artefacts) == {"elsewhere"}:
+            raise EngineUnavailableError("needs a GPU of compute capability 9.0")
+        return start_engine(folder, manifest, *rest)
+
+    monkeypatch.setattr(verify, "start_engine", start)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +208,7 @@ def test_a_failing_format_that_the_old_bundle_has_leaves_the_old_bundle(
 ) -> None:
     assert export(model, tmp_path / "b", "right", "eager").ok
     before = tree(tmp_path / "b")
-    monkeypatch.setitem(FORMATS, "right", replace(FORMATS["right"], write=perturbed(0.05)))
+    monkeypatch.setitem(FORMATS, "right", Fake(perturbed(0.05)))
     result = export(model, tmp_path / "b", "right", "eager", scorer=Inversion(steps=2))
     assert not result.ok and not result.published and result.path == tmp_path / "b.rejected"
     assert tree(tmp_path / "b") == before
@@ -370,7 +388,7 @@ def test_an_altered_engine_is_refused_before_it_is_parsed(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    monkeypatch.setattr(exporter, "load", raising(AssertionError("parsed")))
+    monkeypatch.setattr(calibration, "load", raising(AssertionError("parsed")))
     monkeypatch.setattr("flowad_fast.checkpoints.load.load_checkpoint", raising(AssertionError("parsed")))
     with pytest.raises(BundleError, match="altered or damaged"):
         flowad_fast.load(tmp_path / "b")
@@ -487,6 +505,17 @@ def test_rank_correlation_and_auroc_of_the_worse_term() -> None:
     assert not parity.passed  # by the score's error, although the maps are equal
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_and_auroc_are_those_of_scipy_and_scikit_learn(seed: int) -> None:
+    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
+
+    random = np.random.RandomState(seed)
+    scores, labels = random.randint(0, 6, 20).astype(np.float32), random.permutation([0] * 13 + [1] * 7)
+    np.testing.assert_array_equal(ranks(scores), rankdata(scores))
+    assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_few_or_equal_frames_have_no_rank_correlation(n: int) -> None:
     maps, scores = outputs(n=n)
@@ -552,20 +581,20 @@ def test_good_parts_of_a_conditional_model_lie_in_class_folders(tmp_path: Path) 
     parts = good_parts(tmp_path, ("nut", "screw"))
     assert (parts.classes, parts.labels) == (["screw"] * 2, ["screw/00.png", "screw/01.png"])
     assert parts.frames[1].shape == (72, 64, 3)
-    with pytest.raises(CalibrationError, match="one folder of good parts a class: bolt, nut"):
+    with pytest.raises(CalibrationError, match="one folder of good parts per class: bolt, nut"):
         good_parts(tmp_path, ("bolt", "nut"))
 
 
 def test_every_format_of_the_registry_is_described() -> None:
-    for name, one in FORMATS.items():
-        assert name == one.name and one.description and "fp32" in one.precisions
+    for one in FORMATS.values():
+        assert one.description and "fp32" in one.precisions
         assert one.engine in bundle.EngineName.__args__  # type: ignore[attr-defined]
 
 
 def test_engines_are_what_the_protocol_says(tmp_path: Path, model: FlowModel) -> None:
     """A started engine gives float32 maps and scores for every batch size."""
     result = export(model, tmp_path / "b", "eager")
-    engine: Engine = FORMATS["eager"].start(tmp_path / "b", result.manifest, result.manifest.artefacts["eager"], "cpu")
+    engine = start_engine(tmp_path / "b", result.manifest, "eager", "cpu")
     for batch in (1, 4):
         maps, scores = engine.run(photos(batch), None)
         assert (maps.shape, scores.shape) == ((batch, 64, 64), (batch,))

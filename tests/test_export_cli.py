@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_export import names, perturbed, photos, raising, save, tiny, tree
+from test_export import Fake, names, perturbed, photos, raising, save, tiny, tree
 
 from flowad_fast import bundle
 from flowad_fast.checkpoints.load import save_checkpoint
 from flowad_fast.cli import common
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.export import cli
-from flowad_fast.export.formats import FORMATS, Format
+from flowad_fast.export.formats import FORMATS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -61,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the format eager; tests do not change it."""
     target = tmp_path_factory.mktemp("made") / "b"
-    command = [sys.executable, "-m", "flowad_fast.export.cli", checkpoint, "--format", "eager", "--data", data]
+    command = [sys.executable, "-m", "flowad_fast.export.cli", "make", checkpoint, "--format", "eager", "--data", data]
     done = subprocess.run(
         [*map(str, command), "--output", str(target), "--device", "cpu"], capture_output=True, text=True, timeout=300
     )
@@ -71,8 +71,8 @@ def made(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_bundle_in_one_command(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     code, out, err = run(
-        checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--scorer", "reconstruction",
-        "--steps", 2, "--calibrate", data / "good", "--alpha", 0.1,
+        "make", checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--scorer",
+        "reconstruction", "--steps", 2, "--calibrate", data / "good", "--alpha", 0.1,
     )  # fmt: skip
     assert code == 0, err
     assert "Reconstruction(steps=2" in out and "ok" in out
@@ -87,6 +87,7 @@ def test_a_bundle_in_one_command(run: Run, checkpoint: Path, data: Path, tmp_pat
 
 def test_probes_are_chosen_by_measured_noise(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     arguments = (
+        "make",
         checkpoint,
         "--scorer",
         "density",
@@ -113,7 +114,7 @@ def test_probes_are_chosen_by_measured_noise(run: Run, checkpoint: Path, data: P
 
 
 def test_json_alone_on_standard_output(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    code, out, _ = run(checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--json")
+    code, out, _ = run("make", checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--json")
     result = json.loads(out)
     assert (code, result["ok"], result["published"], result["rejected"]) == (0, True, str(tmp_path / "b"), None)
     assert result["formats"]["eager"]["status"] == "ok"
@@ -125,9 +126,9 @@ def test_a_failing_format_gives_exit_code_1_and_keeps_the_rest(
     run: Run, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = raising(EngineUnavailableError("needs the package tensorrt: pip install tensorrt"))
-    monkeypatch.setitem(FORMATS, "wrong", Format("wrong", "eager", "", perturbed(0.05)))
-    monkeypatch.setitem(FORMATS, "absent", Format("absent", "tensorrt", "", missing))
-    arguments = (checkpoint, "--format", "eager,wrong,absent", "--data", data, "--output", tmp_path / "b")
+    monkeypatch.setitem(FORMATS, "wrong", Fake(perturbed(0.05)))
+    monkeypatch.setitem(FORMATS, "absent", Fake(missing, "tensorrt"))
+    arguments = ("make", checkpoint, "--format", "eager,wrong,absent", "--data", data, "--output", tmp_path / "b")
     code, out, err = run(*arguments)
     assert code == 1
     assert "wrong: failed parity: map error" in out
@@ -156,24 +157,29 @@ def test_a_failing_format_gives_exit_code_1_and_keeps_the_rest(
         (("--steps", 0), "--scorer inversion: steps: Input should be greater than 0"),
         (("--scorer", "reconstruction", "--start", "noize"), "start: Input should be 'noise' or 'inversion'"),
         (("--scorer", "reconstruction", "--tau", 1.5), "tau: Input should be less than 1"),
+        (("--tau", 0.3), "--tau belongs to reconstruction and mismatch, not inversion; leave it out"),
+        (("--probes", "auto"), "--probes belongs to density, not inversion"),
+        (("--scorer", "density", "--power", 1), "--power belongs to inversion, not density"),
+        (("--steps", 3, "--evaluations", 3), "got --steps and --evaluations, expected one of them"),
+        (("--scorer", "reconstruction", "--start", "inversion", "--evaluations", 3), "near it are 2 and 4"),
     ],
 )
 def test_a_wrong_option_is_one_line_before_any_work(
     run: Run, checkpoint: Path, tmp_path: Path, options: tuple[object, ...], hint: str
 ) -> None:
-    code, out, err = run(checkpoint, "--output", tmp_path / "b", *options)
+    code, out, err = run("make", checkpoint, "--output", tmp_path / "b", *options)
     assert (code, out) == (1, "")
     assert err.startswith("error: ") and hint in err
     assert names(tmp_path) == set()
 
 
 def test_a_mistyped_option_name_gives_the_nearest(run: Run) -> None:
-    code, _, err = run("demo", "--formt", "onnx")
+    code, _, err = run("make", "demo", "--formt", "onnx")
     assert code == 2 and "--format" in err
 
 
 def test_dry_run_validates_and_writes_nothing(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    arguments = (checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--dry-run")
+    arguments = ("make", checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--dry-run")
     code, out, _ = run(*arguments, "--json", "--calibrate", data / "good", "--alpha", 0.1)
     plan = json.loads(out)
     assert code == 0 and plan["target"] == str(tmp_path / "b")
@@ -185,7 +191,7 @@ def test_dry_run_validates_and_writes_nothing(run: Run, checkpoint: Path, data: 
 
 def test_a_target_that_is_no_bundle_is_refused_before_any_work(run: Run, data: Path) -> None:
     before = tree(data)
-    code, _, err = run("demo", "--output", data)
+    code, _, err = run("make", "demo", "--output", data)
     assert code == 1 and "exists and is no bundle; choose another --output" in err
     assert tree(data) == before
 
@@ -210,7 +216,7 @@ def test_a_bad_checkpoint_is_one_line(
     if name.endswith(".safetensors"):
         path.with_suffix(".json").write_text(checkpoint.with_suffix(".json").read_text())
     before = tree(tmp_path)
-    code, out, err = run(path, "--output", tmp_path / "b")
+    code, out, err = run("make", path, "--output", tmp_path / "b")
     assert (code, out) == (1, "")
     assert hint in err and name in err and "Traceback" not in err
     assert tree(tmp_path) == before
@@ -219,28 +225,28 @@ def test_a_bad_checkpoint_is_one_line(
 def test_bad_frames_are_one_line(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     folder.mkdir()
-    code, _, err = run(checkpoint, "--data", folder, "--output", tmp_path / "b")
+    code, _, err = run("make", checkpoint, "--data", folder, "--output", tmp_path / "b")
     assert code == 1 and "no image files found" in err
     (folder / "x.png").write_bytes(b"no image")
-    code, _, err = run(checkpoint, "--data", folder, "--output", tmp_path / "b")
+    code, _, err = run("make", checkpoint, "--data", folder, "--output", tmp_path / "b")
     assert code == 1 and "x.png" in err
     assert names(tmp_path) == {"frames"}
 
 
-def test_inspect(run: Run, made: Path) -> None:
-    code, out, _ = run(made, "--inspect")
+def test_show(run: Run, made: Path) -> None:
+    code, out, _ = run("show", made)
     assert code == 0 and "hashes ok" in out and "calibration: none" in out
-    code, out, _ = run(made, "--inspect", "--json")
+    code, out, _ = run("show", made, "--json")
     assert code == 0
     assert json.loads(out)["manifest"] == json.loads((made / "manifest.json").read_text())
 
 
 def test_verify_checks_hashes_and_parity(run: Run, made: Path, data: Path) -> None:
-    code, out, _ = run(made, "--verify", "--data", data, "--json")
+    code, out, _ = run("verify", made, "--data", data, "--json")
     result = json.loads(out)
     assert code == 0 and result["ok"] is True
     assert result["formats"]["eager"]["status"] == "ok"
-    code, out, _ = run(made, "--verify", "--data", data)
+    code, out, _ = run("verify", made, "--data", data)
     assert code == 0 and "ok" in out
 
 
@@ -252,8 +258,8 @@ def test_verify_finds_one_altered_byte(run: Run, made: Path, data: Path, tmp_pat
         if path.suffix == ".safetensors":
             content[-5] ^= 1
         (copy / path.name).write_bytes(content)
-    for option in ("--verify", "--inspect"):
-        code, out, err = run(copy, option, "--data", data)
+    for command in (("verify", copy, "--data", data), ("show", copy)):
+        code, out, err = run(*command)
         assert (code, out) == (1, "")
         assert "altered or damaged" in err
 
@@ -266,9 +272,9 @@ def test_verify_without_the_model_says_what_it_did_not_check(run: Run, made: Pat
             (aside / file).write_bytes((made / file).read_bytes())
         bundle.write_manifest(aside, manifest.model_copy(update={"artefacts": only}))
         bundle.publish(aside, tmp_path / "b")
-    code, out, _ = run(tmp_path / "b", "--verify")
+    code, out, _ = run("verify", tmp_path / "b")
     assert code == 0 and "parity: not re-checked" in " ".join(out.split())
-    code, _, err = run(tmp_path / "b", "--verify", "--data", data)
+    code, _, err = run("verify", tmp_path / "b", "--data", data)
     assert code == 1 and "needs the model, which the format eager holds" in err
 
 
@@ -278,12 +284,12 @@ def test_calibrate_an_existing_bundle(run: Run, made: Path, data: Path, tmp_path
     for path in made.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     before = tree(copy)
-    code, out, err = run(copy, "--calibrate", data / "good", "--alpha", 0.1)
+    code, out, err = run("calibrate", copy, data / "good", "--alpha", 0.1)
     assert code == 0, err
     assert "from 9 good parts" in out
     after = tree(copy)
     assert {name for name in after if after[name] != before[name]} == {"manifest.json", "README.md"}
-    code, _, err = run(copy, "--calibrate", data / "good")
+    code, _, err = run("calibrate", copy, data / "good")
     assert code == 1 and "at least 99 are needed" in err
     assert tree(copy) == after
 
@@ -298,23 +304,23 @@ def test_defective_calibration_parts_are_warned_about(
     calm = np.full((12, 72, 64, 3), 120, np.uint8) + np.random.RandomState(0).randint(0, 4, (12, 72, 64, 3), np.uint8)
     calm[11] = photos(1)[0]
     save(tmp_path / "good", calm)
-    code, _, err = run(copy, "--calibrate", tmp_path / "good", "--alpha", 0.1)
+    code, _, err = run("calibrate", copy, tmp_path / "good", "--alpha", 0.1)
     assert code == 0
     assert re.search(r"warning: 1 of 12 calibration parts score far above the others and may be defective: 11.png", err)
 
 
 def test_a_bundle_is_no_checkpoint(run: Run, made: Path) -> None:
-    code, _, err = run(made)
-    assert code == 1 and "is a bundle already; give --inspect, --verify or --calibrate" in err
+    code, _, err = run("make", made)
+    assert code == 1 and "is a bundle already; give a checkpoint, or use show, verify or calibrate" in err
 
 
 def test_a_checkpoint_is_no_bundle(run: Run, checkpoint: Path) -> None:
-    code, _, err = run(checkpoint, "--inspect")
+    code, _, err = run("show", checkpoint)
     assert code == 1 and "no bundle: there is no manifest.json" in err
 
 
 def test_ctrl_c_leaves_nothing_behind(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowad_fast.export.cli", checkpoint, "--format", "onnx", "--data", data]
+    command = [sys.executable, "-m", "flowad_fast.export.cli", "make", checkpoint, "--format", "onnx", "--data", data]
     process = subprocess.Popen(
         [*map(str, command), "--output", str(tmp_path / "b")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -335,7 +341,7 @@ def test_the_classes_of_a_conditional_model_are_folders(run: Run, data: Path, tm
     save(tmp_path / "parts" / "nut", photos(9))
     save(tmp_path / "parts" / "screw", photos(9, seed=2))
     code, out, err = run(
-        tmp_path / "two.safetensors", "--format", "eager", "--data", data, "--output", tmp_path / "b",
+        "make", tmp_path / "two.safetensors", "--format", "eager", "--data", data, "--output", tmp_path / "b",
         "--calibrate", tmp_path / "parts", "--alpha", 0.1,
     )  # fmt: skip
     assert code == 0, err
@@ -343,8 +349,76 @@ def test_the_classes_of_a_conditional_model_are_folders(run: Run, data: Path, tm
     assert torch.tensor([c.parts for c in bundle.read(tmp_path / "b")[1].calibration.classes.values()]).sum() == 18  # type: ignore[union-attr]
 
 
+def test_evaluations_become_steps(run: Run, checkpoint: Path, data: Path) -> None:
+    code, out, _ = run(
+        "make", checkpoint, "--scorer", "reconstruction", "--evaluations", 3, "--data", data, "--dry-run", "--json"
+    )
+    assert code == 0 and "steps=6, tau=0.5" in json.loads(out)["scorer"]
+
+
+def test_the_form_without_a_command_works_and_names_the_new_one(
+    run: Run, checkpoint: Path, made: Path, data: Path, tmp_path: Path
+) -> None:
+    note = "note: write flowad-export {} ...; the form without a command goes with the next release"
+    arguments = (checkpoint, "--format", "eager", "--data", data, "--output", tmp_path / "b", "--alpha", 0.1)
+    code, out, err = run("--scorer", "density", "--probes", 2, *arguments, "--calibrate", data / "good", "--json")
+    assert code == 0 and json.loads(out)["ok"] is True and note.format("make CHECKPOINT") in err
+    for flags, form in (
+        (("--inspect",), "show BUNDLE"),
+        (("--verify", "--data", data), "verify BUNDLE"),
+        (("--calibrate", data / "good", "--alpha", 0.1), "calibrate BUNDLE GOOD_FOLDER"),
+    ):
+        code, out, err = run(tmp_path / "b", *flags, "--json")
+        assert code == 0 and json.loads(out)["manifest"]["scorer"]["probes"] == 2 and err == note.format(form)
+    code, out, err = run(checkpoint, "--tau", 0.3)
+    assert (code, out) == (1, "") and "--tau belongs to reconstruction and mismatch, not inversion" in err
+    code, _, err = run(made)
+    assert code == 1 and "is a bundle already" in err
+
+
+LIGHT = """
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+sys.argv[:] = ["flowad-export", *{arguments!r}]
+from flowad_fast.export import cli
+cli.main()
+"""
+HEAVY = (
+    "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnx_ir", "ml_dtypes", "scipy", "sklearn",
+    "matplotlib", "jinja2", "psutil",
+)  # fmt: skip
+
+
+def light(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process where only the light runtime's packages can be imported."""
+    code = LIGHT.format(blocked=HEAVY, arguments=[str(one) for one in arguments])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_show_verify_and_calibrate_need_no_torch(run: Run, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    assert run("make", checkpoint, "--data", data, "--output", target)[0] == 0
+    done = light("show", target, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["ok"] is True, done.stderr
+    done = light("verify", target, "--json")
+    assert done.returncode == 0, done.stderr
+    says = "parity: not re-checked: re-checking parity needs torch, torchvision, timm, safetensors: pip install"
+    assert json.loads(done.stdout)["doubt"] == f'{says} "flowad-fast[model]"'
+    done = light("calibrate", target, data / "good", "--alpha", 0.1, "--json")
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(done.stdout)["manifest"]["calibration"]["classes"].values()
+    assert one["parts"] == 9 and bundle.read(target)[1].calibration is not None
+    done = light("verify", target, "--data", data)
+    assert done.returncode == 1 and "re-checking parity needs torch" in done.stderr
+    done = light("make", checkpoint)
+    needs = "flowad-export make needs torch, torchvision, timm, safetensors, onnx, onnxscript"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f'error: MissingExtraError: {needs}: pip install "flowad-fast[model]"\n'
+
+
 def test_help_names_every_format(run: Run) -> None:
-    code, out, _ = run("--help")
+    code, out, _ = run("make", "--help")
     assert code == 0
-    for one in FORMATS.values():
-        assert f"{one.name}: {one.description[:10]}" in " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    for name, one in FORMATS.items():
+        assert f"{name}: {one.description[:10]}" in " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())

@@ -14,7 +14,7 @@ from flowad_fast.model import VelocityModel
 from flowad_fast.reference_path import reference_map
 from flowad_fast.stages.arithmetic import Arithmetic
 from flowad_fast.stages.integration import run_dual, to_tokens
-from flowad_fast.stages.linear import Fp8Linear, Linear, PackedLinear, can_pack, make_linear, pack
+from flowad_fast.stages.linear import Fp8Linear, Layer, Linear, PackedLinear, can_pack, make_linear, pack
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
@@ -103,11 +103,11 @@ def test_zero_rows_stay_zero_in_fp8() -> None:
 def test_layers_are_kept_in_bf16_by_name_or_because_of_their_size() -> None:
     model = random_model(channels=16, hidden_size=32, keep_bf16=("blocks.1.fc*", "head"))
     field = model.at(TIMES, Arithmetic("fp8"))
-    kinds = {name: type(layer) for name, layer in field.named_modules() if hasattr(layer, "quantised")}
+    kinds = {name: type(layer) for name, layer in field.named_modules() if isinstance(layer, Layer)}
     assert {name for name, kind in kinds.items() if kind is Linear} == {"blocks.1.fc1", "blocks.1.fc2", "head"}
     assert len(kinds) == 10
     odd = make_linear("blocks.0.fc1", torch.randn(32, 24), None, "fp8", ())
-    assert isinstance(odd, Linear) and odd.dtype == torch.bfloat16
+    assert isinstance(odd, Linear) and odd.takes == torch.bfloat16
 
 
 def autograd_shares(model: VelocityModel, scorer: Density, x1: Tensor, y: Tensor | None) -> Tensor:
@@ -241,7 +241,7 @@ def test_packed_linears_compute_the_same_and_share_what_is_not_packed() -> None:
     for scorer in (Inversion(), Density(probes=3)):
         plain = scorer.prepare(model)
         packed = pack(plain, keep=(reference,))
-        kinds = {type(layer) for layer in packed.modules() if hasattr(layer, "quantised")}
+        kinds = {type(layer) for layer in packed.modules() if isinstance(layer, Layer)}
         assert kinds == {PackedLinear} and packed.field.table is plain.field.table  # type: ignore[attr-defined]
         assert not any(isinstance(layer, PackedLinear) for layer in plain.modules()), "the original stays"
         with torch.inference_mode():

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import flowad_fast
-from flowad_fast.benchmarks.cases import random_model, spec_of
+from flowad_fast.benchmarks.measure.cases import random_model, spec_of
 from flowad_fast.cli import inspect as cli
 from flowad_fast.data.images import find_images, read_frame
 from flowad_fast.errors import ConfigError, FrameError
+from flowad_fast.evaluation import inspection
 from flowad_fast.evaluation.overlay import heat_range, overlay
 from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.frames import GoodParts
@@ -107,7 +108,7 @@ def test_one_row_a_file_with_the_detectors_verdict(bundle, folder, tmp_path, cap
     assert [row["path"] for row in rows] == [str(path) for path in find_images(folder)]
     detector = flowad_fast.load(bundle)
     for row in rows:
-        assert tuple(row) == cli.COLUMNS and row["engine"] == "eager on cpu" and row["class"] == ""
+        assert tuple(row) == inspection.COLUMNS and row["engine"] == "eager on cpu" and row["class"] == ""
         if row["status"] in ("error", "invalid"):
             assert row["reason"] and row["score"] in ("", None)
         else:
@@ -134,12 +135,36 @@ def test_a_call_has_frames_of_one_size_and_results_keep_their_order(bundle, fold
             return inner(frames, classes)
 
     paths = [path for path in find_images(folder) if path.stem.isdigit()]
-    results = list(cli.inspect_files(Spy(), paths, batch=6))
+    results = list(inspection.inspect_files(Spy(), paths, batch=6))
     assert [r.path for r in results] == paths
     assert shapes == [(2, 64), (4, 48), (1, 64), (2, 48)]  # 0..5 and 6..8; every third is larger
     for result in results:
         assert np.array_equal(result.frame, read_frame(result.path))
         np.testing.assert_allclose(result.map, inner(result.frame).map[0], rtol=1e-3, atol=1e-3)
+
+
+def test_scan_calls_once_per_size_and_class_of_a_window_and_keeps_errors_in_their_places():
+    calls = []
+
+    def detector(frames, classes):
+        calls.append((frames.shape[1], classes))
+        if "unheard" in classes:
+            raise ConfigError("no such class")
+        return frames[:, 0, 0, 0]
+
+    class Files(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    frames = Files(np.full((size, 4, 3), i, np.uint8) for i, size in enumerate((4, 8, 4, 4, 4, 4, 8)))
+    found = list(inspection.scan(detector, frames, ["a", "a", "a", "b", "a", "unheard", "a"], batch=5))
+    assert calls == [(4, ["a", "a"]), (8, ["a"]), (4, ["b"]), (4, ["unheard"]), (8, ["a"])]
+    assert [type(one) for one in (found[2], found[5])] == [FrameError, ConfigError]
+    for i in (0, 1, 3, 4, 6):
+        assert found[i].detection[found[i].place] == i and (found[i].frame == i).all()
+    assert list(inspection.scan(detector, [])) == []
 
 
 def test_frames_that_the_detector_refuses_are_error_rows(folder):
@@ -149,7 +174,7 @@ def test_frames_that_the_detector_refuses_are_error_rows(folder):
         def __call__(self, frames, classes=None):
             raise FrameError("the bundle takes\n 1x1 frames")
 
-    (result, *_) = cli.inspect_files(Picky(), [folder / "0.png"])
+    (result, *_) = inspection.inspect_files(Picky(), [folder / "0.png"])
     assert (result.status, result.score, result.reason) == ("error", None, "the bundle takes 1x1 frames")
 
 
@@ -168,13 +193,13 @@ def test_the_same_command_goes_on_and_restart_starts_over(bundle, folder, tmp_pa
     assert json.loads(out)["from_earlier_runs"] == 0 and len(rows_of(target)) == 15
 
 
-@pytest.mark.parametrize("format", cli.FORMATS)
+@pytest.mark.parametrize("format", inspection.FORMATS)
 def test_a_file_cut_anywhere_goes_on_without_losing_a_whole_row(tmp_path, format):
     names = ["a.png", 'b, "c".png', "line\nend.png", "ümlaut.png", "odd\udcff.png"]
-    results = [cli.Result(tmp_path / name, "good", 1.5 + i) for i, name in enumerate(names)]
+    results = [inspection.Result(tmp_path / name, "good", 1.5 + i) for i, name in enumerate(names)]
     whole = tmp_path / "whole"
     ends = []
-    with cli.ResultFile(whole, format, "b", "e") as file:
+    with inspection.ResultFile(whole, format, "b", "e") as file:
         for result in results:
             file.append(result)
             ends.append(whole.stat().st_size)
@@ -183,7 +208,7 @@ def test_a_file_cut_anywhere_goes_on_without_losing_a_whole_row(tmp_path, format
     cut = tmp_path / "cut"
     for length in range(len(data) + 1):
         cut.write_bytes(data[:length])
-        with cli.ResultFile(cut, format, "b", "e") as file:
+        with inspection.ResultFile(cut, format, "b", "e") as file:
             done = len(file.rows)
             assert done == sum(end <= length for end in ends)
             assert [row["path"] for row in file.rows] == [str(r.path) for r in results[:done]]
@@ -192,13 +217,13 @@ def test_a_file_cut_anywhere_goes_on_without_losing_a_whole_row(tmp_path, format
         assert cut.read_bytes() == data
 
 
-@pytest.mark.parametrize("format", cli.FORMATS)
+@pytest.mark.parametrize("format", inspection.FORMATS)
 @pytest.mark.parametrize("foreign", ["my,own,table\n1,2,3\n", '{"path": 3}\n', "path,status\n", "no line end", "\0\0"])
 def test_a_file_that_is_something_else_is_refused_and_kept(tmp_path, format, foreign):
     path = tmp_path / "mine"
     path.write_text(foreign)
     with pytest.raises(ConfigError, match="no .* result file"):
-        cli.ResultFile(path, format, "b", "e")
+        inspection.ResultFile(path, format, "b", "e")
     assert path.read_text() == foreign
 
 
@@ -276,7 +301,7 @@ def test_overlays_share_the_scale_that_the_folder_keeps(bundle, folder, tmp_path
     rows = [row for row in rows_of(tmp_path / "inspection.csv") if row["score"]]
     pictures = sorted(heat.rglob("*.png"))
     assert len(pictures) == len(rows) == 10
-    scale = json.loads((heat / cli.SCALE).read_text())
+    scale = json.loads((heat / inspection.SCALE).read_text())
     low, high = scale["ranges"][""]
     detector = flowad_fast.load(bundle)
     threshold = detector.calibration.classes[""].threshold
@@ -285,13 +310,49 @@ def test_overlays_share_the_scale_that_the_folder_keeps(bundle, folder, tmp_path
     frame = read_frame(folder / "deep" / "er" / "7.png")
     expected = overlay(frame, detector(frame).map[0], low, high)
     assert np.abs(shown.astype(int) - expected).max() <= 1
-    before = (heat / cli.SCALE).read_text()
+    before = (heat / inspection.SCALE).read_text()
     Image.fromarray(picture()).save(folder / "new.png")
     run(capsys, bundle, folder, "--overlays", heat)
-    assert (heat / "new.png.png").exists() and (heat / cli.SCALE).read_text() == before
+    assert (heat / "new.png.png").exists() and (heat / inspection.SCALE).read_text() == before
     other = make_bundle(tmp_path / "other", invad=True)
     code, _, err = run(capsys, other, folder, "--overlays", heat, "--output", tmp_path / "o.csv")
     assert code == 1 and "choose another --overlays" in " ".join(err.split())
+
+
+WITHOUT_EXTRAS = """
+import sys
+from pathlib import Path
+
+for name in "torch torchvision timm safetensors onnx sklearn scipy matplotlib jinja2 psutil".split():
+    sys.modules[name] = None  # an import of it is an error
+
+import numpy as np
+from flowad_fast.cli import inspect
+from flowad_fast.detector import Detection
+from flowad_fast.evaluation.inspection import ResultFile, inspect_files, overlay_writer
+
+class Detector:
+    aggregate, calibration = "max", None
+
+    def __call__(self, frames, classes=None):
+        map = frames[:, :32, :32, 0].astype(np.float32)
+        return Detection(map, map.max((1, 2)), ("",) * len(map), (None,) * len(map), "fake")
+
+root, out = Path(sys.argv[1]), Path(sys.argv[2])
+paths = [root / f"{i}.png" for i in range(6)]
+draw = overlay_writer(Detector(), root, dict.fromkeys(paths, ""), out / "heat", "b")
+with ResultFile(out / "r.csv", "csv", "b", "fake") as file:
+    for result in inspect_files(Detector(), paths):
+        draw(result)
+        file.append(result)
+"""
+
+
+def test_inspection_needs_neither_torch_nor_the_extras(folder, tmp_path):
+    subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, str(folder), str(tmp_path)], check=True, timeout=60)
+    rows = rows_of(tmp_path / "r.csv")
+    assert [row["status"] for row in rows] == ["uncalibrated"] * 6 and all(float(row["score"]) > 0 for row in rows)
+    assert len(list((tmp_path / "heat").glob("*.png"))) == 6
 
 
 def test_heat_range():

@@ -20,6 +20,8 @@ FLOORS = (
     ("engines", "engines.onnx_file"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
+    ("line.outcome",),
+    ("line.policy",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -35,19 +37,21 @@ FLOORS = (
     ("checkpoints.own",),
     ("checkpoints.load",),
     # What reads data, judges and trains.
-    ("data.samples", "data.images"),
+    ("data.samples", "data.walk"),
+    ("data.images",),
     ("data.layouts",),
-    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.drift"),
+    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes"),
+    ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
     ("training.batches",),
     ("training.loop",),
-    ("cli.common",),
+    ("cli.common", "cli.scorer_options"),
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
-    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("detector",)) + 1] for name in floor),
+    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy",)) + 1] for name in floor),
     *(
         f"flowad_fast.{name}"
         for name in (
@@ -64,6 +68,7 @@ LIGHT = (
             "cli.train",
             "export.cli",
             "export.calibration",
+            "export.card",
             "export.frames",
             "export.formats",
             "export.verify",
@@ -135,7 +140,7 @@ def runtime_modules() -> dict[str, Path]:
     for path in sorted(base.rglob("*.py")):
         parts = path.relative_to(base).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and (parts[-1] != "__init__" or len(path.read_text(encoding="utf-8").splitlines()) > 1):
+        if name and (parts[-1] != "__init__" or len(ast.parse(path.read_text(encoding="utf-8")).body) > 1):
             found[name] = path
     return found
 

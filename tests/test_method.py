@@ -188,6 +188,27 @@ def test_steps_are_per_unit_time_and_start_at_the_start(
     assert sum(row.b for row in rows) == pytest.approx(stop - start) and all(row.a == 1 for row in rows)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0.5, 1.0), (1.0, 0.5), (0.3, 1.0), (1.0, 0.7), (1.0, 0.0), (0.8, 1.0)])
+@pytest.mark.parametrize("steps", [1, 3, 5, 10, 20])
+def test_short_last_steps_are_those_of_the_papers_solver(steps: int, start: float, stop: float) -> None:
+    rows = schedule.flow(TINY.model_copy(update={"step_grid": "short-last"}), steps, start, stop)
+    seen: list[tuple[float, float]] = []
+
+    def field(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        seen.append((float(t), float(x)))
+        return torch.ones_like(x)
+
+    times = torch.tensor([start, stop], dtype=torch.float32)
+    end = odeint(field, torch.zeros(1, dtype=torch.float32), times, method="euler", options={"step_size": 1 / steps})[
+        -1
+    ]
+    x, expected = 0.0, []
+    for row in rows:
+        expected.append((row.t, x))
+        x = row.a * x + row.b
+    assert np.allclose(seen, expected, atol=1e-5) and abs(float(end) - x) < 1e-5 and len(seen) == len(rows)
+
+
 def test_no_step_is_an_error() -> None:
     with pytest.raises(ConfigError, match="raise steps"):
         schedule.flow(TINY, 1, 1.0, 0.8)

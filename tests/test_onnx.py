@@ -15,8 +15,8 @@ from flowad_fast.config import ModelConfig, Precision, VelocityConfig
 from flowad_fast.engines.onnxruntime import HEAVY, OnnxRuntimeEngine, check_external_data
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.export import onnx_fp8, onnx_graph
-from flowad_fast.export.graph import StepModule, boundary, step_boundary
-from flowad_fast.kernels import reference as ops
+from flowad_fast.export.formats import Request
+from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.features import FeatureExtractor
@@ -67,7 +67,7 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 def inversion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unconditional inversion graph with its weights outside, as those of large models are."""
     path = tmp_path_factory.mktemp("external") / "model.onnx"
-    onnx_graph.write_boundary(path, boundary(tiny(), SCORERS[0], "max"), inline_bytes=0)
+    onnx_graph.write_boundary(path, boundary(Request(tiny(), SCORERS[0])), inline_bytes=0)
     return path
 
 
@@ -83,7 +83,8 @@ def test_scorers_and_precisions_agree_with_eager_at_any_batch_and_size(
     model = tiny(classes=3)
     y = np.array([2, 0, 1, 2, 0])
     path = tmp_path / "model.onnx"
-    nodes = onnx_graph.write(path, model, scorer, "max", precision=precision, frames=(photos(3, seed=9), y[:3]))
+    request = Request(model, scorer, precision=precision, frames=(photos(3, seed=9), y[:3]))
+    nodes = onnx_graph.write_graph(request, path)
     graph = onnx.load(path).graph
     assert nodes == len(graph.node)
     if precision == "fp8":
@@ -117,16 +118,16 @@ def test_fp8_leaves_layers_alone_that_the_model_keeps(inversion_file: Path) -> N
 
 def test_fp8_needs_frames_and_an_opset_that_has_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp8 needs real frames"):
-        onnx_graph.write(tmp_path / "m.onnx", tiny(), SCORERS[0], "max", precision="fp8")
+        onnx_graph.write(Request(tiny(), SCORERS[0], precision="fp8"), tmp_path)
     with pytest.raises(ConfigError, match="fp8 needs opset 19"):
-        onnx_graph.write(tmp_path / "m.onnx", tiny(), SCORERS[0], "max", None, 18, "fp8", (photos(1), None))
+        onnx_graph.write(Request(tiny(), SCORERS[0], opset=18, precision="fp8", frames=(photos(1), None)), tmp_path)
     with pytest.raises(ConfigError, match="opset 17 is not supported; expected 18 to 25"):
-        onnx_graph.write(tmp_path / "m.onnx", tiny(), SCORERS[0], "max", opset=17)
+        onnx_graph.write(Request(tiny(), SCORERS[0], opset=17), tmp_path)
 
 
 def test_bf16_graphs_are_valid_and_refused_openly_by_the_cpu(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    onnx_graph.write(path, tiny(), SCORERS[0], "max", precision="bf16")
+    onnx_graph.write(Request(tiny(), SCORERS[0], precision="bf16"), tmp_path)
     kinds = Counter(t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith(".weight"))
     assert kinds[onnx.TensorProto.BFLOAT16] == 10
     with pytest.raises(EngineUnavailableError, match=r"cannot run model.onnx on cpu.*MatMul"):
@@ -143,25 +144,14 @@ def test_the_graph_has_named_axes_and_no_sequences_or_functions(inversion_file: 
     assert [(o.domain, o.version) for o in model.opset_import] == [("", onnx_graph.OPSET)]
 
 
-@pytest.mark.parametrize(("classes", "opset"), [(0, 18), (3, onnx_graph.OPSET), (0, 25)])
-def test_a_loop_around_the_step_boundary_equals_the_pipeline(classes: int, opset: int, tmp_path: Path) -> None:
-    import onnxruntime
-
-    model, path = tiny(classes), tmp_path / "step.onnx"
-    rows = SCORERS[0].rows(model.config)
-    edge = step_boundary(model, tuple(row.t for row in rows))
-    onnx_graph.write_boundary(path, edge, opset)
+@pytest.mark.parametrize(("classes", "opset"), [(0, 18), (3, 25)])
+def test_the_oldest_and_newest_opset_agree_with_eager(classes: int, opset: int, tmp_path: Path) -> None:
+    model, path = tiny(classes), tmp_path / "model.onnx"
+    onnx_graph.write(Request(model, SCORERS[0], opset=opset), tmp_path)
     assert [entry.version for entry in onnx.load(path).opset_import] == [opset]
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    y = torch.tensor([2, 0, 1]) if classes else None
-    x = model.features(photos(3)).flatten(2).transpose(1, 2)
-    expected = SCORERS[0].map(model, model.features(photos(3)), y).flatten(1)
-    assert isinstance(edge.module, StepModule)
-    for k, row in enumerate(rows):
-        feed = {"tokens": x.numpy(), "rows": edge.module.rows(k, y).numpy()}
-        (velocity,) = session.run(["velocity"], feed)
-        x = ops.affine_step(x, torch.from_numpy(velocity), row.a, row.b)
-    assert error(x.square().sum(-1).numpy(), expected.numpy()) < 1e-4
+    y = np.array([2, 0, 1]) if classes else None
+    maps, _ = OnnxRuntimeEngine(path, "cpu").run(photos(3), y)
+    assert error(maps, eager(model, SCORERS[0], photos(3), y)[0]) < 1e-4
 
 
 def test_weights_outside_lie_in_one_file_beside_the_graph(inversion_file: Path) -> None:
@@ -303,6 +293,7 @@ import numpy as np, torch
 from pathlib import Path
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.export import onnx_graph
+from flowad_fast.export.formats import Request
 from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
@@ -322,7 +313,7 @@ frames = np.random.RandomState(0).randint(0, 256, (1, 256, 256, 3), np.uint8)
 with torch.inference_mode():
     np.save(folder / "expected.npy", ScoringPipeline(model, scorer)(torch.from_numpy(frames))[0].numpy())
 np.save(folder / "frames.npy", frames)
-print(onnx_graph.write(folder / "model.onnx", model, scorer, "max"), "nodes")
+print(onnx_graph.write(Request(model, scorer), folder).details["nodes"], "nodes")
 """
 
 

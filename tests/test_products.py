@@ -11,7 +11,7 @@ from flowad_fast.engines import products
 from flowad_fast.engines.products import MOST_ROWS, candidates, choose_products
 from flowad_fast.kernels import fused
 from flowad_fast.stages.arithmetic import Arithmetic
-from flowad_fast.stages.linear import GELU, LIBRARY, Fp8Linear, Linear, Split
+from flowad_fast.stages.linear import Fp8Linear, Library, Linear, Plan, Split
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
 PAPER_ROWS = 256
@@ -59,16 +59,16 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_candidates_fill_a_gpu_without_flooding_it() -> None:
     for width, inner in ((2048, 2048), (2048, 8192), (6144, 2048), (8192, 2048)):
         library, *splits = candidates(layer(width, inner), PAPER_ROWS, H100, gelu=False)
-        assert library == LIBRARY and 2 <= len(splits) <= 10
+        assert library is Library.PLAIN and 2 <= len(splits) <= 10
         for split in splits:
             assert isinstance(split, Split)
             programs = PAPER_ROWS // split.rows * width // split.columns * split.parts
             assert H100 / 2 <= programs <= 2 * H100
-    assert candidates(layer(2048, 8192), MOST_ROWS + 1, H100, gelu=False) == [LIBRARY]
-    assert candidates(layer(8192, 2048), MOST_ROWS + 1, H100, gelu=True) == [LIBRARY, GELU]
-    assert GELU not in candidates(layer(8192, 2048, fp8=True), PAPER_ROWS, H100, gelu=True)
+    assert candidates(layer(2048, 8192), MOST_ROWS + 1, H100, gelu=False) == [Library.PLAIN]
+    assert candidates(layer(8192, 2048), MOST_ROWS + 1, H100, gelu=True) == [Library.PLAIN, Library.GELU]
+    assert Library.GELU not in candidates(layer(8192, 2048, fp8=True), PAPER_ROWS, H100, gelu=True)
     float32 = Linear(torch.zeros(2048, 8192), None, torch.float32)
-    assert candidates(float32, PAPER_ROWS, H100, gelu=True) == [LIBRARY]
+    assert candidates(float32, PAPER_ROWS, H100, gelu=True) == [Library.PLAIN]
 
 
 @pytest.mark.usefixtures("small_gpu")
@@ -77,10 +77,24 @@ def test_the_fastest_is_kept_and_computes_the_same() -> None:
     choices = choose_products(own, PAPER_ROWS, ticking([9.0, 5.0, 7.0]))
     assert {choice.part for choice in choices} <= {"qkv", "proj", "fc1", "fc2"} and choices
     first = choices[0]
-    assert first.chosen == min(first.microseconds, key=lambda name: first.microseconds[name]) != LIBRARY
-    assert all(str(block.qkv.products[PAPER_ROWS]) == first.chosen for block in own.blocks)  # type: ignore[union-attr]
+    assert first.chosen == min(first.microseconds, key=lambda name: first.microseconds[name]) != Library.PLAIN.label
+    assert own.plan.products[PAPER_ROWS]["qkv"].label == first.chosen
+    assert all(block.qkv.products == own.plan.of("qkv") for block in own.blocks)
     x = torch.randn(1, PAPER_ROWS, 32)
     torch.testing.assert_close(own(x, 0), library(x, 0))
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_plans_for_other_numbers_of_rows_stay() -> None:
+    own = field("bf16")
+    choose_products(own, PAPER_ROWS, ticking([9.0, 5.0, 7.0]))
+    first = own.plan
+    choose_products(own, 2 * PAPER_ROWS, ticking([9.0, 5.0, 7.0]))
+    assert own.plan.products[PAPER_ROWS] == first.products[PAPER_ROWS] and 2 * PAPER_ROWS in own.plan.products
+    assert set(first.products) == {PAPER_ROWS}, "a plan is never changed"
+    with pytest.raises(KeyError):  # a failing measurement leaves no candidate behind
+        choose_products(own, PAPER_ROWS, lambda run: {}["fails"])
+    assert own.plan.products[PAPER_ROWS] == {}
 
 
 def test_nothing_is_chosen_where_there_is_no_choice() -> None:
@@ -93,7 +107,7 @@ def test_parts_that_a_rule_splits_between_precisions_keep_the_library() -> None:
     own = field("fp8", keep_bf16=("blocks.0.qkv",))
     choices = choose_products(own, PAPER_ROWS, ticking([2.0, 1.0]))
     assert choices and "qkv" not in {choice.part for choice in choices}
-    assert all(not block.qkv.products for block in own.blocks)  # type: ignore[union-attr]
+    assert not own.plan.of("qkv") and not any(block.qkv.products for block in own.blocks)
 
 
 @pytest.mark.gpu
@@ -106,14 +120,10 @@ def test_every_candidate_computes_the_same_on_a_gpu(precision: str) -> None:
     expected = own(x, 0)
     tried = 0
     for part in ("qkv", "proj", "fc1", "fc2"):
-        layers = [getattr(block, part) for block in own.blocks]
-        for one in candidates(layers[0], PAPER_ROWS, 16, gelu=part == "fc1" and precision != "fp8"):
-            for each in layers:
-                each.products[PAPER_ROWS] = one
-            assert _rms(own(x, 0), expected) < (2e-2 if precision == "fp8" else 5e-3), (part, str(one))
+        for one in candidates(own.blocks[0].layers[part], PAPER_ROWS, 16, gelu=part == "fc1" and precision != "fp8"):
+            own.use(Plan({PAPER_ROWS: {part: one}}))
+            assert _rms(own(x, 0), expected) < (2e-2 if precision == "fp8" else 5e-3), (part, one)
             tried += 1
-        for each in layers:
-            each.products.clear()
     assert tried > 8
 
 
@@ -125,7 +135,7 @@ def test_products_are_measured_on_a_gpu() -> None:
     choices = choose_products(own, PAPER_ROWS)
     assert "fc1" in {choice.part for choice in choices}
     for choice in choices:
-        assert LIBRARY in choice.microseconds
+        assert Library.PLAIN.label in choice.microseconds
         assert choice.microseconds[choice.chosen] == min(choice.microseconds.values()) > 0
 
 

@@ -3,7 +3,7 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +19,11 @@ from flowad_fast.config import Precision
 from flowad_fast.detector import load
 from flowad_fast.engines import ENGINES
 from flowad_fast.engines import tensorrt as runtime
-from flowad_fast.engines.tensorrt import FLAVOURS, CapturedCall, Session, TensorRTEngine, check_fits
+from flowad_fast.engines.tensorrt import FLAVOURS, Session, TensorRTEngine, check_fits
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, ExportError, FrameError
 from flowad_fast.export import onnx_graph, tensorrt_engine
 from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.formats import FORMATS, Request
-from flowad_fast.export.graph import step_boundary
 from flowad_fast.export.tensorrt_engine import FRAME_SIDES, build
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
@@ -77,9 +76,7 @@ def test_rtx_engines_are_built_from_the_other_scorers_of_the_demo(
 ) -> None:
     import tensorrt_rtx
 
-    built = FORMATS["tensorrt-rtx"].write(
-        Request(demo, scorer, "max", None, onnx_graph.OPSET, batch=(1, 4, 16)), tmp_path
-    )
+    built = FORMATS["tensorrt-rtx"].write(Request(demo, scorer, batch=(1, 4, 16)), tmp_path)
     assert built.files == ("model.tensorrt-rtx.engine",)
     assert built.versions == {"tensorrt_rtx": tensorrt_rtx.__version__}
     assert built.details["batch"] == "1:4:16"
@@ -99,11 +96,9 @@ def test_rtx_builds_every_precision_for_the_gpus_that_have_it(
     demo: FlowModel, precision: Precision, capabilities: tuple[str, ...], tmp_path: Path
 ) -> None:
     graph = tmp_path / "model.onnx"
-    if precision == "fp8":
-        frames = np.random.RandomState(0).randint(0, 256, (1, 256, 256, 3), np.uint8)
-        onnx_graph.write(graph, demo, Inversion(steps=1), "max", (256, 256), precision="fp8", frames=(frames, None))
-    else:
-        onnx_graph.write_boundary(graph, step_boundary(demo, (1.0,), precision))
+    frames = np.random.RandomState(0).randint(0, 256, (1, 256, 256, 3), np.uint8)
+    request = Request(demo, Inversion(steps=1), "max", (256, 256), precision=precision, frames=(frames, None))
+    onnx_graph.write_graph(request, graph)
     built = build(RTX, graph, tmp_path / "engine", batch=(1, 2, 4), precision=precision, workspace=512)
     assert built.capabilities == capabilities
     assert (tmp_path / "engine").stat().st_size > 100_000
@@ -273,11 +268,11 @@ def session(tmp_path: Path, engine: FakeEngine) -> Session:
     return Session(path, fake_library(engine), torch.device("cpu"))
 
 
-def engine_around(session: Session, capture: bool = False) -> TensorRTEngine:
+def engine_around(session: Session) -> TensorRTEngine:
     """A `TensorRTEngine` past its checks of the machine, which other tests cover."""
     made = object.__new__(TensorRTEngine)
     made.name, made.device, made._device = "tensorrt", "cpu", torch.device("cpu")
-    made.capture, made.session, made._local = capture, session, threading.local()
+    made.session = session
     return made
 
 
@@ -359,39 +354,6 @@ def test_failures_of_the_library_carry_its_last_error_message(gpu_stand_in: None
         Session(tmp_path / "model.engine", fake_library(None), torch.device("cpu"))
 
 
-def test_captured_calls_keep_their_own_context_and_replay_into_the_same_tensors(
-    gpu_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    recorded: list[Any] = []
-
-    class Graph:
-        def replay(self) -> None:
-            self.work()  # type: ignore[attr-defined]
-
-    @contextmanager
-    def capture(graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local", "other threads go on working"
-        before = len(fake.calls)
-        yield
-        assert len(fake.calls) == before + 1, "one call is captured"
-        context = fake.contexts[-1]
-        graph.work = lambda: context.execute_async_v3(0)
-        recorded.append(graph)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    fake = FakeEngine()
-    engine = engine_around(session(tmp_path, fake), capture=True)
-    for side in (4, 8, 4, 8, 16, 4):
-        check(engine, *batch(3, side, seed=side))
-        check(engine, *batch(3, side, seed=side + 1))
-    assert len(recorded) == len(fake.contexts) == 3, "each shape is captured once, with a context of its own"
-    call = CapturedCall(engine.session, {"frames": torch.zeros(2, 4, 4, 3, dtype=torch.uint8),
-                                         "classes": torch.zeros(2, dtype=torch.int64)})  # fmt: skip
-    first = call({"frames": torch.full((2, 4, 4, 3), 9, dtype=torch.uint8), "classes": torch.tensor([1, 2])})
-    assert first["score"].tolist() == [10, 11]
-
-
 # ---- what is checked before an engine is parsed
 
 
@@ -414,7 +376,7 @@ def test_the_engine_checks_the_machine_before_it_reads_the_file(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "tensorrt", fake_library(FakeEngine()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineUnavailableError, match="runs on NVIDIA GPUs only; torch .* finds none here"):
-        ENGINES["tensorrt"].from_artefact(absent, artefact("tensorrt"), "auto")  # type: ignore[misc]
+        ENGINES["tensorrt"].engine()(absent, artefact("tensorrt"), "auto")  # type: ignore[call-arg]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
@@ -512,7 +474,7 @@ def test_tensorrt_builds_on_and_for_its_gpu_strongly_typed_without_tf32(
         ("frames", (1, 300, 200, 3), (8, 300, 200, 3), (64, 300, 200, 3)),
         ("timings", b""),
     ]
-    (cache,) = (tmp_path / "cache").iterdir()
+    (cache,) = (tmp_path / "cache").glob("*.timing")
     assert cache.read_bytes() == b"measured" and "11.2.0" in cache.name and "H100" in cache.name
     assert build(TRT, tmp_path / "m.onnx", tmp_path / "e", **arguments).timing_cache == "reused"  # type: ignore[arg-type]
     cache.write_bytes(b"of another GPU")
@@ -530,16 +492,14 @@ def test_an_engine_agrees_with_eager_on_this_gpu(demo: FlowModel, flavour: runti
     if importlib.util.find_spec(flavour.module) is None:
         pytest.skip(f"the package of {flavour.module} is not installed")
     try:
-        request = Request(demo, Inversion(), "max", (256, 256), onnx_graph.OPSET, batch=(1, 2, 4), device="cuda:0")
+        request = Request(demo, Inversion(), "max", (256, 256), batch=(1, 2, 4), device="cuda:0")
         built = FORMATS[flavour.name].write(request, tmp_path)
         made = artefact(flavour.name, versions=built.versions, details=built.details)
-        plain = TensorRTEngine(tmp_path / built.files[0], made, "cuda:0")
+        engine = TensorRTEngine(tmp_path / built.files[0], made, "cuda:0")
     except EngineUnavailableError as error:
         pytest.skip(str(error))
     frames = np.random.RandomState(0).randint(0, 256, (7, 256, 256, 3), np.uint8)
     with torch.inference_mode():
         expected = ScoringPipeline(demo, Inversion())(torch.from_numpy(frames))[0].numpy()
-    captured = TensorRTEngine(tmp_path / built.files[0], made, "cuda:0", capture=True)
-    for engine in (plain, captured, captured):
-        maps, _ = engine.run(frames, None)
-        assert np.abs(maps - expected).max() < 1e-3 * expected.std()
+    maps, _ = engine.run(frames, None)
+    assert np.abs(maps - expected).max() < 1e-3 * expected.std()

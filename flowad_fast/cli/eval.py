@@ -1,12 +1,16 @@
 """`flowad-eval`: metrics of a bundle or a checkpoint on a data set."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowad_fast.bundle import MANIFEST
 from flowad_fast.cli import common
-from flowad_fast.errors import ConfigError, nearest
+from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
+from flowad_fast.data.layouts import LAYOUTS
+from flowad_fast.errors import ConfigError, require
+from flowad_fast.stages.scorers import SCORERS
 
 if TYPE_CHECKING:
     from flowad_fast.detector import Detector
@@ -16,12 +20,9 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Bundle folder, checkpoint file, or `demo`.")],
     data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
-    layout: Annotated[str, typer.Option(help="mvtec (also MPDD), visa, realiad, folder or elpv.")] = "mvtec",
+    layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}; MPDD has that of mvtec.")] = "mvtec",
     category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
-    scorer: Annotated[
-        str | None, typer.Option(help="Checkpoint only: density, inversion (default) or reconstruction.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint only: steps per unit time.")] = None,
+    scorer: Annotated[str | None, typer.Option(help=f"Checkpoint only: {', '.join(SCORERS)} [inversion].")] = None,
     config: Annotated[Path | None, typer.Option(help="Checkpoint only: its training configuration.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
@@ -36,18 +37,20 @@ def evaluate(
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+    **scoring: Any,
 ) -> None:
     """Evaluate MODEL on the test images of a data set: AUROC, AP, F1max, and with masks also the pixel metrics.
 
     Examples: `flowad-eval bundles/mvtec --data mvtec`, `flowad-eval demo --layout elpv`,
     `flowad-eval model.pth --config config.yaml --scorer density --data visa --layout visa --category candle`.
     """
+    require("tools", "sklearn", "scipy", "matplotlib", by="flowad-eval")
     from flowad_fast.data.layouts import read_dataset
     from flowad_fast.evaluation import evaluate as evaluation
 
     dataset = read_dataset(layout, data)
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
-    detector = _load(model, scorer, steps, config, backbone_weights)
+    detector = _load(model, scorer, scoring, config, backbone_weights)
     with common.progress("evaluating", total, quiet=json) as advance:
         report = evaluation.evaluate(
             detector,
@@ -73,24 +76,18 @@ def evaluate(
 
 
 def _load(
-    model: str, scorer: str | None, steps: int | None, config: Path | None, backbone_weights: Path | None
+    model: str, scorer: str | None, scoring: dict[str, Any], config: Path | None, backbone_weights: Path | None
 ) -> "Detector":
-    import flowad_fast
+    from flowad_fast.detector import Detector, load
 
-    if (Path(model) / "manifest.json").is_file():
-        options = {"scorer": scorer, "steps": steps, "config": config, "backbone-weights": backbone_weights}
-        given = [f"--{name}" for name, value in options.items() if value is not None]
+    if (Path(model) / MANIFEST).is_file():
+        fixed = {"scorer": scorer, **scoring, "config": config, "backbone-weights": backbone_weights}
+        given = [f"--{name}" for name, value in fixed.items() if value is not None]
         if given:
             raise ConfigError(f"{model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint")
-        return flowad_fast.load(model)
-    from flowad_fast.stages.scorers import SCORERS
-
-    name = scorer or "inversion"
-    if name not in SCORERS:
-        raise ConfigError(f"unknown scorer {name!r}; {nearest(name, SCORERS)}")
-    from flowad_fast.detector import Detector
-
-    chosen = SCORERS[name]() if steps is None else SCORERS[name](steps=steps)
+        return load(model)
+    chosen = scorer_from(scorer or "inversion", scoring)
+    require("model", "torch", "torchvision", "timm", "safetensors", by="flowad-eval of a checkpoint")
     return Detector.from_checkpoint(model, chosen, config=config, backbone_weights=backbone_weights)
 
 
@@ -112,4 +109,4 @@ def _print_table(report: "Report") -> None:
     common.out.print(table)
 
 
-main = common.command(evaluate)
+main = common.command(with_scorer_options(evaluate, prefix="Checkpoint only: "))

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from flowad_fast.cli import common
 from flowad_fast.config import parse, read_mapping
-from flowad_fast.training import loop as training
+from flowad_fast.errors import require
 from flowad_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,6 +51,9 @@ def train(
     `flowad-train --config train.yaml --output runs/a`,
     `accelerate launch -m flowad_fast.cli.train --distributed --config train.yaml --output runs/a`.
     """
+    require("train", "torch", "torchvision", "timm", "safetensors", by="flowad-train")
+    from flowad_fast.training import loop as training
+
     given = {name: value for name, value in options.items() if value is not None}
     settings = parse(
         TrainConfig,
@@ -69,7 +80,7 @@ def train(
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator["Report"]:
-    """A bar a stage, with the loss and the remaining time, on standard error."""
+    """A bar per stage, with the loss and the remaining time, on standard error."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,7 +89,7 @@ def _progress(quiet: bool) -> Iterator["Report"]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=common.err, disable=quiet) as bars:
 
         def report(stage: str, done: int, total: int, loss: float | None) -> None:

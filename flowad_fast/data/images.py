@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from flowad_fast.data.walk import SUFFIXES, find_photos
 from flowad_fast.errors import ConfigError, FrameError, nearest
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-"""Names that `find_images` collects, in any letter case."""
-
 # Others are left to nobody: some of Pillow's readers (EPS) start external programs.
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "PCX", "SGI", "AVIF")
 _MODES = ("L", "RGB", "P", "RGBA", "LA", "PA")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, TypeError, OverflowError)
 """What Pillow's readers raise on damaged files."""
+_MP_ENTRIES = 0xB002
+"""Tag of the list of pictures in the index of an MPO file."""
 _DEEP = re.compile(r"\b(?!BGR)[A-Za-z]+;16")
 """A raw mode of 16 bits per channel; `BGR;16` is 5+6+5 bits of a BMP."""
 
@@ -56,29 +56,42 @@ def read_frame(path: str | Path, channels: Literal["rgb", "bgr"] = "rgb") -> NDA
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """All image files under `folder`, at any depth, sorted by path.
+    """All image files under `folder`, at any depth, sorted by path; see `walk.find_photos`.
 
     Raises:
-        FrameError: the folder is missing, or holds no file with one of `SUFFIXES`.
+        FrameError: the folder is missing, holds no photo, or a folder in it cannot be looked into.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FrameError(f"{folder}: no such folder; give a folder with image files")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}")
-    return found
+    photos = find_photos(Path(folder))
+    if photos.problems:
+        place, reason = photos.problems[0]
+        raise FrameError(f"{place}: {reason}")
+    if not photos.paths:
+        also = f"; {photos.left_out()}" if photos.others else ""
+        raise FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
+    return list(photos.paths)
 
 
-def read_mask(path: str | Path, size: int) -> NDArray[np.bool_]:
+def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None = None) -> NDArray[np.bool_]:
     """The defect mask at `path`, resized to (size, size) by nearest neighbour; any value above 0 is defect.
 
     For palette files the index counts, not its colour; an alpha channel is ignored.
 
+    Args:
+        path: the mask's file.
+        size: side of the result.
+        frame_shape: (H, W, ...) of the frame that it belongs to; the mask must have its sides' proportion, to a pixel.
+
     Raises:
-        FrameError: the file cannot be read.
+        FrameError: the file cannot be read, or does not fit the frame.
     """
     image, _ = _load(Path(path))
+    if frame_shape is not None:
+        (height, width), (h, w) = frame_shape[:2], image.size[::-1]
+        if abs(h * width - w * height) > max(width, height, w, h):
+            raise FrameError(
+                f"{path}: the mask is {w}x{h} pixels, its image {width}x{height} (upright, as its EXIF orientation "
+                "says); draw the mask on the upright image"
+            )
     values = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
     if values.ndim == 3:
         colours = len([band for band in image.getbands() if band not in "Aa"])
@@ -116,11 +129,23 @@ def _load(path: Path) -> tuple[Image.Image, bool]:
         # Pillow reads 16-bit colour as 8-bit RGB without a word; only the raw mode tells, and loading discards it.
         deep = any(_DEEP.search(repr(tile)) for tile in opened.tile)
         try:
-            pages = getattr(opened, "n_frames", 1)
+            pages = 1 if _only_previews(opened) else getattr(opened, "n_frames", 1)
             if pages == 1:
                 image = ImageOps.exif_transpose(opened)
         except _BROKEN as error:
             raise FrameError(f"{path}: found a damaged image ({error}); copy or export it again") from error
         if pages != 1:
-            raise FrameError(f"{path}: found {pages} pages, expected one image; split it into single files")
+            how = "ImageMagick: magick FILE part.png" if opened.format != "MPO" else "exiftool -b -MPImage2 FILE"
+            raise FrameError(
+                f"{path}: found {pages} pages ({opened.format}), expected one image; split it into single files ({how})"
+            )
         return image, deep
+
+
+def _only_previews(image: Image.Image) -> bool:
+    """Whether a JPEG with several pictures (MPO) holds one photo, the others being its previews or gain maps."""
+    if image.format != "MPO":
+        return False
+    entries = getattr(image, "mpinfo", {}).get(_MP_ENTRIES, [])
+    kinds = [str(entry["Attribute"]["MPType"]) for entry in entries[1:]]
+    return not any(kind.startswith(("Multi-Frame", "Baseline")) for kind in kinds)

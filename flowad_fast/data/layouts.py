@@ -1,27 +1,32 @@
 """Readers of the folder layouts of public data sets; each gives a `Dataset` of samples without opening an image."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from flowad_fast.data.images import SUFFIXES
 from flowad_fast.data.samples import Dataset, Sample
+from flowad_fast.data.walk import find_photos, folders, is_data, is_photo
 from flowad_fast.errors import ConfigError, nearest
 
 
 def mvtec(root: Path | None) -> Dataset:
     """MVTec AD and MPDD: `<cat>/train/good`, `<cat>/test/{good,<defect>}`, and masks of the defective test images.
 
-    The mask of `test/<defect>/<stem>.*` is `ground_truth/<defect>/<stem>_mask.png`.
+    The mask of `test/<defect>/<stem>.*` is `ground_truth/<defect>/<stem>_mask.*` (or `<stem>.*`).
 
     Raises:
-        ConfigError: a folder or the mask of a defective image is missing.
+        ConfigError: a folder, an image or a mask is missing, or a mask has no image.
     """
     root = _existing_root(root, "mvtec")
-    categories = [folder for folder in _folders(root) if (folder / "train" / "good").is_dir()]
+    categories = [folder for folder in folders(root) if any((folder / one).is_dir() for one in ("train", "test"))]
+    if not (root / "train" / "good").is_dir():
+        for folder in categories:
+            _existing(folder / "train" / "good", f"the good training images of {folder.name}")
+    categories = [folder for folder in categories if (folder / "train" / "good").is_dir()]
     if not categories:
         hint = f"give its parent {root.parent}" if (root / "train" / "good").is_dir() else "is this the right root?"
         raise ConfigError(f"{root}: no <category>/train/good folder found, expected the layout of MVTec AD; {hint}")
@@ -29,13 +34,18 @@ def mvtec(root: Path | None) -> Dataset:
     for folder in categories:
         category = folder.name
         samples += [Sample(path, category, "train", 0) for path in _images(folder / "train" / "good")]
-        for kind in _folders(_existing(folder / "test", "the test images")):
-            for path in _images(kind):
-                if kind.name == "good":
-                    samples.append(Sample(path, category, "test", 0))
-                else:
-                    mask = folder / "ground_truth" / kind.name / f"{path.stem}_mask.png"
-                    samples.append(Sample(path, category, "test", 1, kind.name, _existing(mask, f"the mask of {path}")))
+        kinds = list(folders(_existing(folder / "test", "the test images")))
+        if not kinds:
+            raise ConfigError(f"{folder / 'test'}: no folder of test images, expected good and one per kind of defect")
+        for kind in kinds:
+            if kind.name == "good":
+                samples += [Sample(path, category, "test", 0) for path in _images(kind)]
+                continue
+            masks = _Masks(folder / "ground_truth" / kind.name)
+            samples += [Sample(path, category, "test", 1, kind.name, masks.of(path)) for path in _images(kind)]
+            masks.refuse_left()
+        for kind in folders(folder / "ground_truth") if (folder / "ground_truth").is_dir() else ():
+            _existing(folder / "test" / kind.name, f"the images of the masks in {kind}")
     return Dataset("mvtec", tuple(samples), has_masks=True)
 
 
@@ -50,13 +60,13 @@ def visa(root: Path | None) -> Dataset:
     for line, row in _table(root / "split_csv" / "1cls.csv", ("object", "split", "label", "image", "mask")):
         split = _one_of(row["split"], ("train", "test"), f"{line}: split")
         defective = _one_of(row["label"], ("normal", "anomaly"), f"{line}: label") == "anomaly"
-        path = root / row["image"]
+        path = _listed(root, row["image"])
         if not defective:
             samples.append(Sample(path, row["object"], split, 0))
         elif not row["mask"]:
             raise ConfigError(f"{line}: no mask for the defective image {path}; get the original 1cls.csv")
         else:
-            mask = _existing(root / row["mask"], f"the mask of {path}")
+            mask = _existing(_listed(root, row["mask"]), f"the mask of {path}")
             samples.append(Sample(path, row["object"], split, 1, "anomaly", mask))
     return Dataset("visa", tuple(samples), has_masks=True)
 
@@ -68,13 +78,14 @@ def realiad(root: Path | None) -> Dataset:
         ConfigError: a list, a field or the mask of a defective image is missing.
     """
     root = _existing_root(root, "realiad")
-    files = sorted(_existing(root / "realiad_jsons", "the lists of Real-IAD").glob("*.json"))
+    lists_folder = _existing(root / "realiad_jsons", "the lists of Real-IAD")
+    files = sorted(path for path in lists_folder.glob("*.json") if is_data(path.name))
     if not files:
         raise ConfigError(f"{root / 'realiad_jsons'}: no <category>.json found; unpack the lists of Real-IAD there")
     samples: list[Sample] = []
     for file in files:
         try:
-            lists = json.loads(file.read_text(encoding="utf-8"))
+            lists = json.loads(_text(file))
             samples += _realiad_samples(root / file.stem, "train", lists["train"])
             samples += _realiad_samples(root / file.stem, "test", lists["test"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -102,17 +113,22 @@ def _realiad_samples(folder: Path, split: Literal["train", "test"], rows: Iterab
 def folder(root: Path | None) -> Dataset:
     """Plain folders of test images: `<root>/good` and `<root>/<defect>`…; one category, no pixel labels.
 
-    The category is the name of `root`; images in deeper folders are not read.
+    The category is the name of `root`; images in deeper folders belong to the folder directly below `root`.
 
     Raises:
-        ConfigError: there is no folder `good`.
+        ConfigError: there is no folder `good`, a folder holds no image, or an image lies in none of the folders.
     """
     root = _existing_root(root, "folder").resolve()
     _existing(root / "good", "test images of good parts (others go into folders of any other name)")
     samples = []
-    for kind in _folders(root):
+    if stray := find_photos(root, deep=False).paths:
+        raise ConfigError(
+            f"{stray[0]}: lies in no folder (with {len(stray) - 1} others); expected images of good parts in good and "
+            "defective ones in a folder of any other name; move it"
+        )
+    for kind in folders(root):
         label: Literal[0, 1] = 0 if kind.name == "good" else 1
-        samples += [Sample(path, root.name, "test", label, kind.name) for path in _images(kind)]
+        samples += [Sample(path, root.name, "test", label, kind.name) for path in _images(kind, deep=True)]
     return Dataset("folder", tuple(samples), has_masks=False)
 
 
@@ -137,7 +153,7 @@ def elpv(root: Path | None = None, cell_type: Literal["mono", "poly"] = "mono") 
     root = _existing_root(root, "elpv")
     table = _existing(root / "labels.csv", "the labels of ELPV")
     cells: dict[str, list[Path]] = {"good": [], "defective": []}
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(table).splitlines(), start=1):
         fields = line.split()
         if len(fields) != 3:
             raise ConfigError(
@@ -187,28 +203,101 @@ def _existing(path: Path, what: str) -> Path:
     return path
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+def _images(folder: Path, deep: bool = False) -> list[Path]:
+    """The photos of a folder of which each counts.
+
+    Raises:
+        ConfigError: there is none, one lies deeper than it may, or a folder cannot be looked into.
+    """
+    found = find_photos(folder)
+    if found.problems:
+        raise ConfigError(f"{found.problems[0][0]}: {found.problems[0][1]}")
+    if not found.paths:
+        also = f" ({found.left_out()})" if found.others else ""
+        raise ConfigError(f"{folder}: no images found{also}; fill the folder, or remove it")
+    below = [path for path in found.paths if path.parent != folder]
+    if below and not deep:
+        raise ConfigError(f"{below[0]}: lies in a deeper folder than this layout has; move it to {folder}")
+    return list(found.paths)
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+class _Masks:
+    """The masks in a folder, by the image that each belongs to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = sorted(folder.iterdir()) if folder.is_dir() else []
+        self._left = {path.stem.casefold(): path for path in names if is_data(path.name) and is_photo(path)}
+
+    def of(self, image: Path) -> Path:
+        """The mask of an image; no second image gets it.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for stem in (f"{image.stem}_mask", image.stem):
+            if (found := self._left.pop(stem.casefold(), None)) is not None:
+                return found
+        raise ConfigError(
+            f"{self.folder / image.stem}_mask.png is missing: the mask of {image}; expected <name>_mask.png or "
+            f"<name>.png for each image of {image.parent}"
+        )
+
+    def refuse_left(self) -> None:
+        """Refuse masks that no image has: an image was lost."""
+        if self._left:
+            mask = min(self._left.values())
+            raise ConfigError(f"{mask}: a mask without an image ({len(self._left)} in all); unpack the data set again")
+
+
+def _listed(root: Path, name: str) -> Path:
+    """A path that a table names relative to `root`; tables made on Windows separate with backslashes."""
+    path = root / name
+    return path if "\\" not in name or path.exists() else root / name.replace("\\", "/")
+
+
+def _text(path: Path) -> str:
+    """A text file in UTF-8 or UTF-16 with their marks, or in Windows' western encoding where it is no UTF-8.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    encodings = ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252")
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text
+    raise ConfigError(f"{path}: is no text in UTF-8, UTF-16 or Windows-1252; save it as UTF-8")
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> Iterable[tuple[str, dict[str, str]]]:
-    """Each row of a CSV file with its place, after a check of the columns."""
-    with _existing(path, "the table of the split").open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ConfigError(
-                f"{path}: no column {', '.join(missing)}, found {', '.join(reader.fieldnames or ())}, "
-                f"expected {', '.join(columns)}; get the original table"
-            )
+    """Each row of a CSV file with its place, after a check of the columns; separated by commas, semicolons or tabs."""
+    text = _text(_existing(path, "the table of the split"))
+    head = text.partition("\n")[0]
+    separator = max(",;\t", key=head.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    names = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = names
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise ConfigError(
+            f"{path}: no column {', '.join(missing)}, found {', '.join(names)}, expected {', '.join(columns)}; "
+            "get the original table"
+        )
+    try:
         for row in reader:
             if None in row.values():
                 raise ConfigError(f"{path}:{reader.line_num}: too few fields; get the original table")
-            yield f"{path}:{reader.line_num}", row
+            yield f"{path}:{reader.line_num}", {key: value.strip() for key, value in row.items() if key in columns}
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: {error}; get the original table") from None
 
 
 def _one_of(value: str, valid: tuple[str, ...], what: str) -> Any:

@@ -57,7 +57,7 @@ class Engine(ABC):
         Raises:
             EngineUnavailableError: it cannot run here, or takes no number of threads.
         """
-        refuse_threads(cls.name, threads)
+        refuse_threads(artefact.engine, threads)
         return cls(path, artefact, device)  # type: ignore[call-arg]
 
     @property

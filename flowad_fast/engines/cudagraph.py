@@ -29,7 +29,7 @@ from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.linear import DTYPES
+from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.velocity import TabledDiT
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -254,7 +254,7 @@ class CudaGraphEngine(Engine):
         check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
         self.pipeline = pipeline.on(self._device)
-        dtype = DTYPES[pipeline.precision]
+        dtype = NUMBERS[pipeline.precision].dtype
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
         self.products: dict[int, list[ProductChoice]] | None = {} if measure_products else None
         self._buckets = tuple(sorted(set(buckets)))

@@ -12,7 +12,8 @@ from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.linear import DTYPES, can_pack, pack
+from flowad_fast.stages.arithmetic import NUMBERS
+from flowad_fast.stages.linear import can_pack, pack
 
 
 class EagerEngine(Engine):
@@ -33,7 +34,7 @@ class EagerEngine(Engine):
         if self._device.type == "cpu" and pipeline.precision == "fp32" and can_pack():
             self.pipeline = pack(self.pipeline, keep=(pipeline.ops,))
         self._limit = BatchLimit()
-        dtype = DTYPES[pipeline.precision]
+        dtype = NUMBERS[pipeline.precision].dtype
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
 
     @property

@@ -60,7 +60,8 @@ class InductorEngine(Engine):
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        maps, scores = self.on_device(*_inputs(frames, y, self._device))
+        given, *classes = _inputs(frames, y, self._device)
+        maps, scores = self.on_device(given, classes[0] if classes else None)
         return maps.cpu().numpy(), scores.cpu().numpy()
 
     def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from flowad_fast.config import Precision
 from flowad_fast.errors import EngineUnavailableError, nearest
+from flowad_fast.stages.arithmetic import NUMBERS
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _SWITCHES = threading.RLock()
@@ -28,7 +29,7 @@ def check_precision(precision: str, device: torch.device) -> None:
                 f"precision tf32 is a mode of NVIDIA GPUs, the device is {device}; ask for fp32, or for device='cuda'"
             )
         return
-    needed = {"fp32": (0, 0), "fp16": (7, 0), "tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}[precision]
+    needed = NUMBERS[precision].capability
     found = torch.cuda.get_device_capability(device)
     if found < needed:
         raise EngineUnavailableError(

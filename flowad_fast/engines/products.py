@@ -2,17 +2,19 @@
 
 The GPU's own library is one candidate; the others are the split product of `kernels.linear_split_k`, and for the first
 product of the MLP the library's with GELU in its epilogue, which saves a pass over the widest activation. What wins is
-kept, so a candidate of ours that does not pay costs nothing but the measurement.
+handed to the field as its `Plan`.
+
+No GPU has judged this yet: neither the split product nor the epilogue has a committed record that shows a gain. Both,
+and this module, stay until one has, and go if it shows none; with `measure_products=False` an engine uses the library.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from flowad_fast.kernels.reference import quantise_rows
-from flowad_fast.stages.linear import GELU, LIBRARY, AnyLinear, Fp8Linear, Linear, Product, Quantised, Split
+from flowad_fast.kernels.operators import NARROW, quantise
+from flowad_fast.stages.linear import Layer, Library, Product, Split
 from flowad_fast.stages.velocity import TabledDiT
 
 TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
@@ -28,7 +30,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class ProductChoice:
-    """What runs one part of every block, and microseconds a block of each candidate."""
+    """What runs one part of every block, and microseconds per block of each candidate, both by label."""
 
     part: str
     rows: int
@@ -36,17 +38,17 @@ class ProductChoice:
     microseconds: dict[str, float]
 
 
-def candidates(layer: AnyLinear, rows: int, processors: int, gelu: bool) -> list[Product]:
+def candidates(layer: Layer, rows: int, processors: int, gelu: bool) -> list[Product]:
     """What can run a layer at `rows` rows on a GPU of so many multiprocessors, the library first.
 
     `gelu` says that GELU follows, and its result is not quantised.
     """
-    found: list[Product] = [LIBRARY]
-    if not isinstance(layer, Linear | Fp8Linear) or layer.weight.dtype == torch.float32:
+    found: list[Product] = [Library.PLAIN]
+    if layer.takes == torch.float32:
         return found
-    if gelu and isinstance(layer, Linear):
-        found.append(GELU)
-    width, inner = layer.weight.shape
+    if gelu and layer.takes not in NARROW:
+        found.append(Library.GELU)
+    width, inner = layer.out_features, layer.in_features
     if rows > MOST_ROWS:
         return found
     for tile in TILES:
@@ -59,50 +61,53 @@ def candidates(layer: AnyLinear, rows: int, processors: int, gelu: bool) -> list
 
 
 def choose_products(field: TabledDiT, rows: int, clock: Clock | None = None) -> list[ProductChoice]:
-    """Measure every candidate for each of a block's four products and let the layers use the fastest at `rows` rows.
+    """Measure every candidate for each of a block's four products, and give the field a plan of the fastest.
 
     Args:
-        field: on a GPU; its layers are changed.
+        field: on a GPU; its plan for other numbers of rows stays.
         rows: frames times tokens.
-        clock: for tests; None takes a CUDA graph of one call a block, so that weights come from memory as they will.
+        clock: for tests; None takes a CUDA graph of one call per block, so that weights come from memory as they will.
 
     Returns:
         The choices with what was measured; empty where there is nothing to choose between, as in float32.
     """
-    weight = field.blocks[0].qkv.weight if isinstance(field.blocks[0].qkv, Linear | Fp8Linear) else None
-    if weight is None or not (weight.is_cuda or clock):
+    device = field.table.device
+    if device.type != "cuda" and clock is None:
         return []
-    processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 132
-    choices = []
-    for part in ("qkv", "proj", "fc1", "fc2"):
-        layers = [getattr(block, part) for block in field.blocks]
-        if len({layer.quantised for layer in layers}) > 1:
-            continue  # a rule of the config keeps some of them in bf16
-        gelu = part == "fc1" and not any(block.fc2.quantised for block in field.blocks)
-        able = candidates(layers[0], rows, processors, gelu)
-        if len(able) < 2:
-            continue
-        times = {str(one): _microseconds(field, part, layers, rows, one, clock or _graph_clock) for one in able}
-        best = min(able, key=lambda one: times[str(one)])
-        for layer in layers:
-            layer.products[rows] = best
-        choices.append(ProductChoice(part, rows, str(best), {name: round(us, 2) for name, us in times.items()}))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    before, best, choices = field.plan, dict[str, Product](), []
+    try:
+        for part in field.blocks[0].layers:
+            layers = [block.layers[part] for block in field.blocks]
+            if len({layer.takes for layer in layers}) > 1:
+                continue  # a rule of the config keeps some of them in bf16
+            gelu = part == "fc1" and not any(block.fc2.takes in NARROW for block in field.blocks)
+            able = candidates(layers[0], rows, processors, gelu)
+            if len(able) < 2:
+                continue
+            times = {}
+            for one in able:
+                field.use(before.at(rows, {part: one}))
+                times[one] = _microseconds(field, part, rows, clock or _graph_clock)
+            best[part] = min(able, key=lambda one: times[one])
+            us = {one.label: round(time, 2) for one, time in times.items()}
+            choices.append(ProductChoice(part, rows, best[part].label, us))
+    finally:
+        field.use(before.at(rows, best))
     return choices
 
 
-def _microseconds(
-    field: TabledDiT, part: str, layers: list[Linear | Fp8Linear], rows: int, product: Product, clock: Clock
-) -> float:
+def _microseconds(field: TabledDiT, part: str, rows: int, clock: Clock) -> float:
     """Time a block of a product and, for the first of the MLP, of the GELU behind it."""
-    drawn = torch.randn(rows, layers[0].weight.shape[1], device=layers[0].weight.device)
-    x: Tensor | Quantised = quantise_rows(drawn) if layers[0].quantised else drawn.to(layers[0].dtype)
-    for layer in layers:
-        layer.products[rows] = product
+    layers = [block.layers[part] for block in field.blocks]
+    takes = layers[0].takes
+    drawn = torch.randn(rows, layers[0].in_features, device=field.table.device)
+    x = quantise(field.ops, drawn if takes in NARROW else drawn.to(takes), takes)
 
     def run() -> None:
         for layer, block in zip(layers, field.blocks, strict=True):
             if part == "fc1":
-                field.fc1_gelu(block, x)
+                field.activated(block, x)
             else:
                 layer(x)
 

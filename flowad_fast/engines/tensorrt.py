@@ -6,8 +6,7 @@ without an NVIDIA GPU, although TensorRT-RTX builds without one.
 
 import importlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -148,7 +147,6 @@ class Session:
             low, _, high = self.engine.get_tensor_profile_shape(name, 0)
             self.bounds[name] = tuple(low), tuple(high)
         self._local = threading.local()
-        self.capturing = threading.Lock()
 
     def _torch_dtype(self, name: str) -> torch.dtype:
         kind = self.engine.get_tensor_dtype(name).name
@@ -158,19 +156,15 @@ class Session:
             raise BundleError(f"{self.path}: {name} is of type {kind}, expected one of {', '.join(known)}")
         return known[kind]
 
-    def new_context(self) -> Any:
-        """An execution context of its own: activations, bound addresses and shapes of one call at a time."""
-        with torch.cuda.device(self.device):
-            context = self.engine.create_execution_context()
-        if context is None:
-            raise EngineUnavailableError(f"{self.path}: no execution context: {self.log.last()}; free GPU memory")
-        return context
-
     @property
     def context(self) -> Any:
-        """The calling thread's context."""
+        """The calling thread's execution context: activations, bound addresses and shapes of one call at a time."""
         if not hasattr(self._local, "context"):
-            self._local.context = self.new_context()
+            with torch.cuda.device(self.device):
+                context = self.engine.create_execution_context()
+            if context is None:
+                raise EngineUnavailableError(f"{self.path}: no execution context: {self.log.last()}; free GPU memory")
+            self._local.context = context
         return self._local.context
 
     @property
@@ -207,28 +201,18 @@ class Session:
             context.set_tensor_address(name, outputs[name].data_ptr())
         return outputs
 
-    def enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
-        """Start a bound call on `stream`; may be captured in a CUDA graph, together with what surrounds it."""
-        if not context.execute_async_v3(stream.cuda_stream):
-            raise BundleError(f"{self.path}: the engine failed: {self.log.last()}")
-
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on this thread's stream; the current stream waits for the result."""
-        with self.on_own_stream() as stream:
-            outputs = self.bind(self.context, inputs)
-            self.enqueue(self.context, stream)
-        for output in outputs.values():
-            output.record_stream(torch.cuda.current_stream(self.device))
-        return outputs
-
-    @contextmanager
-    def on_own_stream(self) -> Iterator[torch.cuda.Stream]:
-        """The calling thread's stream as the current one, ordered after and before what surrounds it."""
+        """Run on this thread's stream, after what the current stream has queued; the current stream waits for it."""
         outer = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outer)
         with torch.cuda.stream(self.stream):
-            yield self.stream
+            outputs = self.bind(self.context, inputs)
+            if not self.context.execute_async_v3(self.stream.cuda_stream):
+                raise BundleError(f"{self.path}: the engine failed: {self.log.last()}")
         outer.wait_stream(self.stream)
+        for output in outputs.values():
+            output.record_stream(outer)
+        return outputs
 
 
 class TensorRTEngine(Engine):

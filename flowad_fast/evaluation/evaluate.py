@@ -3,21 +3,23 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowad_fast.data.images import read_frame, read_mask
 from flowad_fast.data.samples import Dataset, Sample
-from flowad_fast.errors import ConfigError, FrameError, nearest
-from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean_ad, pixel_metrics
+from flowad_fast.errors import ConfigError, FlowADError, FrameError, nearest
+from flowad_fast.evaluation.inspection import Frame, FrameFiles, Scanned, scan
+from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean, mean_ad, pixel_metrics
 from flowad_fast.evaluation.overlay import overlay
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MEAN_AD = "mean_ad"
 """Key of the mean of the seven metrics (mAD)."""
@@ -26,8 +28,6 @@ TEST_SET_SCORE = "diff+sum (test-set normalised)"
 _SCHEMA = 1
 
 Metrics = dict[str, float | None]
-Frame = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 
 
 class Scored(Protocol):
@@ -37,23 +37,20 @@ class Scored(Protocol):
     """
 
     @property
-    def map(self) -> Any:
+    def map(self) -> NDArray[np.float32]:
         """Anomaly maps (B, h, w), higher = more anomalous."""
 
     @property
-    def score(self) -> Any:
+    def score(self) -> NDArray[np.float32]:
         """Image scores (B,), higher = more anomalous."""
 
 
-class DetectorLike(Protocol):
-    """Any callable from uint8 frames (B, H, W, 3) and class names (None without classes) to `Scored`.
+DetectorLike = Callable[[Frame, list[str] | None], Scored]
+"""From uint8 frames (B, H, W, 3) and class names (None without classes) to their maps and scores, in their order.
 
-    Attributes that are read where they exist: `class_names`, empty for a detector without classes; `engine` and
-    `aggregate`, for the report. A FrameError makes error rows of the frames of the call.
-    """
-
-    def __call__(self, frames: Frame, classes: list[str] | None = None, /) -> Scored:
-        """Maps and scores of the frames, in their order."""
+Attributes that are read where they exist: `class_names`, empty for a detector without classes; `engine` and
+`aggregate`, for the report. A FrameError makes error rows of the frames of the call.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class ImageRow:
 class Report:
     """What an evaluation found; metrics are fractions in [0, 1], None where they cannot be computed.
 
-    `metrics` has one entry a category and `mean` their mean, each with the seven `METRICS` and `mean_ad`. A metric is
+    `metrics` has one entry per category and `mean` their mean, each with the seven `METRICS` and `mean_ad`. A metric is
     None in the mean when it is None in any category. `detector` says what ran (the engine), `image_score` how scores
     were made.
     """
@@ -97,20 +94,6 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Report":
-        """The report that `to_dict` wrote.
-
-        Raises:
-            ConfigError: another schema, or keys that are missing or unknown.
-        """
-        if values.get("schema") != _SCHEMA:
-            raise ConfigError(f"got a report of schema {values.get('schema')}, expected {_SCHEMA}; evaluate again")
-        try:
-            return cls(**{**values, "images": tuple(ImageRow(**row) for row in values["images"])})
-        except (TypeError, KeyError) as error:
-            raise ConfigError(f"got a report with missing or unknown keys ({error}); evaluate again") from error
 
 
 def select_tests(dataset: Dataset, categories: Iterable[str] | None = None) -> dict[str, tuple[Sample, ...]]:
@@ -142,7 +125,7 @@ def evaluate(
     categories: Iterable[str] | None = None,
     batch_size: int = 8,
     mask_size: int = 256,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda n: None,
     test_set_normalisation: bool = False,
 ) -> Report:
     """Run the detector over the test images of `categories` (default: all) and compare with labels and masks.
@@ -167,32 +150,32 @@ def evaluate(
     metrics: dict[str, Metrics] = {}
     rows: list[ImageRow] = []
     for category, samples in chosen.items():
-        results = list(_results(detector, samples, batch_size, mask_size, progress, not test_set_normalisation))
-        scored = {i: result for i, (_, result) in enumerate(results) if isinstance(result, _Scored)}
-        scores = np.array([result.score for result in scored.values()], np.float64)
+        results: list[_Scored | str] = []
+        frames, classes = FrameFiles([s.path for s in samples]), [category] * len(samples) if names else None
+        for sample, one in zip(samples, scan(detector, frames, classes, batch_size), strict=True):
+            results.append(_result(sample, one, mask_size, not test_set_normalisation))
+            progress(1)
+        scored = [result for result in results if not isinstance(result, str)]
+        scores = np.array([one.score for one in scored], np.float64)
         if test_set_normalisation and scored:  # the detector was not asked for scores
-            scores = _diff_sum(np.stack([result.map for result in scored.values()]))
-        score_of = dict(zip(scored, scores.tolist(), strict=True))
-        for i, (sample, result) in enumerate(results):
-            error = result if isinstance(result, str) else None
-            row = ImageRow(str(sample.path), category, sample.defect, sample.label, score_of.get(i), error)
-            rows.append(row)
-        labels = np.array([results[i][0].label for i in scored])
-        metrics[category] = _metrics(labels, scores, list(scored.values()) if dataset.has_masks else None)
+            scores = _diff_sum(np.stack([one.map for one in scored]))
+        following = iter(scores.tolist())
+        for sample, result in zip(samples, results, strict=True):
+            score, error = (None, result) if isinstance(result, str) else (next(following), None)
+            rows.append(ImageRow(str(sample.path), category, sample.defect, sample.label, score, error))
+        metrics[category] = _metrics(scored, scores, dataset.has_masks)
     return Report(
         dataset=dataset.name,
-        detector=str(getattr(detector, "engine", type(detector).__name__)),
-        image_score=TEST_SET_SCORE
-        if test_set_normalisation
-        else str(getattr(detector, "aggregate", "of the detector")),
+        detector=getattr(detector, "engine", type(detector).__name__),
+        image_score=TEST_SET_SCORE if test_set_normalisation else getattr(detector, "aggregate", "of the detector"),
         metrics=metrics,
-        mean={name: _mean([values[name] for values in metrics.values()]) for name in (*METRICS, MEAN_AD)},
+        mean={name: mean([values[name] for values in metrics.values()]) for name in (*METRICS, MEAN_AD)},
         images=tuple(rows),
     )
 
 
 def plot_report(report: Report, path: str | Path) -> None:
-    """Write a figure with the metrics of each category as bars and, below, a histogram of scores a category."""
+    """Write a figure with the metrics of each category as bars and, below, a histogram of scores per category."""
     from matplotlib.figure import Figure
 
     categories = list(report.metrics)
@@ -201,31 +184,37 @@ def plot_report(report: Report, path: str | Path) -> None:
     figure = Figure(figsize=(max(8, 3 * columns), 3.5 + 2.2 * grid_rows), layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.5, 2.2 * grid_rows]).ravel()
 
-    bars = upper.subplots()
-    shown = [name for name in METRICS if any(values[name] is not None for values in report.metrics.values())]
-    places = np.arange(len(categories))
-    width = 0.8 / max(1, len(shown))
-    for i, name in enumerate(shown):
-        heights = [100 * value if (value := values[name]) is not None else np.nan for values in report.metrics.values()]
-        bars.bar(places + (i - (len(shown) - 1) / 2) * width, heights, width, label=name)
-    bars.set_xticks(places, categories, rotation=30 if len(categories) > 4 else 0)
-    bars.set(ylabel="%", ylim=(0, 100), title=f"{report.dataset}: {report.detector}, image score {report.image_score}")
-    if shown:
-        bars.legend(fontsize="small", ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.15))
-
+    _bars(upper.subplots(), report)
     cells = lower.subplots(grid_rows, columns, squeeze=False).ravel()
     for cell, category in zip(cells[: len(categories)], categories, strict=True):
-        rows = [row for row in report.images if row.category == category and row.score is not None]
-        for label, name in enumerate(("good", "defective")):
-            values = [row.score for row in rows if row.label == label and row.score is not None]
-            edges = np.histogram_bin_edges([row.score for row in rows if row.score is not None], bins=30)
-            cell.hist(values, bins=list(edges), alpha=0.6, label=name)
-        cell.set_title(category, fontsize="medium")
-        cell.tick_params(labelsize="small")
+        _histogram(cell, report, category)
     cells[0].legend(fontsize="small")
     for cell in cells[len(categories) :]:
         cell.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+def _bars(axes: "Axes", report: Report) -> None:
+    categories, values = list(report.metrics), list(report.metrics.values())
+    shown = [name for name in METRICS if any(one[name] is not None for one in values)]
+    places = np.arange(len(categories))
+    width = 0.8 / max(1, len(shown))
+    for i, name in enumerate(shown):
+        heights = [np.nan if (value := one[name]) is None else 100 * value for one in values]
+        axes.bar(places + (i - (len(shown) - 1) / 2) * width, heights, width, label=name)
+    axes.set_xticks(places, categories, rotation=30 if len(categories) > 4 else 0)
+    axes.set(ylabel="%", ylim=(0, 100), title=f"{report.dataset}: {report.detector}, image score {report.image_score}")
+    if shown:
+        axes.legend(fontsize="small", ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.15))
+
+
+def _histogram(axes: "Axes", report: Report, category: str) -> None:
+    scores = [(row.label, row.score) for row in report.images if row.category == category and row.score is not None]
+    edges = list(np.histogram_bin_edges([score for _, score in scores], bins=30))
+    for label, name in enumerate(("good", "defective")):
+        axes.hist([score for of, score in scores if of == label], bins=edges, alpha=0.6, label=name)
+    axes.set_title(category, fontsize="medium")
+    axes.tick_params(labelsize="small")
 
 
 def worst_mistakes(report: Report, n: int = 12) -> list[tuple[ImageRow, float]]:
@@ -234,21 +223,18 @@ def worst_mistakes(report: Report, n: int = 12) -> list[tuple[ImageRow, float]]:
     That share is the part of the category's images of the other label whose score is on the wrong side: scale-free,
     so that categories compare, and 1 - AUROC on average. Ties are ordered by score: high for good, low for defective.
     """
+    scored = [(row, row.score) for row in report.images if row.score is not None]
     scores: dict[tuple[str, int], list[float]] = {}
-    for row in report.images:
-        if row.score is not None:
-            scores.setdefault((row.category, row.label), []).append(row.score)
-    ranked: dict[int, list[tuple[ImageRow, float]]] = {0: [], 1: []}
-    for row in report.images:
-        if row.score is None:
-            continue
+    for row, score in scored:
+        scores.setdefault((row.category, row.label), []).append(score)
+    ranked: dict[int, list[tuple[float, float, ImageRow]]] = {0: [], 1: []}
+    for row, score in scored:
         sign = -1 if row.label else 1
         others = np.array(scores.get((row.category, 1 - row.label), []))
-        wrong = float(np.mean(sign * row.score >= sign * others)) if others.size else 0.0
-        ranked[row.label].append((row, wrong))
-    for label, sign in ((0, 1), (1, -1)):
-        ranked[label].sort(key=lambda item: (item[1], sign * (item[0].score or 0)), reverse=True)
-    return ranked[0][: n - n // 2] + ranked[1][: n // 2]
+        wrong = float(np.mean(sign * score >= sign * others)) if others.size else 0.0
+        ranked[row.label].append((wrong, sign * score, row))
+    good, defective = (sorted(ranked[label], key=lambda one: one[:2], reverse=True) for label in (0, 1))
+    return [(row, wrong) for wrong, _, row in good[: n - n // 2] + defective[: n // 2]]
 
 
 def save_mistakes(report: Report, detector: DetectorLike, folder: str | Path, n: int = 12) -> list[Path]:
@@ -290,72 +276,37 @@ def save_mistakes(report: Report, detector: DetectorLike, folder: str | Path, n:
 
 @dataclass(frozen=True)
 class _Scored:
-    mask: Mask
+    label: int
+    mask: NDArray[np.bool_]
     map: NDArray[np.float32]
     score: float | None
 
 
-def _results(
-    detector: DetectorLike,
-    samples: Sequence[Sample],
-    batch_size: int,
-    mask_size: int,
-    progress: Callable[[int], object] | None,
-    with_scores: bool,
-) -> Iterator[tuple[Sample, _Scored | str]]:
-    """Each sample, in order, with its result or the reason why it has none; the frames of one call have one size."""
-    names = _class_names(detector)
-    with ThreadPoolExecutor(max_workers=min(8, batch_size)) as pool:
-        for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            loaded = zip(batch, pool.map(_load, batch, repeat(mask_size)), strict=True)
-            for _, group in groupby(loaded, key=lambda item: isinstance(item[1], str) or item[1][0].shape):
-                members, images, errors = [], [], []
-                for sample, image in group:
-                    if isinstance(image, str):
-                        errors.append((sample, image))
-                    else:
-                        members.append(sample)
-                        images.append(image)
-                yield from errors
-                if members:
-                    frames = np.stack([frame for frame, _ in images])
-                    try:
-                        detection = detector(frames, [s.category for s in members] if names else None)
-                    except FrameError as error:
-                        yield from ((sample, str(error)) for sample in members)
-                        continue
-                    yield from zip(members, _scored(detection, [mask for _, mask in images], with_scores), strict=True)
-            if progress is not None:
-                progress(len(batch))
-
-
-def _load(sample: Sample, mask_size: int) -> tuple[Frame, Mask] | str:
+def _result(sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int, with_score: bool) -> _Scored | str:
+    """What a test image contributes to the metrics, or the reason why it does not."""
+    if isinstance(one, ConfigError):  # the same for every image
+        raise one
+    if isinstance(one, FlowADError):
+        return str(one)
+    maps = np.asarray(one.detection.map, np.float32)
+    if maps.shape[1:] != (mask_size, mask_size):
+        raise ConfigError(
+            f"the detector gave maps {maps.shape}, expected the size of the masks, {mask_size}x{mask_size}; "
+            "set mask_size to the size of the maps"
+        )
+    invalid: Sequence[str | None] | None = getattr(one.detection, "invalid", None)
+    if invalid is not None and (reason := invalid[one.place]) is not None:
+        return reason
+    # Without a calibration the score of diff+sum is an error, so it is read only when it is used.
+    score = float(one.detection.score[one.place]) if with_score else None
+    map = maps[one.place]
+    if not np.isfinite(map).all() or not (score is None or math.isfinite(score)):
+        return "the map or the score is not finite"
     try:
-        frame = read_frame(sample.path)
-        empty = np.zeros((mask_size, mask_size), bool)
-        return frame, empty if sample.mask is None else read_mask(sample.mask, mask_size)
+        mask = np.zeros(map.shape, bool) if sample.mask is None else read_mask(sample.mask, mask_size)
     except FrameError as error:
         return str(error)
-
-
-def _scored(detection: Scored, masks: Sequence[Mask], with_scores: bool) -> Iterator[_Scored | str]:
-    maps = np.asarray(detection.map, np.float32)
-    if maps.shape != (len(masks), *masks[0].shape):
-        raise ConfigError(
-            f"the detector gave maps {maps.shape} for {len(masks)} frames, expected the size of the masks "
-            f"{masks[0].shape}; set mask_size to the size of the maps"
-        )
-    # Without a calibration the score of diff+sum is an error, so it is read only when it is used.
-    scores = np.asarray(detection.score, np.float32).tolist() if with_scores else [None] * len(masks)
-    invalid = getattr(detection, "invalid", (None,) * len(masks))
-    for mask, map, score, reason in zip(masks, maps, scores, invalid, strict=True):
-        if reason is not None:
-            yield reason
-        elif not np.isfinite(map).all() or not (score is None or math.isfinite(score)):
-            yield "the map or the score is not finite"
-        else:
-            yield _Scored(mask, map, score)
+    return _Scored(sample.label, mask, map, score)
 
 
 def _class_names(detector: DetectorLike) -> tuple[str, ...]:
@@ -369,17 +320,12 @@ def _diff_sum(maps: NDArray[np.float32]) -> NDArray[np.float64]:
     return ((terms - low) / np.where(high > low, high - low, 1)).sum(axis=0)
 
 
-def _metrics(labels: NDArray[np.int_], scores: NDArray[np.float64], pixels: Sequence[_Scored] | None) -> Metrics:
+def _metrics(scored: Sequence[_Scored], scores: NDArray[np.float64], has_masks: bool) -> Metrics:
     """All metrics of one category; None for pixel metrics without masks, and where errors left one label only."""
     metrics: Metrics = dict.fromkeys(METRICS)
-    if set(labels.tolist()) == {0, 1}:
+    labels = [one.label for one in scored]
+    if set(labels) == {0, 1}:
         metrics |= image_metrics(labels, scores)
-        if pixels is not None:
-            metrics |= pixel_metrics(np.stack([p.mask for p in pixels]), np.stack([p.map for p in pixels]))
-    metrics[MEAN_AD] = mean_ad(metrics)
-    return metrics
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+        if has_masks:
+            metrics |= pixel_metrics(np.stack([one.mask for one in scored]), np.stack([one.map for one in scored]))
+    return {**metrics, MEAN_AD: mean_ad(metrics)}

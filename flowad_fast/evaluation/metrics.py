@@ -1,6 +1,6 @@
 """Image and pixel metrics of anomaly detection (the columns of the paper's Table 1), as fractions in [0, 1]."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,8 +40,13 @@ def pixel_metrics(masks: NDArray[np.bool_], maps: NDArray[np.float32]) -> dict[s
 
 def mean_ad(metrics: Mapping[str, float | None]) -> float | None:
     """The mean of the seven `METRICS` (the paper's mAD); None where one of them is missing."""
-    values = [value for name in METRICS if (value := metrics.get(name)) is not None]
-    return sum(values) / len(values) if len(values) == len(METRICS) else None
+    return mean([metrics.get(name) for name in METRICS])
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values; None where one of them is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _ranking(labels: NDArray[np.bool_], scores: NDArray[np.floating], unit: str) -> tuple[float, float, float]:

@@ -1,11 +1,16 @@
 """Anomaly maps drawn over their frames."""
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_COLOURS = "turbo"
+_COLOURS = np.frombuffer(
+    bytes.fromhex(
+        "30123b 4143a7 4771e9 3e9bfe 22c5e2 1ae4b6 46f884 88ff4eb9f635 e1dd37 faba39 fd8d27 f05b12 d63506 af1801 7a0403"
+    ),
+    np.uint8,
+).reshape(-1, 3)
+"""Dark blue over green to dark red at even distances (the map known as turbo), linear between them."""
 _OPACITY = 0.65
 """Share of the heat colour where the heat is greatest; the part stays recognisable below it."""
 
@@ -34,6 +39,7 @@ def overlay(frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vma
     height, width, _ = frame.shape
     resized = Image.fromarray(np.asarray(map, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     heat = np.clip((np.asarray(resized) - vmin) / (vmax - vmin), 0, 1)
-    colour = matplotlib.colormaps[_COLOURS](heat)[..., :3] * 255
+    places = np.linspace(0, 1, len(_COLOURS))
+    colour = np.stack([np.interp(heat, places, channel) for channel in _COLOURS.T], axis=-1)
     opacity = _OPACITY * heat[..., None]
     return np.rint(frame * (1 - opacity) + colour * opacity).astype(np.uint8)

@@ -9,7 +9,9 @@ import torch
 
 from flowad_fast.errors import ConfigError
 from flowad_fast.model import FlowModel
+from flowad_fast.stages.arithmetic import FP32
 from flowad_fast.stages.integration import to_tokens
+from flowad_fast.stages.maps import DensityMap
 from flowad_fast.stages.scorers import Density
 
 SHARE = 0.2
@@ -77,7 +79,7 @@ def choose_probes(
         )
     y = model.class_indices(classes, len(good_frames))
     y = model.check_classes(y, len(good_frames))
-    prepared = replace(scorer, probes=measure_with).prepare(model)
+    prepared = DensityMap.bind(replace(scorer, probes=measure_with), model, FP32)
     maps, errors = [], []
     with torch.no_grad():
         for i in range(len(good_frames)):

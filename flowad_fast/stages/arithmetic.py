@@ -1,10 +1,35 @@
 """How a velocity field is computed, apart from what: precision, operators, memory."""
 
 from dataclasses import dataclass
-from types import ModuleType
+
+import torch
 
 from flowad_fast.config import Precision
 from flowad_fast.kernels import reference
+from flowad_fast.kernels.operators import Operators
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a precision is made of.
+
+    Attributes:
+        dtype: of activations between the matrix products, and of layers that a quantising precision leaves alone.
+        capability: the compute capability that a GPU needs.
+    """
+
+    dtype: torch.dtype
+    capability: tuple[int, int]
+
+
+NUMBERS: dict[str, Numbers] = {
+    "fp32": Numbers(torch.float32, (0, 0)),
+    "tf32": Numbers(torch.float32, (8, 0)),
+    "bf16": Numbers(torch.bfloat16, (8, 0)),
+    "fp16": Numbers(torch.float16, (7, 0)),
+    "fp8": Numbers(torch.bfloat16, (8, 9)),
+}
+"""By precision, see `config.Precision`."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +44,7 @@ class Arithmetic:
     """
 
     precision: Precision = "fp32"
-    ops: ModuleType = reference
+    ops: Operators = reference
     probe_bytes: int = 3 * 2**30
 
 

@@ -47,6 +47,14 @@ class Calibration(Frozen):
 
     For a new good part, exchangeable with the calibration parts, P(score > threshold) <= alpha: the threshold is the
     ceil((n + 1)(1 - alpha))-th smallest of n good scores (split conformal prediction).
+
+    Example:
+        >>> import numpy as np
+        >>> fitted = calibrate(np.arange(19.0), alpha=0.05)
+        >>> fitted.classes[""].threshold, fitted.classes[""].parts
+        (18.0, 19)
+        >>> Calibration.model_validate_json(fitted.model_dump_json()) == fitted
+        True
     """
 
     alpha: float = Field(gt=0, lt=1)

@@ -1,7 +1,6 @@
 """Stage 2: a frozen timm backbone, the pyramid gather, and the optional feature normalisation: images to X1."""
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import timm
@@ -10,31 +9,43 @@ from torch import Tensor, nn
 
 from flowad_fast.errors import CheckpointError
 from flowad_fast.kernels import reference
+from flowad_fast.kernels.operators import Operators
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """What this project knows about a backbone.
 
-    `stage_sizes` are blocks a stage, for mapping flat block numbers. `outblocks` are the flat blocks whose outputs are
-    the features, as training configurations name them.
+    Attributes:
+        timm_name: timm's name.
+        channels: of the four stages that the features are made of.
+        outblocks: the flat blocks whose outputs these are, as training configurations name them.
+        stage_sizes: blocks per stage, for mapping flat block numbers.
+        padded: depthwise convolutions (stage, block) that pad as their reference does, by half a kernel on each side.
     """
 
     timm_name: str
     channels: tuple[int, ...]
     outblocks: tuple[int, ...]
     stage_sizes: tuple[int, ...]
-    squeeze_excite: bool
+    padded: tuple[tuple[int, int], ...] = ()
 
 
-BACKBONES = {
+BACKBONES: dict[str, BackboneSpec] = {
     "efficientnet-b4": BackboneSpec(
-        "tf_efficientnet_b4", (24, 32, 56, 160), (1, 5, 9, 21), (2, 4, 4, 6, 6, 8, 2), squeeze_excite=True
+        "tf_efficientnet_b4",
+        (24, 32, 56, 160),
+        (1, 5, 9, 21),
+        (2, 4, 4, 6, 6, 8, 2),
+        # The reference fixes its "same" padding for 380-pixel inputs. At 256 pixels only this stride-2 5x5
+        # convolution differs from timm's padding for the actual size; every trained model has learned (2, 2).
+        padded=((2, 0),),
     ),
     "efficientnet-lite0": BackboneSpec(
-        "tf_efficientnet_lite0", (16, 24, 40, 112), (0, 2, 4, 10), (1, 2, 2, 3, 3, 4, 1), squeeze_excite=False
+        "tf_efficientnet_lite0", (16, 24, 40, 112), (0, 2, 4, 10), (1, 2, 2, 3, 3, 4, 1)
     ),
 }
+"""By name, see `config.Backbone`."""
 STRIDES = (2, 4, 8, 16)
 
 
@@ -54,7 +65,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", torch.ones(channels))
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor, ops: ModuleType = reference) -> Tensor:
+    def forward(self, images: Tensor, ops: Operators = reference) -> Tensor:
         """See the class; `ops` is the namespace of operators."""
         if not torch.compiler.is_exporting():  # engines lay their own graphs out
             # Depthwise convolutions want channels last; on a CPU it takes a quarter off the backbone's time.
@@ -65,23 +76,21 @@ class FeatureExtractor(nn.Module):
 
 def build_backbone(name: str) -> nn.Module:
     """The backbone without weights, cut after the last block that the features need."""
-    backbone: Any = timm.create_model(
-        BACKBONES[name].timm_name, features_only=True, out_indices=(0, 1, 2, 3), pretrained=False
-    )
+    spec = BACKBONES[name]
+    backbone: Any = timm.create_model(spec.timm_name, features_only=True, out_indices=(0, 1, 2, 3), pretrained=False)
     backbone.blocks = backbone.blocks[:5]
-    if name == "efficientnet-b4":
-        # The reference fixes its "same" padding for 380-pixel inputs. At 256 pixels only this stride-2 5x5
-        # convolution differs from timm's padding for the actual size; every trained model has learned (2, 2).
-        first = backbone.blocks[2][0]
-        old = first.conv_dw
-        first.conv_dw = nn.Conv2d(
-            old.in_channels, old.out_channels, 5, stride=2, padding=2, groups=old.groups, bias=False
-        )
+    for stage, block in spec.padded:
+        inner = backbone.blocks[stage][block]
+        old = inner.conv_dw
+        inner.conv_dw = nn.Conv2d(
+            old.in_channels, old.out_channels, old.kernel_size, stride=old.stride,
+            padding=old.kernel_size[0] // 2, groups=old.groups, bias=False,
+        )  # fmt: skip
     return backbone
 
 
 def to_timm_names(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """EfficientNet-PyTorch names to timm's (`checkpoints.md` tables); state dicts in timm's own naming pass through."""
+    """EfficientNet-PyTorch names to timm's; state dicts in timm's own naming pass through."""
     if not any(key.startswith("_conv_stem") for key in state):
         return state
     spec = BACKBONES[name]

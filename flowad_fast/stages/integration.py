@@ -1,12 +1,12 @@
 """Stage 5: applying a schedule to a velocity field; the primal alone, and the primal with tangents for density."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
 from flowad_fast.config import VelocityConfig
+from flowad_fast.kernels.operators import Operators
 from flowad_fast.stages import schedule
 from flowad_fast.stages.arithmetic import FP32, Arithmetic
 from flowad_fast.stages.schedule import Row
@@ -19,7 +19,7 @@ class StepField(Protocol):
     """
 
     config: VelocityConfig
-    ops: ModuleType
+    ops: Operators
 
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None, /) -> Tensor:
         """Network output (B, N, C) at step `step`."""
@@ -117,6 +117,15 @@ def integrate(
 
     Raises:
         ConfigError: not even one step, or the model is a diffusion model.
+
+    Example:
+        >>> import torch
+        >>> from flowad_fast import integrate, load_checkpoint
+        >>> model = load_checkpoint("demo")
+        >>> x1 = torch.zeros(1, 192, 16, 16)
+        >>> x0 = integrate(model, x1, steps=3)
+        >>> x0.shape
+        torch.Size([1, 192, 16, 16])
     """
     rows = schedule.flow(model.config, steps, start, stop)
     tokens = run(model.at(tuple(row.t for row in rows)), rows, to_tokens(x), y)

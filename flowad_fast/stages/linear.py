@@ -1,14 +1,17 @@
 """Linear layers of the inference form, with their weights in the precision of the matrix product.
 
-A weight is cast or quantised once, when the layer is made. Both kinds take a tensor; `Fp8Linear` also takes rows that
-the producing operator has quantised already. `tangent` is the same map without the bias, which carries no tangent.
+A weight is cast or quantised once, when the layer is made. Every kind is a `Layer`: it says in `takes` what its rows
+are to be, and `kernels.operators` gives them so.
 """
 
 import copy
 import platform
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from fnmatch import fnmatch
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +19,24 @@ from torch import Tensor, nn
 
 from flowad_fast.config import Precision
 from flowad_fast.kernels import reference
+from flowad_fast.kernels.operators import Rows
 from flowad_fast.kernels.reference import quantise_rows
+from flowad_fast.stages.arithmetic import NUMBERS
 
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
-}
-"""Dtype of activations between the matrix products, by precision; in fp8 it is that of layers kept in bf16, too."""
 FP8_MULTIPLE = 16
 """The scaled matrix product needs both dimensions of a weight to be multiples of this; other layers stay in bf16."""
 
-Quantised = tuple[Tensor, Tensor]
-"""Rows in e4m3 (..., D) with their float32 scales (..., 1)."""
+
+class Library(Enum):
+    """The GPU's own matrix product, as it is or with GELU in its epilogue."""
+
+    PLAIN = auto()
+    GELU = auto()
+
+    @property
+    def label(self) -> str:
+        """For people and records."""
+        return "library" if self is Library.PLAIN else "library with GELU"
 
 
 class Split(NamedTuple):
@@ -40,95 +46,126 @@ class Split(NamedTuple):
     columns: int
     parts: int
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> str:
+        """For people and records."""
         return f"split {self.rows}x{self.columns}/{self.parts}"
 
 
-LIBRARY: Final = "library"
-"""The GPU's own matrix product."""
-GELU: Final = "library with GELU"
-"""The same with GELU in its epilogue."""
-Product = Literal["library", "library with GELU"] | Split
+Product = Library | Split
 """What runs a layer, see `flowad_fast.engines.products`."""
 
 
-class Linear(nn.Module):
-    """x W^T + b in the dtype of W; float32 layers share the parameters that they are made of.
+@dataclass(frozen=True)
+class Plan:
+    """What runs each part of a block (qkv, proj, fc1, fc2) at some numbers of rows; the library runs all else."""
 
-    `products` says for some numbers of rows what runs the product; the library runs all others.
+    products: Mapping[int, Mapping[str, Product]] = field(default_factory=dict)
+
+    def at(self, rows: int, products: Mapping[str, Product]) -> "Plan":
+        """The same plan with other products at a number of rows."""
+        return Plan({**self.products, rows: products})
+
+    def of(self, part: str) -> Mapping[int, Product]:
+        """What runs one part, by number of rows."""
+        return {rows: products[part] for rows, products in self.products.items() if part in products}
+
+
+class Layer(nn.Module):
+    """x W^T + b in one arithmetic.
+
+    Attributes:
+        takes: type of the rows that it multiplies; it converts tensors of others.
+        bias: (out,) or None.
+        products: what runs the product, by number of rows; see `Plan`.
     """
 
-    quantised = False
+    takes: torch.dtype
+    bias: nn.Parameter | None
+    products: Mapping[int, Product] = {}
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.weight = _parameter(weight, dtype)
-        self.bias = None if bias is None else _parameter(bias, dtype)
-        self.products: dict[int, Product] = {}
+        self.out_features, self.in_features = weight.shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) of any floating dtype to (..., out) in the layer's dtype."""
+    def forward(self, x: Rows) -> Tensor:
+        """(..., in) to (..., out)."""
         return self._product(x, self.bias)
 
-    def tangent(self, dx: Tensor | Quantised) -> Tensor:
-        """As `forward`, without the bias."""
-        assert isinstance(dx, Tensor), "only fp8 layers are given quantised rows"
+    def tangent(self, dx: Rows) -> Tensor:
+        """As `forward`, without the bias, which carries no tangent."""
         return self._product(dx, None)
 
-    def fuses_gelu(self, x: Tensor) -> bool:
+    def fuses_gelu(self, x: Rows) -> bool:
         """Whether `gelu_tanh` is how the layer is to run on x."""
-        return _product_of(self.products, x) == GELU
+        return False
 
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        """`forward` and GELU in the product's epilogue; CUDA's is the tanh form, for which the CPU has none."""
+    def gelu_tanh(self, x: Rows) -> Tensor:
+        """`forward` and the tanh form of GELU in one pass, for layers that fuse it."""
+        raise NotImplementedError(f"{type(self).__name__} does not fuse GELU; ask fuses_gelu first")
+
+    @abstractmethod
+    def _product(self, x: Rows, bias: Tensor | None) -> Tensor:
+        """(..., in) to (..., out), with the bias that is given."""
+
+    def _chosen(self, x: Tensor) -> Product:
+        # Without choices, as when a graph is traced, the number of rows must stay open.
+        return self.products.get(x.shape[:-1].numel(), Library.PLAIN) if self.products else Library.PLAIN
+
+
+class Linear(Layer):
+    """A layer of a floating type, which its results have too; float32 layers share the parameters that made them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight)
+        self.takes = dtype
+        self.weight = _parameter(weight, dtype)
+        self.bias = None if bias is None else _parameter(bias, dtype)
+
+    def fuses_gelu(self, x: Rows) -> bool:
+        """See `Layer`: where the plan says so."""
+        return self._chosen(_floating(x)) is Library.GELU
+
+    def gelu_tanh(self, x: Rows) -> Tensor:
+        """See `Layer`: in the product's epilogue; CUDA's is the tanh form, for which the CPU has none."""
         assert self.bias is not None, "the layer before GELU has a bias"
-        flat = x.to(self.dtype).flatten(0, -2)
-        return torch._addmm_activation(self.bias, flat, self.weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+        x = _floating(x).to(self.takes)
+        flat = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+        return flat.unflatten(0, x.shape[:-1])
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        split = _product_of(self.products, x)
-        if isinstance(split, Split):
+    def _product(self, x: Rows, bias: Tensor | None) -> Tensor:
+        x = _floating(x).to(self.takes)
+        product = self._chosen(x)
+        if isinstance(product, Split):
             from flowad_fast.kernels.linear_split_k import linear_split_k
 
-            return linear_split_k(x.to(self.dtype), self.weight, bias, *split)
-        return F.linear(x.to(self.dtype), self.weight, bias)
+            return linear_split_k(x, self.weight, bias, *product)
+        return F.linear(x, self.weight, bias)
 
 
-class Fp8Linear(nn.Module):
-    """x W^T + b with x and W in e4m3, one float32 scale a row of each; bfloat16 out.
+class Fp8Linear(Layer):
+    """A layer of e4m3 rows and weights, one float32 scale per row of each; bfloat16 out.
 
-    On a GPU it is torch's scaled matrix product, or for the numbers of rows in `products` another one. torch has none
-    with row scales on the CPU, so there the same quantised values are multiplied in float32: the drift is that of fp8,
-    the speed is not.
+    On a GPU it is torch's scaled matrix product, or what the plan names. torch has none with row scales on the CPU, so
+    there the same quantised values are multiplied in float32: the drift is that of fp8, the speed is not.
     """
 
-    quantised = True
-    dtype = torch.bfloat16
+    takes = reference.FP8
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(weight)
         q, scale = quantise_rows(weight)
         self.weight = _parameter(q, q.dtype)
         self.scale = _parameter(scale.T.contiguous(), torch.float32)
         self.bias = None if bias is None else _parameter(bias, torch.bfloat16)
-        self.products: dict[int, Product] = {}
 
-    def forward(self, x: Tensor | Quantised) -> Tensor:
-        """(..., in), or rows that are quantised already, to (..., out) bfloat16."""
-        return self._product(x, self.bias)
-
-    def tangent(self, dx: Tensor | Quantised) -> Tensor:
-        """As `forward`, without the bias."""
-        return self._product(dx, None)
-
-    def _product(self, x: Tensor | Quantised, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Rows, bias: Tensor | None) -> Tensor:
         q, scale = x if isinstance(x, tuple) else quantise_rows(x)
-        split = _product_of(self.products, q)
-        if isinstance(split, Split):
+        product = self._chosen(q)
+        if isinstance(product, Split):
             from flowad_fast.kernels.linear_split_k import linear_split_k_fp8
 
-            return linear_split_k_fp8(q, scale, self.weight, self.scale, bias, *split)
+            return linear_split_k_fp8(q, scale, self.weight, self.scale, bias, *product)
         if q.device.type == "cpu":
             return reference.linear_split_k_fp8(q, scale, self.weight, self.scale, bias)
         flat = torch._scaled_mm(
@@ -143,37 +180,30 @@ class Fp8Linear(nn.Module):
         return flat.unflatten(0, q.shape[:-1])
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Layer):
     """A float32 `Linear` on an x86 CPU, its weight laid out for oneDNN once; inference only, not for export.
 
     It is the product that Inductor uses for frozen weights, and faster there than torch's own at a few hundred rows.
     """
 
-    quantised = False
-    dtype = torch.float32
+    takes = torch.float32
 
     def __init__(self, linear: Linear) -> None:
-        super().__init__()
+        super().__init__(linear.weight)
         self.bias = linear.bias
         # An opaque tensor, which must stay out of the state dict.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-
-    def tangent(self, dx: Tensor | Quantised) -> Tensor:
-        """As `forward`, without the bias."""
-        assert isinstance(dx, Tensor), "only fp8 layers are given quantised rows"
-        return torch.ops.mkldnn._linear_pointwise(dx, self._packed, None, "none", [], "")
-
-    def fuses_gelu(self, x: Tensor) -> bool:
-        """Whether `gelu_tanh` is how the layer is to run on x: always."""
+    def fuses_gelu(self, x: Rows) -> bool:
+        """See `Layer`: always."""
         return True
 
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        """`forward` and the tanh form of GELU in one pass."""
+    def gelu_tanh(self, x: Rows) -> Tensor:
+        """See `Layer`."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "tanh")
+
+    def _product(self, x: Rows, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -190,27 +220,25 @@ def pack(module: _Module, keep: Iterable[object] = ()) -> _Module:
     copied = copy.deepcopy(module, {id(one): one for one in shared})
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and child.dtype == torch.float32:
+            if isinstance(child, Linear) and child.takes == torch.float32:
                 setattr(parent, name, PackedLinear(child))
     return copied
 
 
-AnyLinear = Linear | Fp8Linear | PackedLinear
-
-
 def make_linear(
     name: str, weight: Tensor, bias: Tensor | None, precision: Precision, keep_bf16: tuple[str, ...]
-) -> AnyLinear:
+) -> Layer:
     """The layer `name` in a precision; in fp8, names that match a pattern of `keep_bf16` stay in bf16."""
     if precision == "fp8" and not any(fnmatch(name, pattern) for pattern in keep_bf16):
         if all(size % FP8_MULTIPLE == 0 for size in weight.shape):
             return Fp8Linear(weight, bias)
-    return Linear(weight, bias, weight.dtype if precision in ("fp32", "tf32") else DTYPES[precision])
+    dtype = NUMBERS[precision].dtype
+    return Linear(weight, bias, weight.dtype if dtype == torch.float32 else dtype)
 
 
-def _product_of(products: dict[int, Product], x: Tensor) -> Product:
-    # Without choices, as when a graph is traced, the number of rows must stay open.
-    return products.get(x.shape[:-1].numel(), LIBRARY) if products else LIBRARY
+def _floating(x: Rows) -> Tensor:
+    assert isinstance(x, Tensor), "only layers that take quantised rows are given them"
+    return x
 
 
 def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:

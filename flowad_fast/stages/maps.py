@@ -6,6 +6,7 @@ trace. `reference` is the same map at the cost of the paper's code, see `referen
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +17,17 @@ from flowad_fast.model import VelocityModel
 from flowad_fast.stages.arithmetic import Arithmetic
 from flowad_fast.stages.integration import Field, StepField, run, run_dual, run_to_error
 from flowad_fast.stages.schedule import Row
-from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
+from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction, Scorer
+from flowad_fast.stages.velocity import TabledDiT
 
 WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Memory of one widest activation of the tangents: on the CPU what its cache holds, on a GPU what fills the machine."""
 
 
-class MapModule(nn.Module):
+_Scorer = TypeVar("_Scorer", bound=Scorer)
+
+
+class MapModule(nn.Module, Generic[_Scorer]):
     """A scorer bound to a model: tokens (B, N, C) and y (B,) or None to a map (B, N)."""
 
     def __init__(self, field: StepField) -> None:
@@ -31,12 +36,12 @@ class MapModule(nn.Module):
 
     @classmethod
     @abstractmethod
-    def bind(cls, scorer: Scorer, model: Field, how: Arithmetic) -> "MapModule":
+    def bind(cls, scorer: _Scorer, model: Field, how: Arithmetic) -> "MapModule[_Scorer]":
         """The module of a scorer's description, for a model, computed as `how` says."""
 
     @staticmethod
     @abstractmethod
-    def reference(scorer: Scorer, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
+    def reference(scorer: _Scorer, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
         """The map (B, N) of tokens x, float32, adaLN computed at every evaluation."""
 
     @abstractmethod
@@ -44,7 +49,7 @@ class MapModule(nn.Module):
         """The map (B, N)."""
 
 
-class InversionMap(MapModule):
+class InversionMap(MapModule[Inversion]):
     """||X0||^power."""
 
     def __init__(self, field: StepField, rows: tuple[Row, ...], power: int) -> None:
@@ -52,13 +57,13 @@ class InversionMap(MapModule):
         self.rows, self.power = rows, power
 
     @classmethod
-    def bind(cls, scorer: Inversion, model: Field, how: Arithmetic) -> "InversionMap":  # type: ignore[override]
+    def bind(cls, scorer: Inversion, model: Field, how: Arithmetic) -> "InversionMap":
         """See `MapModule`."""
         rows = scorer.rows(model.config)
         return cls(model.at(_times(rows), how), rows, scorer.power)
 
     @staticmethod
-    def reference(scorer: Inversion, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:  # type: ignore[override]
+    def reference(scorer: Inversion, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
         """See `MapModule`."""
         with torch.no_grad():
             square = euler(model, scorer.rows(model.config), x, y).square().sum(-1)
@@ -70,7 +75,7 @@ class InversionMap(MapModule):
         return square if self.power == 2 else square.sqrt()
 
 
-class ReconstructionMap(MapModule):
+class ReconstructionMap(MapModule[Reconstruction]):
     """||X1 - X1^||²."""
 
     noise: Tensor | None
@@ -83,7 +88,7 @@ class ReconstructionMap(MapModule):
         self.register_buffer("noise", noise, persistent=False)
 
     @classmethod
-    def bind(cls, scorer: Reconstruction, model: Field, how: Arithmetic) -> "ReconstructionMap":  # type: ignore[override]
+    def bind(cls, scorer: Reconstruction, model: Field, how: Arithmetic) -> "ReconstructionMap":
         """See `MapModule`."""
         down, up = scorer.rows(model.config)
         field = model.at(_times(down + up), how)
@@ -91,7 +96,7 @@ class ReconstructionMap(MapModule):
         return cls(field, down, up, scorer.tau, noise)
 
     @staticmethod
-    def reference(scorer: Reconstruction, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:  # type: ignore[override]
+    def reference(scorer: Reconstruction, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
         """See `MapModule`."""
         down, up = scorer.rows(model.config)
         with torch.no_grad():
@@ -110,7 +115,7 @@ class ReconstructionMap(MapModule):
         return run_to_error(self.field, self.up, x, y, ref=tokens, first=len(self.down))
 
 
-class DensityMap(MapModule):
+class DensityMap(MapModule[Density]):
     """-log p1(X1), the divergence in forward mode."""
 
     probes: Tensor
@@ -127,12 +132,12 @@ class DensityMap(MapModule):
         super().__init__(field)
         self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
         self.register_buffer("probes", probes, persistent=False)
-        # Three states of a tangent exist at a time: its residual, what is gated into that, and what is normalised.
-        self.state_bytes = 3 * 4 * config.tokens * config.hidden_size
+        # Four states of a tangent exist at a time: its residual and the norm of it, before and after a branch.
+        self.state_bytes = 4 * 4 * config.tokens * config.hidden_size
         self.wide_bytes = 4 * config.tokens * max(config.mlp_hidden, config.num_heads * config.tokens)
 
     @classmethod
-    def bind(cls, scorer: Density, model: Field, how: Arithmetic) -> "DensityMap":  # type: ignore[override]
+    def bind(cls, scorer: Density, model: Field, how: Arithmetic) -> "DensityMap":
         """See `MapModule`."""
         rows = scorer.rows(model.config)
         field = model.at(_times(rows), how)
@@ -140,7 +145,7 @@ class DensityMap(MapModule):
         return cls(field, rows, probes, model.config, scorer.exact, how.probe_bytes)
 
     @staticmethod
-    def reference(scorer: Density, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:  # type: ignore[override]
+    def reference(scorer: Density, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
         """z.(J^T z) by reverse mode, the input repeated once per probe, the graph kept along the whole trajectory.
 
         It has the same expectation over probes as the product's map, and for each probe the same total over locations.
@@ -189,10 +194,48 @@ class DensityMap(MapModule):
         return -(_log_normal(x0) + each.mean(0)), each.std(0) / len(each) ** 0.5
 
 
-MAPS: dict[str, type[MapModule]] = {
+class MismatchMap(MapModule[Mismatch]):
+    """||(X1 - eps) - u(X_tau, tau)||², averaged over draws of eps."""
+
+    noise: Tensor
+
+    def __init__(self, field: StepField, row: Row, tau: float, noise: Tensor) -> None:
+        super().__init__(field)
+        self.row, self.tau = row, tau
+        self.register_buffer("noise", noise, persistent=False)
+
+    @classmethod
+    def bind(cls, scorer: Mismatch, model: Field, how: Arithmetic) -> "MismatchMap":
+        """See `MapModule`."""
+        row = scorer.row(model.config)
+        field = model.at((row.t,), how)
+        return cls(field, row, scorer.tau, scorer.draw(model.config).to(_device(field)))
+
+    @staticmethod
+    def reference(scorer: Mismatch, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
+        """See `MapModule`."""
+        row, maps = scorer.row(model.config), []
+        with torch.no_grad():
+            for eps in scorer.draw(model.config).to(x.device):
+                velocity = euler(model, (row,), scorer.tau * x + (1 - scorer.tau) * eps, y)
+                maps.append((x - eps - velocity).square().sum(-1))
+        return torch.stack(maps).mean(0)
+
+    def forward(self, tokens: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, N)."""
+        draws = len(self.noise)  # K: states are (K B, N, C)
+        x = (self.tau * tokens + (1 - self.tau) * self.noise).flatten(0, 1)
+        target = (tokens - self.noise).flatten(0, 1)
+        y = None if y is None else y.repeat(draws)
+        square = self.field.ops.affine_error_map(x, self.field(x, 0, y), self.row.a, self.row.b, target)
+        return square if draws == 1 else square.unflatten(0, (draws, -1)).mean(0)
+
+
+MAPS: dict[str, type[MapModule[Any]]] = {
     "density": DensityMap,
     "inversion": InversionMap,
     "reconstruction": ReconstructionMap,
+    "mismatch": MismatchMap,
 }
 """By `Scorer.kind`."""
 
@@ -214,4 +257,4 @@ def _times(rows: tuple[Row, ...]) -> tuple[float, ...]:
 
 
 def _device(field: StepField) -> torch.device | None:
-    return field.table.device if isinstance(field, nn.Module) else None  # type: ignore[return-value]
+    return field.table.device if isinstance(field, TabledDiT) else None

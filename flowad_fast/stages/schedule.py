@@ -39,18 +39,23 @@ def velocity_factors(pred_type: str, t: float) -> tuple[float, float]:
 def flow(config: VelocityConfig, steps: int, start: float, stop: float) -> tuple[Row, ...]:
     """Fixed-grid Euler from t = start to t = stop, `steps` per unit time, field evaluated at the start of each step.
 
-    It takes n = round(|stop - start| * steps) equal steps, so steps of 1/steps wherever that divides the interval.
+    Where 1/steps divides the interval, the steps have that size. Elsewhere `config.step_grid` decides: `equal` takes
+    n = round(|stop - start| * steps) equal ones; `short-last` steps of 1/steps and what is left as the last, as the
+    solver of the paper's code does.
 
     Raises:
         ConfigError: not even one step.
     """
-    count = round(abs(stop - start) * steps)
+    span = abs(stop - start) * steps
+    short_last = config.step_grid == "short-last"
+    count = math.ceil(span - 1e-6) if short_last else round(span)
     if count < 1:
         raise ConfigError(f"no step from t = {start} to {stop} with {steps} steps per unit time; raise steps")
-    dt = (stop - start) / count
+    size = math.copysign(1 / steps, stop - start) if short_last else (stop - start) / count
     rows = []
     for k in range(count):
-        t = start + k * dt
+        t = start + k * size
+        dt = stop - t if short_last and k == count - 1 else size
         alpha, beta = velocity_factors(config.pred_type, t)
         rows.append(Row(t, 1 + dt * alpha, dt * beta))
     return tuple(rows)

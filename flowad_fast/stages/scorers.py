@@ -41,6 +41,8 @@ class BaseScorer:
     kind: str
     reverse_mode: ClassVar[bool] = False
     """Whether the reference path needs gradients, whose per-location noise differs from the product's."""
+    counted_by: ClassVar[str] = "steps"
+    """The option that sets the number of function evaluations."""
 
     def schedules(self, config: VelocityConfig) -> tuple[Row, ...]:
         """Every function evaluation in order, as rows of its schedule.
@@ -90,6 +92,13 @@ class Density(BaseScorer):
     The Gaussian term is summed over channels; the trace is restricted to the location's own C x C block of the
     Jacobian, estimated by K Rademacher probes z that stay fixed along the trajectory: sum over channels of z (J z).
     `exact` uses every unit vector instead and is for small models.
+
+    Example:
+        >>> from flowad_fast import Density, load_checkpoint
+        >>> Density(steps=3, probes=1)
+        Density(steps=3, probes=1, seed=0, exact=False)
+        >>> Density(steps=5).evaluations(load_checkpoint("demo").config)
+        5
     """
 
     reverse_mode: ClassVar[bool] = True
@@ -147,6 +156,13 @@ class Inversion(BaseScorer):
     """(b) inversion: ||X0||^power over channels, X0 integrated from X1 (paper eq. 2; the reference code uses power 1).
 
     On a diffusion model (InvAD) it is the same map of the latent that InvAD's grid gives.
+
+    Example:
+        >>> import torch
+        >>> from flowad_fast import Inversion, load_checkpoint
+        >>> model = load_checkpoint("demo")
+        >>> Inversion(steps=3).map(model, torch.zeros(2, 192, 16, 16)).shape
+        torch.Size([2, 16, 16])
     """
 
     steps: Steps = 3
@@ -169,10 +185,16 @@ class Reconstruction(BaseScorer):
     `start` "noise": X_tau = tau X1 + (1 - tau) eps, eps standard normal, drawn once from `seed` and shared by all
     frames. "inversion": X_tau is X1 integrated down to tau, as the reference code does. `steps` counts steps per unit
     time, as everywhere: at tau = 0.5, 6 steps are 3 evaluations up, and as many down for the inversion start.
+
+    Example:
+        >>> from flowad_fast import Reconstruction, load_checkpoint
+        >>> config = load_checkpoint("demo").config
+        >>> Reconstruction(steps=6).evaluations(config), Reconstruction(steps=6, start="inversion").evaluations(config)
+        (3, 6)
     """
 
     steps: Steps = 3
-    tau: float = Field(default=0.5, gt=0, lt=1, description="where the reconstruction starts")
+    tau: float = Field(default=0.5, gt=0, lt=1, description="time of the noised features")
     start: Literal["noise", "inversion"] = Field(default="noise", description="what X_tau is made of")
     seed: Seed = 0
     kind: Literal["reconstruction"] = Field(default="reconstruction", repr=False)
@@ -197,9 +219,47 @@ class Reconstruction(BaseScorer):
         return torch.from_numpy(np.random.RandomState(self.seed).standard_normal(shape).astype(np.float32))
 
 
-Scorer = Density | Inversion | Reconstruction
+@dataclass(frozen=True, config=_STRICT)
+class Mismatch(BaseScorer):
+    """One evaluation: ||(X1 - eps) - u(X_tau, tau)||², X_tau = tau X1 + (1 - tau) eps, how wrong the velocity is.
+
+    It is the noise-start reconstruction with a single step, divided by (1 - tau)² (published as flow mismatching,
+    arXiv 2605.23070; not in the paper). eps is standard normal, drawn once from `seed` and shared by all frames; with
+    several `draws` their maps are averaged, all evaluated in one batch.
+    """
+
+    counted_by: ClassVar[str] = "draws"
+
+    tau: float = Field(default=0.5, gt=0, lt=1, description="time of the noised features")
+    draws: int = Field(default=1, gt=0, le=64, description="draws of the noise, averaged")
+    seed: Seed = 0
+    kind: Literal["mismatch"] = Field(default="mismatch", repr=False)
+
+    def row(self, config: VelocityConfig) -> Row:
+        """The evaluation: the velocity is a x + b f(x, t)."""
+        if config.pred_type == "epsilon":
+            raise ConfigError("mismatch needs a flow-matching model; this one predicts epsilon: use Inversion")
+        return Row(self.tau, *schedule.velocity_factors(config.pred_type, self.tau))
+
+    def schedules(self, config: VelocityConfig) -> tuple[Row, ...]:
+        """See `BaseScorer`."""
+        return (self.row(config),)
+
+    def evaluations(self, config: VelocityConfig) -> int:
+        """One per draw."""
+        return self.draws * len(self.schedules(config))
+
+    def draw(self, config: VelocityConfig) -> "Tensor":
+        """The noise eps, (draws, 1, h*w, C) float32; the first is that of a `Reconstruction` with the same seed."""
+        import torch
+
+        shape = (self.draws, 1, config.height * config.width, config.channels)
+        return torch.from_numpy(np.random.RandomState(self.seed).standard_normal(shape).astype(np.float32))
+
+
+Scorer = Density | Inversion | Reconstruction | Mismatch
 SCORERS: dict[str, type[Scorer]] = {one.kind: one for one in get_args(Scorer)}
-"""Scorers by name, in the paper's order."""
+"""Scorers by name: the paper's three in its order, then ours."""
 scorer_adapter: TypeAdapter[Scorer] = TypeAdapter(Annotated[Scorer, Field(discriminator="kind")])
 """Scorers to JSON and back."""
 

@@ -7,7 +7,8 @@ the precision of its matrix products and the operators that it is built on.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -17,8 +18,17 @@ from torch import Tensor, nn
 
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import reference
+from flowad_fast.kernels.operators import (
+    Heads,
+    Rows,
+    attention,
+    gate_residual_ln_modulate,
+    gelu_tanh,
+    ln_modulate,
+    quantise,
+)
 from flowad_fast.stages.arithmetic import FP32, Arithmetic
-from flowad_fast.stages.linear import AnyLinear, Fp8Linear, Quantised, make_linear
+from flowad_fast.stages.linear import Layer, Plan, make_linear
 
 
 class Attention(nn.Module):
@@ -96,7 +106,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """One row a class, and the dropout row where there is one."""
+    """One row per class, and the dropout row where there is one."""
 
     def __init__(self, config: VelocityConfig) -> None:
         super().__init__()
@@ -156,11 +166,16 @@ class TabledBlock(nn.Module):
     def __init__(self, block: Block, name: str, precision: Precision, keep_bf16: tuple[str, ...]) -> None:
         super().__init__()
 
-        def make(part: str, linear: nn.Linear) -> AnyLinear:
+        def make(part: str, linear: nn.Linear) -> Layer:
             return make_linear(f"{name}.{part}", linear.weight, linear.bias, precision, keep_bf16)
 
         self.qkv, self.proj = make("qkv", block.attn.qkv), make("proj", block.attn.proj)
         self.fc1, self.fc2 = make("fc1", block.mlp.fc1), make("fc2", block.mlp.fc2)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """By name, in the order in which they run."""
+        return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
 
 
 class TabledDiT(nn.Module):
@@ -174,6 +189,7 @@ class TabledDiT(nn.Module):
 
     `ops` is the namespace of operators: `kernels.reference`, or `kernels.fused` with the same names. The linear layers
     are named embed, blocks.<i>.{qkv,proj,fc1,fc2} and head, which is what `VelocityConfig.keep_bf16` matches in fp8.
+    `plan` says what runs their products, see `use`.
     """
 
     position: Tensor
@@ -186,7 +202,7 @@ class TabledDiT(nn.Module):
         super().__init__()
         self.config = config = dit.config
         precision = how.precision
-        self.times, self.precision, self.ops = times, precision, how.ops
+        self.times, self.precision, self.ops, self.plan = times, precision, how.ops, Plan()
         keep = config.keep_bf16
         proj, last = dit.x_embedder.proj, dit.final_layer.linear
         self.embed = make_linear("embed", _token_weight(proj), None, precision, keep)
@@ -211,31 +227,17 @@ class TabledDiT(nn.Module):
         index = slice(0, 1) if y is None else y
         return self.table[step][index].unsqueeze(-2), self.final[step][index].unsqueeze(-2)
 
+    def use(self, plan: Plan) -> None:
+        """Let the blocks' products run as a plan says."""
+        self.plan = plan
+        for block in self.blocks:
+            for part, layer in block.layers.items():
+                layer.products = plan.of(part)
+
     def forward(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
         """The raw network output for tokens (B, h*w, C) at `times[step]`, classes y (B,): (B, h*w, C) float32."""
-        return self.modulated(tokens, *self.modulations(step, y))
-
-    def modulated(self, tokens: Tensor, table: Tensor, final: Tensor) -> Tensor:
-        """As `forward`, with the rows of a step given; see `modulations`."""
-        ops, heads = self.ops, self.config.num_heads
-        x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
-        o = gate = None
-        for i, block in enumerate(self.blocks):
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
-            x, h = self._gate_norm(block.qkv, x, o, gate, shift_a, scale_a)
-            o = self._run(block.proj, _merge(ops.attention(*_split(block.qkv(h), heads))))
-            x, h = self._gate_norm(block.fc1, x, o, gate_a, shift_m, scale_m)
-            o, gate = block.fc2(self.fc1_gelu(block, h)), gate_m
-        _, h = self._gate_norm(self.head, x, o, gate, *final.unbind(1))
-        return _unpatchify(self.head(h), self.config).to(tokens.dtype)
-
-    def fc1_gelu(self, block: TabledBlock, h: Tensor | Quantised) -> Tensor | Quantised:
-        """The MLP of a block up to its second layer, in what that layer takes."""
-        if block.fc2.quantised:
-            return self.ops.gelu_tanh_fp8(block.fc1(h))
-        if isinstance(h, Tensor) and not isinstance(block.fc1, Fp8Linear) and block.fc1.fuses_gelu(h):
-            return block.fc1.gelu_tanh(h)
-        return self.ops.gelu_tanh(block.fc1(h))
+        out, _ = self._walk(tokens, step, y)
+        return _unpatchify(out, self.config).to(tokens.dtype)
 
     def dual(
         self, tokens: Tensor, tangents: Tensor, step: int, y: Tensor | None = None, chunk: int | None = None
@@ -244,88 +246,61 @@ class TabledDiT(nn.Module):
 
         The wide activations of `chunk` tangents exist at a time (None: of all); the primal's linear layers run once.
         """
-        ops, heads = self.ops, self.config.num_heads
-        table, final = self.modulations(step, y)
-        x = self._run(self.embed, _patchify(tokens, self.config)) + self.position
-        dx = self._run_tangent(self.embed, _patchify(tangents, self.config)).to(x.dtype)
-        if dx.shape[1] != x.shape[0]:
-            dx = dx.expand(-1, x.shape[0], -1, -1)
-        # Each part is a chunk's residual and what is to be gated into it.
-        parts: list[tuple[Tensor, Tensor | None]] = [(dx, None) for dx in dx.split(chunk or len(dx))]
-        o: Tensor | None = None
-        gate: Tensor | None = None
-        for i, block in enumerate(self.blocks):
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table[:, i].unbind(1)
-            normed = [self._gate_norm_dual(block.qkv, x, dx, o, do, gate, shift_a, scale_a) for dx, do in parts]
-            x, _, h, _ = normed[0]
-            qkv, parts = _split(block.qkv(h), heads), []
-            for _, dx, _, dh in normed:
-                mixed, do = ops.attention_dual(*qkv, *_split(block.qkv.tangent(dh), heads))
-                parts.append((dx, self._run_tangent(block.proj, _merge(do))))
-            o = self._run(block.proj, _merge(mixed))
-            normed = [self._gate_norm_dual(block.fc1, x, dx, o, do, gate_a, shift_m, scale_m) for dx, do in parts]
-            x, _, h, _ = normed[0]
-            wide, parts = block.fc1(h), []
-            for _, dx, _, dh in normed:
-                h, dh = self._gelu_dual(block.fc2, wide, block.fc1.tangent(dh))
-                parts.append((dx, block.fc2.tangent(dh)))
-            o, gate = block.fc2(h), gate_m
-        normed = [self._gate_norm_dual(self.head, x, dx, o, do, gate, *final.unbind(1)) for dx, do in parts]
-        out = self.head(normed[0][2])
-        dout = torch.cat([self.head.tangent(dh) for *_, dh in normed])
+        out, chunks = self._walk(tokens, step, y, tangents.split(chunk or len(tangents)))
+        dout = torch.cat(list(chunks))
         return _unpatchify(out, self.config).to(tokens.dtype), _unpatchify(dout, self.config).to(tokens.dtype)
 
-    def _gate_norm(
-        self, consumer: AnyLinear, x: Tensor, o: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor | Quantised]:
-        """x' and its norm in what the consumer takes; before the first block nothing is gated in."""
-        if o is None:
-            if consumer.quantised:
-                return x, self.ops.ln_modulate_fp8(x, shift, scale)
-            return x, self.ops.ln_modulate(x, shift, scale, consumer.dtype)
-        if consumer.quantised:
-            x, q, scales = self.ops.gate_residual_ln_modulate_fp8(x, o, gate, shift, scale)
-            return x, (q, scales)
-        return self.ops.gate_residual_ln_modulate(x, o, gate, shift, scale, consumer.dtype)
+    def _walk(
+        self, tokens: Tensor, step: int, y: Tensor | None, tangents: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """The network's output (B, N, p² C), and its derivative along each chunk of tangents (k, B or 1, h*w, C).
 
-    def _gate_norm_dual(
-        self,
-        consumer: AnyLinear,
-        x: Tensor,
-        dx: Tensor,
-        o: Tensor | None,
-        do: Tensor | None,
-        gate: Tensor | None,
-        shift: Tensor,
-        scale: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | Quantised, Tensor | Quantised]:
-        """x', dx' and their norms in what the consumer takes; before the first block nothing is gated in."""
-        if o is None:
-            if consumer.quantised:
-                q, scales, dq, dscales = self.ops.ln_modulate_dual_fp8(x, dx, shift, scale)
-                return x, dx, (q, scales), (dq, dscales)
-            return x, dx, *self.ops.ln_modulate_dual(x, dx, shift, scale, consumer.dtype)
-        if consumer.quantised:
-            x, dx, q, scales, dq, dscales = self.ops.gate_residual_ln_modulate_dual_fp8(
-                x, dx, o, do, gate, shift, scale
+        Shapes on the lines are the primal's, and a chunk has k of them: N tokens, D wide, d per head, M in the MLP.
+        """
+        ops, config = self.ops, self.config
+        table, final = self.modulations(step, y)
+        blocks = [(block, table[:, i].unbind(1)) for i, block in enumerate(self.blocks)]  # each with 6 x (B or 1, 1, D)
+        # What reads the residual stream next, with its shift and scale: every block's attention, then the head.
+        shift, scale = final.unbind(1)
+        readers = [*((block.qkv, row[0], row[1]) for block, row in blocks), (self.head, shift, scale)]
+        split: Callable[[Tensor], Heads] = partial(_split, heads=config.num_heads)
+
+        x, dembedded = self._run(self.embed, _patchify(tokens, config), (_patchify(z, config) for z in tangents))
+        x = x + self.position  # (B, N, D), float32 from here on
+        dx = [one.to(x.dtype).expand(-1, x.shape[0], -1, -1) for one in dembedded]
+        reader, shift, scale = readers[0]
+        h, dh = ln_modulate(ops, x, shift, scale, reader.takes, dx)  # (B, N, D)
+        for (block, modulations), (reader, shift, scale) in zip(blocks, readers[1:], strict=True):
+            _, _, gate_a, shift_m, scale_m, gate_m = modulations
+            qkv, dqkv = self._run(block.qkv, h, dh)  # (B, N, 3 D)
+            o, do = attention(ops, split(qkv), map(split, dqkv))  # of (B, heads, N, d) each
+            o, do = self._run(block.proj, _merge(o), map(_merge, do))  # (B, N, D)
+            x, dx, h, dh = gate_residual_ln_modulate(
+                ops, x, o, gate_a, shift_m, scale_m, block.fc1.takes, zip(dx, do, strict=True)
             )
-            return x, dx, (q, scales), (dq, dscales)
-        return self.ops.gate_residual_ln_modulate_dual(x, dx, o, do, gate, shift, scale, consumer.dtype)
+            wide, dwide = self.activated(block, h, dh)  # (B, N, M)
+            o, do = self._run(block.fc2, wide, dwide)  # (B, N, D)
+            x, dx, h, dh = gate_residual_ln_modulate(
+                ops, x, o, gate_m, shift, scale, reader.takes, zip(dx, do, strict=True)
+            )
+        return self._run(self.head, h, dh)  # (B, N, p² C)
 
-    def _gelu_dual(self, consumer: AnyLinear, x: Tensor, dx: Tensor) -> tuple[Tensor | Quantised, Tensor | Quantised]:
-        if consumer.quantised:
-            q, scales, dq, dscales = self.ops.gelu_tanh_dual_fp8(x, dx)
-            return (q, scales), (dq, dscales)
-        return self.ops.gelu_tanh_dual(x, dx)
+    def activated(self, block: TabledBlock, h: Rows, dh: Sequence[Rows] = ()) -> tuple[Rows, Iterable[Rows]]:
+        """The MLP of a block up to its second layer, in what that layer takes: (B, N, D) to (B, N, M)."""
+        if not dh and block.fc1.fuses_gelu(h):
+            return block.fc1.gelu_tanh(h), ()
+        wide, dwide = self._run(block.fc1, h, dh)
+        return gelu_tanh(self.ops, wide, block.fc2.takes, dwide)
 
-    def _run(self, linear: AnyLinear, x: Tensor) -> Tensor:
-        return linear(self.ops.quantise_rows(x) if linear.quantised else x)
+    def _run(self, layer: Layer, x: Rows, tangents: Iterable[Rows] = ()) -> tuple[Tensor, Iterator[Tensor]]:
+        """A layer on x, and without its bias on each chunk when that is asked for; all in what the layer takes."""
+        takes = layer.takes
+        return layer(quantise(self.ops, x, takes)), map(
+            lambda dx: layer.tangent(quantise(self.ops, dx, takes)), tangents
+        )
 
-    def _run_tangent(self, linear: AnyLinear, dx: Tensor) -> Tensor:
-        return linear.tangent(self.ops.quantise_rows(dx) if linear.quantised else dx)
 
-
-def _split(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split(x: Tensor, heads: int) -> Heads:
     """(..., N, 3D) to q, k, v of (..., heads, N, d)."""
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in x.chunk(3, -1))
     return q, k, v

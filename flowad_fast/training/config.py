@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from flowad_fast.config import Frozen, ImageConfig, VelocityConfig, parse
-from flowad_fast.stages.features import BACKBONES, STRIDES
+from flowad_fast.config import Backbone, Frozen, ImageConfig, VelocityConfig, parse
+from flowad_fast.data.layouts import LAYOUTS
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
@@ -20,19 +20,19 @@ FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
 class TrainConfig(Frozen):
     """What to train, on what, and how. `batch_size` is per step, over all processes together."""
 
-    layout: str = Field(description="layout of the data set: mvtec, visa, realiad, elpv")
+    layout: str = Field(description=f"layout of the data set: {', '.join(LAYOUTS)}")
     root: Path | None = Field(None, description="folder of the data set; elpv can come from its package instead")
     categories: tuple[str, ...] = Field((), description="category to train on, repeatable, in class order [all]")
-    backbone: Literal["efficientnet-b4", "efficientnet-lite0"] = Field("efficientnet-b4", description="frozen features")
+    backbone: Backbone = Field("efficientnet-b4", description="frozen features")
     backbone_weights: Path | None = Field(None, description="weight file of the backbone")
-    image_size: int = Field(256, gt=0, multiple_of=32, description="pixels a side after resizing")
+    image_size: int = Field(256, gt=0, multiple_of=32, description="side of the resized image, pixels")
     normalise_features: bool = Field(True, description="bring each channel to mean 0 and std 1 over the good parts")
     use_class_labels: bool | None = Field(None, description="condition on the category [with more than one]")
     hidden_size: int = Field(768, gt=0, description="width of the DiT")
     depth: int = Field(12, gt=0, description="blocks of the DiT")
     num_heads: int = Field(8, gt=0, description="attention heads")
     mlp_ratio: float = Field(4.0, gt=0, description="MLP width / hidden size")
-    batch_size: int = Field(32, gt=0, description="images a step, over all processes")
+    batch_size: int = Field(32, gt=0, description="images per step, over all processes")
     steps: int = Field(50_000, gt=0, description="optimiser steps")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
@@ -62,6 +62,8 @@ class TrainConfig(Frozen):
 
     def velocity(self, classes: int) -> VelocityConfig:
         """The velocity field for a data set of `classes` categories; ConfigError when the sizes do not fit."""
+        from flowad_fast.stages.features import BACKBONES, STRIDES  # needs torch, which the options do not
+
         conditional = classes > 1 if self.use_class_labels is None else self.use_class_labels
         grid = self.image_size // STRIDES[-1]
         fields = self.model_dump(include={"hidden_size", "depth", "num_heads", "mlp_ratio"})

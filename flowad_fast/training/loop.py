@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from flowad_fast.checkpoints.load import backbone_loader, save_checkpoint
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
-from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError
+from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError, require
 from flowad_fast.files import digest, make_folder, replacing
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import FeatureExtractor
@@ -57,6 +56,15 @@ STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "
 _WHERE_AND_WHEN = {"root", "feature_cache", "backbone_weights", "log_every", "save_every", "dtype"}
 """Fields that say where data lie and when files are written, and so may differ between a run and its resumption."""
 _SCHEMA = 1
+
+
+class Identity(TypedDict):
+    """Everything that determines a training's result, without machine paths."""
+
+    config: dict[str, object]
+    data: dict[str, str | int]
+    backbone_sha256: str
+    processes: int
 
 
 class DivergedError(FlowADError, RuntimeError):
@@ -99,6 +107,7 @@ def train(
         CheckpointError: the backbone's weights or the saved state cannot be read.
         FrameError: a training image cannot be read.
         EngineUnavailableError: the device does not exist.
+        MissingExtraError: `distributed`, without accelerate.
         DivergedError: the loss became NaN or infinite.
     """
     started = time.perf_counter()
@@ -211,7 +220,7 @@ class Learner:
         self.step += 1
         return value, norm
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
+    def save(self, path: Path, identity: Identity) -> None:
         """Write the state aside and rename it: a crash at any moment leaves the old or the new one."""
         state = {
             "schema": _SCHEMA,
@@ -230,7 +239,7 @@ class Learner:
         with replacing(path) as file:
             torch.save(state, file)
 
-    def load(self, path: Path, identity: dict[str, Any]) -> None:
+    def load(self, path: Path, identity: Identity) -> None:
         """Continue from a saved state.
 
         Raises:
@@ -263,7 +272,7 @@ def _loop(
     learner: Learner,
     source: FeatureSource,
     labels: Tensor,
-    identity: dict[str, Any],
+    identity: Identity,
     output: Path,
     progress: Progress | None,
 ) -> None:
@@ -306,7 +315,7 @@ def _save_result(
     learner: Learner,
     spec: ModelConfig,
     extractor: FeatureExtractor,
-    identity: dict[str, Any],
+    identity: Identity,
     path: Path,
 ) -> None:
     packages = {name: version(name) for name in ("flowad-fast", "torch", "timm", "numpy")}
@@ -350,8 +359,7 @@ def _runtime(device: str, distributed: bool) -> Runtime:
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineUnavailableError("device cuda: no usable NVIDIA GPU or driver was found; use device cpu")
     if distributed:
-        if find_spec("accelerate") is None:
-            raise ConfigError('distributed training needs accelerate; install it: pip install "flowad-fast[train]"')
+        require("train", "accelerate", by="distributed training")
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
@@ -390,8 +398,7 @@ def _deferred_signals() -> Iterator[threading.Event]:
 
 def _identity(
     config: TrainConfig, name: str, samples: Sequence[Sample], extractor: FeatureExtractor, processes: int
-) -> dict[str, Any]:
-    """Everything that determines the result, without machine paths."""
+) -> Identity:
     base = Path(os.path.commonpath([sample.path.parent for sample in samples]))
     files = [(s.path.relative_to(base).as_posix(), s.category, s.path.stat().st_size) for s in samples]
     weights = hashlib.sha256()
@@ -405,9 +412,9 @@ def _identity(
     }
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _differences(old: Identity, new: Identity) -> str:
     """The entries that differ, as `name: old -> new`."""
-    flat = [{**{k: v for k, v in d.items() if k != "config"}, **d.get("config", {})} for d in (old, new)]
+    flat: list[dict[str, object]] = [{**one, **one["config"], "config": None} for one in (old, new)]
     names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
     return ", ".join(f"{name}: {flat[0].get(name)} -> {flat[1].get(name)}" for name in names)
 

@@ -1,0 +1,1 @@
+"""Measuring: cases, the processes that run them in turn, and the gate that a row must pass."""

@@ -1,0 +1,75 @@
+"""Worker processes: one fresh process per case, asked command by command."""
+
+import contextlib
+import multiprocessing
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from flowad_fast.benchmarks.measure.worker import Worker, WorkerError, serve
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Process:
+    """A worker process; `ask` sends one command and waits for its answer.
+
+    It is forked from a server that has imported everything and computed nothing: as clean as a new interpreter,
+    without paying seconds of imports per row.
+    """
+
+    def __init__(self, log: Path, timeout: float) -> None:
+        self.log, self.timeout = log, timeout
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["flowad_fast.benchmarks.measure.worker"])
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, str(log)), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, do: Callable[Concatenate[Worker, P], T], *arguments: P.args, **more: P.kwargs) -> T:
+        """What the worker's method returns.
+
+        Raises:
+            WorkerError: it did not: not available, out of memory, failed, timeout, or the process crashed.
+        """
+        name = do.__name__
+        try:
+            self._pipe.send((name, arguments, more))
+            if not self._pipe.poll(self.timeout):
+                self._process.kill()
+                raise WorkerError("timeout", f"{name} took longer than {self.timeout:.0f} s")
+            answer: Any = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._crash(name) from None
+        if isinstance(answer, WorkerError):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+    def _crash(self, name: str) -> WorkerError:
+        self._process.join()
+        code = self._process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        return WorkerError("crashed", f"{how} during {name}{': ' + last[0][:300] if last else ''}")
+
+    def close(self) -> None:
+        """End the process, by force after some patience."""
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+
+
+@contextlib.contextmanager
+def started(folder: Path, timeout: float) -> Iterator[Process]:
+    """A worker process that ends with the block; it logs into `folder`."""
+    process = Process(folder / f"{uuid.uuid4().hex}.log", timeout)
+    try:
+        yield process
+    finally:
+        process.close()

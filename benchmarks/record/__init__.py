@@ -1,0 +1,1 @@
+"""What was measured: records, their comparison, tables, figures, and the pages made of them."""

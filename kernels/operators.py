@@ -1,0 +1,130 @@
+"""The operators as a model calls them: one name each, whatever the next layer takes, with or without tangents.
+
+A namespace of operators (`reference`, or `fused` with the same names) holds up to four variants of one: plain or with
+tangents (`_dual`), in a floating type or quantised by rows (`_fp8`). The functions here pick the variant; they are not
+registered, so compilers and exporters see only what they call. A type in `NARROW` is all that a model has to be told of
+another quantisation.
+
+`to` is the type of the rows that the consumer of a result takes. `tangents` are chunks of tangents (k, B, ...), of
+which each call takes one and the primal again; the primal's result is the first call's. Without chunks the plain
+operator runs. Results that are as wide as an MLP come chunk by chunk, when the caller asks for them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flowad_fast.kernels import reference
+
+Quantised = tuple[Tensor, Tensor]
+"""Rows (..., D) in a narrow type, with their float32 scales (..., 1)."""
+Rows = Tensor | Quantised
+"""What a linear layer takes."""
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q, k and v, each (..., heads, N, d)."""
+
+
+class Narrow(NamedTuple):
+    """How operators quantise to a type: the end of the names of those that do, and the one that does nothing else."""
+
+    suffix: str
+    quantise: str
+
+
+NARROW = {reference.FP8: Narrow("_fp8", "quantise_rows")}
+"""Types that rows are quantised to."""
+
+
+class Operators(Protocol):
+    """A namespace of operators, `reference` or `fused`. What it holds in variants is called by the functions below."""
+
+    __name__: str
+
+    def pyramid_gather(self, stages: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """See `reference.pyramid_gather`."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `reference.attention`."""
+
+    def attention_dual(
+        self, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.attention_dual`."""
+
+    def affine_step(self, x: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+        """See `reference.affine_step`."""
+
+    def affine_error_map(self, x: Tensor, v: Tensor, a: float, b: float, ref: Tensor | None = None) -> Tensor:
+        """See `reference.affine_error_map`."""
+
+    def upsample_score(self, maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `reference.upsample_score`."""
+
+
+def quantise(ops: Operators, x: Rows, to: torch.dtype) -> Rows:
+    """x (..., D) as a layer takes it: quantised by rows where `to` is narrow and x is not quantised already."""
+    return getattr(ops, NARROW[to].quantise)(x) if to in NARROW and isinstance(x, Tensor) else x
+
+
+def ln_modulate(
+    ops: Operators, x: Tensor, shift: Tensor, scale: Tensor, to: torch.dtype, tangents: Iterable[Tensor] = ()
+) -> tuple[Rows, list[Rows]]:
+    """LN(x) * (1 + scale) + shift of x (B, N, D), and of each chunk (k, B, N, D)."""
+    found = [_variant(ops, "ln_modulate_dual", to, (x, dx, shift, scale)) for dx in tangents]
+    primal, *_ = found[0] if found else _variant(ops, "ln_modulate", to, (x, shift, scale))
+    return primal, [dh for _, dh in found]
+
+
+def gate_residual_ln_modulate(
+    ops: Operators,
+    x: Tensor,
+    o: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    to: torch.dtype,
+    tangents: Iterable[tuple[Tensor, Tensor]] = (),
+) -> tuple[Tensor, list[Tensor], Rows, list[Rows]]:
+    """x' = x + gate * o and h = LN(x') * (1 + scale) + shift; with chunks of (dx, do): x', its tangents, h, its."""
+    name, mods = "gate_residual_ln_modulate", (gate, shift, scale)
+    found = [_variant(ops, f"{name}_dual", to, (x, dx, o, do, *mods), kept=2) for dx, do in tangents]
+    if not found:
+        x, h = _variant(ops, name, to, (x, o, *mods), kept=1)
+        return x, [], h, []
+    x, _, h, _ = found[0]
+    return x, [dx for _, dx, _, _ in found], h, [dh for *_, dh in found]
+
+
+def gelu_tanh(
+    ops: Operators, x: Tensor, to: torch.dtype, tangents: Iterable[Tensor] = ()
+) -> tuple[Rows, Iterator[Rows]]:
+    """GELU of x (..., D), and of each chunk (k, ..., D)."""
+    duals = map(lambda dx: _variant(ops, "gelu_tanh_dual", to, (x, dx)), tangents)
+    return _primal_first(lambda: _variant(ops, "gelu_tanh", to, (x,))[0], duals)
+
+
+def attention(ops: Operators, qkv: Heads, tangents: Iterable[Heads] = ()) -> tuple[Tensor, Iterator[Tensor]]:
+    """Attention (B, heads, N, d) of q, k and v, and of each chunk's tangents of them."""
+    return _primal_first(lambda: ops.attention(*qkv), map(lambda dqkv: ops.attention_dual(*qkv, *dqkv), tangents))
+
+
+def _variant(ops: Operators, name: str, to: torch.dtype, tensors: tuple[Tensor, ...], kept: int = 0) -> tuple[Any, ...]:
+    """The results of an operator: the first `kept` as they are, the others in what `to` says."""
+    if to not in NARROW:
+        found = getattr(ops, name)(*tensors, to)
+        return found if isinstance(found, tuple) else (found,)
+    found = getattr(ops, name + NARROW[to].suffix)(*tensors)
+    return *found[:kept], *zip(found[kept::2], found[kept + 1 :: 2], strict=True)
+
+
+def _primal_first(plain: Callable[[], Any], duals: Iterator[Sequence[Any]]) -> tuple[Any, Iterator[Any]]:
+    """The primal of pairs and their tangents, each made when it is asked for; without pairs, the plain operator's."""
+    first = next(duals, None)
+    if first is None:
+        return plain(), iter(())
+    # Nothing here may hold a chunk that the caller has used: `map` does not, where a generator's variables would.
+    return first[0], chain((first[1],), map(itemgetter(1), duals))
