@@ -74,8 +74,10 @@ wheel-test: $(BUILD)/stamp $(LIGHT)/stamp
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/build.py $(ARGS)
 
-release: lint wheel-test test
+release: $(VENV)/dev.stamp
 	@test -z "$$(git status --porcelain)" || { echo "there are uncommitted changes; commit them first" >&2; exit 1; }
+	@$(BIN)/python tests/wheel_check.py ready
+	@$(MAKE) lint wheel-test test
 	@rm -rf dist && mkdir dist && cp $(BUILD)/*.whl $(BUILD)/*.tar.gz dist
 	@$(BIN)/python tests/wheel_check.py release
 

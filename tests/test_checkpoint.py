@@ -13,10 +13,11 @@ import yaml
 from conftest import TINY, as_training_saves, class_state, small_model
 
 import flowad_fast
-from flowad_fast.checkpoints import backbones
+from flowad_fast.checkpoints import backbones, foreign
 from flowad_fast.checkpoints.load import DEMO, load_checkpoint, load_velocity, save_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, VelocityConfig
 from flowad_fast.errors import CheckpointError, ConfigError
+from flowad_fast.model import VelocityModel
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 
 Edit = Callable[[dict[str, Any]], None]
@@ -414,3 +415,19 @@ def test_demo_ships() -> None:
     assert DEMO.stat().st_size <= 12e6
     assert model.config.channels == 192 and model.spec.feature_normalisation
     assert model.spec.provenance["config"]["seed"] == 0
+
+
+def test_another_code_base_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: VelocityModel) -> None:
+    other = foreign.Family(
+        "other", "one of Other (a 'weights' dictionary with keys 'field.…')", inside="weights", prefix="field.",
+        copy="average.", ignored=("discriminator.",), spec=foreign.FAMILIES[0].spec,
+    )  # fmt: skip
+    monkeypatch.setattr(foreign, "FAMILIES", (other, *foreign.FAMILIES))
+    state = tiny.dit.state_dict()
+    saved = {f"{part}.{key}": value for part in ("field", "average") for key, value in state.items()}
+    torch.save({"weights": saved | {"discriminator.w": torch.zeros(1)}}, tmp_path / "other.pth")
+    loaded = load_velocity(tmp_path / "other.pth", TINY).dit.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    torch.save({"weights": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"neither one of Other .* nor a FlowAD .* nor an InvAD one .*; found x"):
+        load_velocity(tmp_path / "other.pth", TINY)

@@ -2,6 +2,7 @@
 
 full     every extra is installed: the wheel and the sdist hold what they should, and every module imports
 light    the base dependencies alone: a bundle that `full` has exported gives the same verdicts, without torch
+ready    the changelog has a section for this version
 release  what to type to publish what lies in dist/
 """
 
@@ -77,18 +78,17 @@ def export_and_judge() -> None:
 
     import flowad_fast
 
-    good = HERE / "good"
-    for folder in (good, PARTS):
+    good, few = HERE / "good", HERE / "few"
+    for folder in (good, few, PARTS):
         folder.mkdir(exist_ok=True)
     for i, frame in enumerate(parts()):
         Image.fromarray(frame).save(PARTS / f"{i:02}.png")
-        if i < 9:
-            Image.fromarray(frame).save(good / f"{i:02}.png")
+        for folder, count in ((good, 9), (few, 3)):
+            if i < count:
+                Image.fromarray(frame).save(folder / f"{i:02}.png")
     command = ["make", "demo", "--scorer", "inversion", "--steps", "2", "--format", "onnx", "--output", str(BUNDLE)]
-    subprocess.run(
-        [sys.executable, "-m", "flowad_fast.export.cli", *command, "--calibrate", str(good), "--alpha", "0.1"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command += ["--calibrate", str(good), "--alpha", "0.1", "--data", str(few)]
+    subprocess.run([sys.executable, "-m", "flowad_fast.export.cli", *command], check=True, stdout=subprocess.DEVNULL)
     detection = flowad_fast.load(BUNDLE, device="cpu")(parts())
     np.savez(EXPECTED, score=detection.score, map=detection.map, verdict=np.array(detection.verdict, str))
     print(f"bundle ok: {', '.join(sorted(set(map(str, detection.verdict))))}")
@@ -147,11 +147,18 @@ def check_size() -> None:
     print(f"size ok: {size / 1e6:.0f} MB")
 
 
+def newest() -> tuple[str, str]:
+    """The version, and the section of the changelog about it; ends with a message where that is not written."""
+    version = importlib.import_module("flowad_fast").__version__
+    title, _, text = (HERE / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1].partition("\n")
+    if version not in title or "nreleased" in title:
+        sys.exit(f"CHANGELOG.md: the first section is {title!r}; name it {version} with the date, and commit that")
+    return version, text.strip()
+
+
 def tag_text() -> None:
     """The commands that publish dist/, with the newest section of the changelog as the tag's text."""
-    version = importlib.import_module("flowad_fast").__version__
-    newest = (HERE / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1]
-    text = newest.partition("\n")[2].strip()
+    version, text = newest()
     print(f"git tag -a v{version} -F - <<'END'\nflowad-fast {version}\n\n{text}\nEND")
     print(f"git push origin v{version}")
     print("twine upload " + " ".join(str(path) for path in sorted((HERE / "dist").iterdir())))
@@ -160,6 +167,7 @@ def tag_text() -> None:
 PARTS_OF = {
     "full": (check_files, check_modules, export_and_judge),
     "light": (check_verdicts, check_commands, check_size),
+    "ready": (newest,),
     "release": (tag_text,),
 }
 
