@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 KINDS = ", ".join(SCORERS)
 STEPS = "Steps per unit time, as in every command. [default: as --evaluations says]"
-EVALUATIONS = "Function evaluations per frame. [default: 3]"
+EVALUATIONS = "Function evaluations per frame. [default: 3; of mismatch 1]"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -46,7 +46,7 @@ def _scorers(
     return make_scorers(
         kinds,
         steps=_numbers(steps, "--steps") if steps else (),
-        evaluations=_numbers(evaluations, "--evaluations") if evaluations else (3,),
+        evaluations=_numbers(evaluations, "--evaluations") if evaluations else (None,),
         probes=probes,
         config=config,
     )

@@ -2,7 +2,7 @@
 
 One program holds the scores of a block of queries against all keys in registers. With P the softmax,
 dS = s (dQ K^T + Q dK^T) and H = P dS, the rule dO = P dV + H V - rowsum(H) O is P dV + (H - rowsum(H) P) V, because
-O = P V; as whole rows are on chip, O itself is not needed. That is 5 matrix products a tangent, of which recomputing
+O = P V; as whole rows are on chip, O itself is not needed. That is 5 matrix products per tangent, of which recomputing
 the scores is one; it lets every tangent be a program of its own, which fills the GPU at batch 1. The primal is
 torch's attention.
 """
@@ -102,7 +102,7 @@ def _kernel(
 
 
 def blocks(keys: int) -> dict[str, int]:
-    """Block sizes and launch options: 64 scores a thread, and tiles that fit the shared memory of sm_89 as of sm_90."""
+    """Block sizes and launch options: 64 scores per thread, tiles that fit the shared memory of sm_89 as of sm_90."""
     block = max(triton.next_power_of_2(keys), 16)
     return {
         "BLOCK_M": min(64, 16384 // block),

@@ -144,7 +144,7 @@ def gate_residual_ln_modulate(
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate * o, and LN(x') * (1 + scale) + shift.
 
-    Bytes moved: x and o read, x' and the second result written, once each: 4 D values a row.
+    Bytes moved: x and o read, x' and the second result written, once each: 4 D values per row.
 
     Args:
         x: residual (B, N, D) float32, bfloat16 or float16.
@@ -174,7 +174,7 @@ def gate_residual_ln_modulate_fp8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gate_residual_ln_modulate`, its second result quantised by rows: x', q (B, N, D), scales (B, N, 1).
 
-    Bytes moved: x and o read, x' written, D + 4 bytes a row for the quantised result. Errors as the plain form.
+    Bytes moved: x and o read, x' written, D + 4 bytes per row for the quantised result. Errors as the plain form.
     """
     if not runs_triton(x):
         return reference.gate_residual_ln_modulate_fp8(x, o, gate, shift, scale)
@@ -197,7 +197,7 @@ def gate_residual_ln_modulate_dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gate_residual_ln_modulate` with tangents dx and do (K, B, N, D): x', dx', y, dy.
 
-    Bytes moved: 4 D values a row for the primal and each tangent; `dtype` is that of y and dy. dx and do may be
+    Bytes moved: 4 D values per row for the primal and each tangent; `dtype` is that of y and dy. dx and do may be
     expanded views. Errors as the plain form.
     """
     if not runs_triton(x):
@@ -214,7 +214,7 @@ def gate_residual_ln_modulate_dual_fp8(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`gate_residual_ln_modulate_dual` quantised by rows: x', dx', q, its scales, dq, its scales.
 
-    Bytes moved: 3 D values and D + 4 bytes a row, for the primal and each tangent. Errors as the plain form.
+    Bytes moved: 3 D values and D + 4 bytes per row, for the primal and each tangent. Errors as the plain form.
     """
     if not runs_triton(x):
         return reference.gate_residual_ln_modulate_dual_fp8(x, dx, o, do, gate, shift, scale)

@@ -111,7 +111,7 @@ def gelu_tanh(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`gelu_tanh` quantised by rows: float8_e4m3fn (..., D) and float32 scales (..., 1).
 
-    Bytes moved: x read once, D + 4 bytes a row written; a program holds the whole row. Errors as `gelu_tanh`.
+    Bytes moved: x read once, D + 4 bytes per row written; a program holds the whole row. Errors as `gelu_tanh`.
     """
     if not runs_triton(x):
         return reference.gelu_tanh_fp8(x)
@@ -138,7 +138,7 @@ def gelu_tanh_dual(x: Tensor, dx: Tensor, dtype: torch.dtype | None = None) -> t
 def gelu_tanh_dual_fp8(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gelu_tanh_dual` quantised by rows: q (..., D), scales (..., 1), dq (K, ..., D), scales (K, ..., 1).
 
-    Bytes moved: (1 + K) rows read, (1 + K) (D + 4) bytes a row written. Errors as `gelu_tanh_dual`.
+    Bytes moved: (1 + K) rows read, (1 + K) (D + 4) bytes per row written. Errors as `gelu_tanh_dual`.
     """
     if not runs_triton(x):
         return reference.gelu_tanh_dual_fp8(x, dx)

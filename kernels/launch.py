@@ -27,7 +27,7 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def warps(block: int) -> int:
-    """Warps of a program that holds `block` values in registers: 16 values a thread, 1 to 16 warps."""
+    """Warps of a program that holds `block` values in registers: 16 values per thread, 1 to 16 warps."""
     return min(max(block // 512, 1), 16)
 
 

@@ -22,7 +22,7 @@ from flowad_fast.kernels.launch import check_floats, check_rows, runs_triton
 _LINE = 128
 """Bytes of a row that a program loads at a time: a cache line."""
 _SUM = 1024
-"""Values a program of the sum."""
+"""Values per program of the sum."""
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def linear_split_k_fp8(
     q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, rows: int = 64,
     columns: int = 64, parts: int = 1,
 ) -> Tensor:  # fmt: skip
-    """`linear_split_k` of rows and weights in e4m3, with one float32 scale a row of each; bfloat16 out.
+    """`linear_split_k` of rows and weights in e4m3, with one float32 scale per row of each; bfloat16 out.
 
     Args:
         q: (..., D) float8_e4m3fn.

@@ -1,6 +1,6 @@
 """LayerNorm and modulation in one pass, also quantised to fp8 and with tangents; the reference is the specification.
 
-One program a row; the row stays in registers between its statistics and its result, and with tangents the primal is
+One program per row; the row stays in registers between its statistics and its result, and with tangents the primal is
 read and normalised once for all of them.
 """
 # mypy: allow-untyped-defs
@@ -108,7 +108,7 @@ def _launch(
 def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) * (1 + scale) + shift.
 
-    Bytes moved: x read once, the result written once, 2 D values a row; modulations stay in cache.
+    Bytes moved: x read once, the result written once, 2 D values per row; modulations stay in cache.
 
     Args:
         x: (B, N, D) float32, bfloat16 or float16.
@@ -134,7 +134,7 @@ def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | No
 def ln_modulate_fp8(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`ln_modulate` quantised by rows: float8_e4m3fn (B, N, D) and float32 scales (B, N, 1).
 
-    Bytes moved: x read once, D + 4 bytes a row written. Arguments and errors as `ln_modulate`.
+    Bytes moved: x read once, D + 4 bytes per row written. Arguments and errors as `ln_modulate`.
     """
     if not runs_triton(x):
         return reference.ln_modulate_fp8(x, shift, scale)
@@ -163,7 +163,7 @@ def ln_modulate_dual(
 def ln_modulate_dual_fp8(x: Tensor, dx: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ln_modulate_dual` quantised by rows: q (B, N, D), scales (B, N, 1), dq (K, B, N, D), scales (K, B, N, 1).
 
-    Bytes moved: (1 + K) rows read, (1 + K) (D + 4) bytes a row written. Errors as `ln_modulate_dual`.
+    Bytes moved: (1 + K) rows read, (1 + K) (D + 4) bytes per row written. Errors as `ln_modulate_dual`.
     """
     if not runs_triton(x):
         return reference.ln_modulate_dual_fp8(x, dx, shift, scale)

@@ -106,7 +106,7 @@ def _kernel(
 def pyramid_gather(stages: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Stage outputs brought to the grid of the last one, as tokens, each the mean of its 2x2 centre pixels.
 
-    Bytes moved: 4 pixels a cell and channel of the larger stages and 1 of the last read, the tokens written once;
+    Bytes moved: 4 pixels per cell and channel of the larger stages and 1 of the last read, the tokens written once;
     NCHW and channels-last are both taken as they are.
 
     Args:

@@ -22,7 +22,7 @@ def _kernel(x_ptr, q_ptr, scale_ptr, x_m, D: tl.constexpr, BLOCK: tl.constexpr):
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., D) as float8_e4m3fn (..., D) and float32 scales (..., 1): x = q * scale.
 
-    Bytes moved: x read once, D + 4 bytes a row written. Leading dimensions that do not merge are copied first.
+    Bytes moved: x read once, D + 4 bytes per row written. Leading dimensions that do not merge are copied first.
 
     Args:
         x: (..., D) float32, bfloat16 or float16.

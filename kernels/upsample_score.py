@@ -69,7 +69,7 @@ def _kernel(
 def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """maps (B, h, w) to (B, size, size), bilinear, align_corners=False, with each result's maximum, minimum and sum.
 
-    Bytes moved: the map read out of cache, the result written once and not read again. One program an image, so the
+    Bytes moved: the map read out of cache, the result written once and not read again. One program per image, so the
     sum has one order: scores repeat bit for bit.
 
     Args:

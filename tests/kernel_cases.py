@@ -187,7 +187,7 @@ CASES = _cases()
 
 
 def measure(case: Case, dtype: torch.dtype, device: str) -> list[dict]:
-    """One entry a result of the fused operator: its type, shape, and errors, and those of same-precision torch."""
+    """One entry per result of the fused operator: its type, shape, and errors, and those of same-precision torch."""
     args = case.make(Draw(dtype, device))
     plain = getattr(reference, case.operator)
     got = _tuple(getattr(fused, case.operator)(*args))
@@ -242,7 +242,7 @@ def _widened(arg: object) -> object:
 
 
 def _paired(got: tuple, torchs: tuple, exact: tuple) -> list[tuple]:
-    """(value, its scales or None, torch's value, its scales or None, exact value) a result."""
+    """(value, its scales or None, torch's value, its scales or None, exact value) per result."""
     pairs, at = [], 0
     for truth in exact:
         quantised = got[at].dtype == reference.FP8

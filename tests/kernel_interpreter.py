@@ -65,7 +65,7 @@ import kernel_cases  # noqa: E402
 from flowad_fast.config import VelocityConfig  # noqa: E402
 from flowad_fast.kernels import fused, reference  # noqa: E402
 from flowad_fast.stages.arithmetic import Arithmetic  # noqa: E402
-from flowad_fast.stages.linear import Plan, Split  # noqa: E402
+from flowad_fast.stages.plan import Plan, Split  # noqa: E402
 from flowad_fast.stages.velocity import DiT, TabledDiT  # noqa: E402
 
 

@@ -90,7 +90,7 @@ def test_the_scaled_product_is_that_of_the_quantised_values() -> None:
     torch.testing.assert_close(layer(x), layer((q, scale)), rtol=0, atol=0)
     torch.testing.assert_close(layer(x).float(), expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(layer.tangent(x).float(), expected - bias, rtol=1e-2, atol=1e-2)
-    # A scale a row keeps rows of every size accurate: errors against the sizes of the row and of the weight's row.
+    # A scale per row keeps rows of every size accurate: errors against the sizes of the row and of the weight's row.
     error = (layer.tangent(x).float() - x @ weight.T).abs() / (x.norm(dim=-1)[..., None] * weight.norm(dim=-1))
     assert error.max() < 0.03
 
@@ -199,7 +199,7 @@ def test_scorers_agree_with_the_reference_path(scorer: Inversion | Reconstructio
     model = random_model()
     x1 = tokens(model, 2).transpose(1, 2).unflatten(2, (4, 4))
     got, expected = scorer.map(model, x1), reference_map(model, scorer, x1)
-    if isinstance(scorer, Density):  # other noise a location, the same total
+    if isinstance(scorer, Density):  # other noise per location, the same total
         torch.testing.assert_close(got.sum((1, 2)), expected.sum((1, 2)), rtol=1e-4, atol=1e-3)
         # Two estimates with independent-looking noise differ by at most a few of their standard errors.
         error = scorer.map_with_error(model, x1)[1]

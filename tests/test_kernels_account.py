@@ -51,7 +51,7 @@ def test_products_equal_what_torch_counts() -> None:
     assert counter.get_total_flops() == _flops(account(SMALL, 3, 1, 0, "fp32"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         field.dual(tokens, tangents, 0)
-    # The reference keeps the primal's scores where the kernel recomputes them: one product a tangent and block.
+    # The reference keeps the primal's scores where the kernel recomputes them: one product per tangent and block.
     recomputed = config.depth * len(tangents) * 2 * 3 * 16 * 16 * 48
     assert counter.get_total_flops() == _flops(account(SMALL, 3, 1, 2, "fp32")) - recomputed
 

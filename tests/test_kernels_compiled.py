@@ -238,7 +238,7 @@ def test_compiles_without_spills(name: str, target: str, launches: list[Launch],
         assert shared <= chip.shared_each, "the program does not fit a multiprocessor's shared memory"
         assert occupancy > 0
         if ".dot" in launch.kernel.src:
-            # Hopper's own instruction needs 64 rows a program; with fewer Triton takes the one of Ampere.
+            # Hopper's own instruction needs 64 rows per program; with fewer Triton takes the one of Ampere.
             instruction = "mma.sync" if name.endswith("-longest") else chip.tensor_cores
             assert instruction in compiled.asm["ptx"], "the products miss the tensor cores"
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("line.outcome",),
     ("line.policy",),
     # What needs torch: the computation, and the engines that run it.
-    ("stages.arithmetic", "stages.image", "stages.score"),
+    ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
     ("stages.velocity", "stages.integration"),
     ("model",),

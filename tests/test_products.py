@@ -11,7 +11,8 @@ from flowad_fast.engines import products
 from flowad_fast.engines.products import MOST_ROWS, candidates, choose_products
 from flowad_fast.kernels import fused
 from flowad_fast.stages.arithmetic import Arithmetic
-from flowad_fast.stages.linear import Fp8Linear, Library, Linear, Plan, Split
+from flowad_fast.stages.linear import Fp8Linear, Linear
+from flowad_fast.stages.plan import Library, Plan, Split
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
 PAPER_ROWS = 256

@@ -124,7 +124,7 @@ class Case:
     def name(self) -> str:
         """A short name, unique in a run."""
         probes = f"-K{self.probes}" if self.probes else ""
-        kind = f"{self.scorer.kind}{probes}-s{self.scorer.steps}"
+        kind = f"{self.scorer.kind}{probes}-s{self.scorer.count}"
         ops = "" if self.ops == "reference" else f"-{self.ops}"
         ops += "" if self.products == "measured" else f"-{self.products}"
         return f"{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
@@ -147,7 +147,7 @@ def make_scorer(
 
     Args:
         kind: a name in `SCORERS`.
-        evaluations: function evaluations per frame; 3 unless `steps` is given.
+        evaluations: function evaluations per frame; None for the paper's 3, or of a scorer without steps its own.
         steps: steps per unit time.
         probes: for scorers that have probes.
         config: the model, of which only what it predicts matters; None for a flow-matching one.
@@ -162,9 +162,14 @@ def make_scorer(
 
     make: Callable[..., Scorer] = SCORERS[kind]
 
-    def of(steps: int) -> Scorer:
-        return validated(make, {"steps": steps, **more}, f"scorer {kind}")
+    counted = SCORERS[kind].counted_by
 
+    def of(count: int | None) -> Scorer:
+        given = {} if count is None else {counted: count}
+        return validated(make, {**given, **more}, f"scorer {kind}")
+
+    if counted != "steps":
+        return of(evaluations)
     if steps is not None:
         return of(steps)
     wanted = evaluations or 3
@@ -180,13 +185,13 @@ def make_scorer(
 def make_scorers(
     kinds: Sequence[str],
     *,
-    evaluations: Sequence[int] = (3,),
+    evaluations: Sequence[int | None] = (None,),
     steps: Sequence[int] = (),
     probes: Sequence[int] = (10,),
     config: VelocityConfig | None = None,
 ) -> list[Scorer]:
     """Scorers along the axes; `steps` replace `evaluations`, and `probes` concern scorers that have them."""
-    lengths = [{"steps": n} for n in steps] or [{"evaluations": n} for n in evaluations]
+    lengths: list[dict[str, Any]] = [{"steps": n} for n in steps] or [{"evaluations": n} for n in evaluations]
     return [
         make_scorer(kind, **length, probes=k, config=config)
         for kind in kinds
@@ -243,7 +248,7 @@ def empty_row(case: Case, status: Status = "ok", reason: str | None = None) -> R
         ops=case.ops,
         products=case.products if case.engine == "cudagraph" else None,
         batch=case.batch,
-        steps=case.scorer.steps,
+        steps=case.scorer.count,
         probes=case.probes,
         status=status,
         reason=reason,

@@ -123,7 +123,7 @@ def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort,
                 ref_row = ref_row.without_speed(error.status, error.reason)
     rows += [candidate(case, None, ", without the reference path in memory")[0] for case in crowded]
     tell(f"{reference.name}: parity")
-    expected = Expected(folder / "expected.npz", folder / f"{digest([reference.preset, reference.scorer.steps])}.npz")
+    expected = Expected(folder / "expected.npz", folder / f"{digest([reference.preset, reference.scorer.count])}.npz")
     try:
         with started(folder, effort.timeout) as judge:
             judge.ask(Worker.expected, reference, expected.maps, expected.independent)

@@ -13,9 +13,9 @@ from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.kernels.account import Roofs as AccountRoofs
 from flowad_fast.kernels.account import VelocityShape, account, predicted_seconds
+from flowad_fast.stages.arithmetic import NUMBERS
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gemm_shapes(shape: VelocityShape) -> dict[str, tuple[int, int]]:
@@ -77,7 +77,7 @@ def _products(shape: VelocityShape, m: int, precision: Precision, device: torch.
 
 def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> Callable[[], Any]:
     """A linear layer of random operands, (m, k) to (m, n); in fp8 with one scale per row, as the model's are."""
-    dtype = DTYPES.get(precision, torch.bfloat16)
+    dtype = NUMBERS[precision].dtype
     x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     if precision != "fp8":
         b = torch.randn(n, device=device, dtype=dtype)
@@ -120,7 +120,7 @@ def attached(row: Row, roofs: Roofs) -> Row:
     p50 = row.measured.latency_ms.p50
     alone = gemm.block_ms * shape.depth * nfe
     row = row.but(roof=Roof(gemm_ms=round(alone, 3), share=round(alone / p50, 4)))
-    flops = {precision: 1e12 * g.tflop_s for precision, g in fitting.items()}
+    flops: dict[str, float] = {precision: 1e12 * g.tflop_s for precision, g in fitting.items()}
     limits = AccountRoofs("this machine", "measured in the same run", 1e9 * roofs.copy_gb_s, flops)
     costs = account(shape, row.batch, nfe, row.probes or 0, row.precision)
     if any(cost.precision not in flops for cost in costs):

@@ -101,7 +101,7 @@ def with_evaluations(scorer: Scorer, count: int) -> Scorer:
     by_count: dict[int, list[int]] = {}
     for steps in range(1, 10_001):
         try:
-            got = replace(scorer, **{scorer.counted_by: steps}).evaluations(_MODEL)
+            got = _counted(scorer, steps).evaluations(_MODEL)
         except (ConfigError, ValidationError):  # not even one step, or more draws than there may be
             continue
         by_count.setdefault(got, []).append(steps)
@@ -109,12 +109,17 @@ def with_evaluations(scorer: Scorer, count: int) -> Scorer:
             break
     if count in by_count:
         found = by_count[count]
-        return replace(scorer, **{scorer.counted_by: found[(len(found) - 1) // 2]})
+        return _counted(scorer, found[(len(found) - 1) // 2])
     near = sorted(sorted(by_count, key=lambda one: abs(one - count))[:2])
     raise ConfigError(
         f"--evaluations {count}: {scorer!r} cannot have them, near it are {' and '.join(map(str, near))}; "
         f"give one of these, or --{scorer.counted_by}"
     )
+
+
+def _counted(scorer: Scorer, count: int) -> Scorer:
+    changed: dict[str, Any] = {scorer.counted_by: count}
+    return replace(scorer, **changed)
 
 
 def _plain(annotation: Any) -> type:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from flowad_fast.kernels.operators import NARROW, quantise
-from flowad_fast.stages.linear import Layer, Library, Product, Split
+from flowad_fast.stages.linear import Layer
+from flowad_fast.stages.plan import Library, Product, Split
 from flowad_fast.stages.velocity import TabledDiT
 
 TILES = ((64, 64), (64, 128), (128, 64), (128, 128))

@@ -8,10 +8,8 @@ import copy
 import platform
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from fnmatch import fnmatch
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,53 +20,10 @@ from flowad_fast.kernels import reference
 from flowad_fast.kernels.operators import Rows
 from flowad_fast.kernels.reference import quantise_rows
 from flowad_fast.stages.arithmetic import NUMBERS
+from flowad_fast.stages.plan import Library, Product, Split
 
 FP8_MULTIPLE = 16
 """The scaled matrix product needs both dimensions of a weight to be multiples of this; other layers stay in bf16."""
-
-
-class Library(Enum):
-    """The GPU's own matrix product, as it is or with GELU in its epilogue."""
-
-    PLAIN = auto()
-    GELU = auto()
-
-    @property
-    def label(self) -> str:
-        """For people and records."""
-        return "library" if self is Library.PLAIN else "library with GELU"
-
-
-class Split(NamedTuple):
-    """The product of `kernels.linear_split_k`: rows and columns of a program, parts of the inner dimension."""
-
-    rows: int
-    columns: int
-    parts: int
-
-    @property
-    def label(self) -> str:
-        """For people and records."""
-        return f"split {self.rows}x{self.columns}/{self.parts}"
-
-
-Product = Library | Split
-"""What runs a layer, see `flowad_fast.engines.products`."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What runs each part of a block (qkv, proj, fc1, fc2) at some numbers of rows; the library runs all else."""
-
-    products: Mapping[int, Mapping[str, Product]] = field(default_factory=dict)
-
-    def at(self, rows: int, products: Mapping[str, Product]) -> "Plan":
-        """The same plan with other products at a number of rows."""
-        return Plan({**self.products, rows: products})
-
-    def of(self, part: str) -> Mapping[int, Product]:
-        """What runs one part, by number of rows."""
-        return {rows: products[part] for rows, products in self.products.items() if part in products}
 
 
 class Layer(nn.Module):
@@ -77,7 +32,7 @@ class Layer(nn.Module):
     Attributes:
         takes: type of the rows that it multiplies; it converts tensors of others.
         bias: (out,) or None.
-        products: what runs the product, by number of rows; see `Plan`.
+        products: what runs the product, by number of rows, see `Plan`; the library runs all others.
     """
 
     takes: torch.dtype

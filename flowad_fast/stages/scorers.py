@@ -56,12 +56,17 @@ class BaseScorer:
         """Function evaluations (NFE) of the velocity field per frame; the tangents of density come on top."""
         return len(self.schedules(config))
 
-    def prepare(self, model: "FlowField", how: "Arithmetic | None" = None) -> "MapModule":
+    @property
+    def count(self) -> int:
+        """The value of the option that sets the number of function evaluations."""
+        return int(getattr(self, self.counted_by))
+
+    def prepare(self, model: "FlowField", how: "Arithmetic | None" = None) -> "MapModule[Any]":
         """Bind the scorer to a model: the module that engines run and exporters trace."""
         from flowad_fast.stages.arithmetic import FP32
         from flowad_fast.stages.maps import MAPS
 
-        return MAPS[self.kind].bind(self, model, how or FP32)  # type: ignore[arg-type]
+        return MAPS[self.kind].bind(self, model, how or FP32)
 
     def map(self, model: "FlowField", x1: "Tensor", y: "Tensor | None" = None) -> "Tensor":
         """The anomaly map (B, h, w) of features x1 (B, C, h, w) and class indices y (B,)."""

@@ -17,18 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowad_fast.config import Precision, VelocityConfig
-from flowad_fast.kernels import reference
-from flowad_fast.kernels.operators import (
-    Heads,
-    Rows,
-    attention,
-    gate_residual_ln_modulate,
-    gelu_tanh,
-    ln_modulate,
-    quantise,
-)
+from flowad_fast.kernels import operators, reference
+from flowad_fast.kernels.operators import Heads, Rows
 from flowad_fast.stages.arithmetic import FP32, Arithmetic
-from flowad_fast.stages.linear import Layer, Plan, make_linear
+from flowad_fast.stages.linear import Layer, make_linear
+from flowad_fast.stages.plan import Plan
 
 
 class Attention(nn.Module):
@@ -269,18 +262,18 @@ class TabledDiT(nn.Module):
         x = x + self.position  # (B, N, D), float32 from here on
         dx = [one.to(x.dtype).expand(-1, x.shape[0], -1, -1) for one in dembedded]
         reader, shift, scale = readers[0]
-        h, dh = ln_modulate(ops, x, shift, scale, reader.takes, dx)  # (B, N, D)
+        h, dh = operators.ln_modulate(ops, x, shift, scale, reader.takes, dx)  # (B, N, D)
         for (block, modulations), (reader, shift, scale) in zip(blocks, readers[1:], strict=True):
             _, _, gate_a, shift_m, scale_m, gate_m = modulations
             qkv, dqkv = self._run(block.qkv, h, dh)  # (B, N, 3 D)
-            o, do = attention(ops, split(qkv), map(split, dqkv))  # of (B, heads, N, d) each
+            o, do = operators.attention(ops, split(qkv), map(split, dqkv))  # of (B, heads, N, d) each
             o, do = self._run(block.proj, _merge(o), map(_merge, do))  # (B, N, D)
-            x, dx, h, dh = gate_residual_ln_modulate(
+            x, dx, h, dh = operators.gate_residual_ln_modulate(
                 ops, x, o, gate_a, shift_m, scale_m, block.fc1.takes, zip(dx, do, strict=True)
             )
             wide, dwide = self.activated(block, h, dh)  # (B, N, M)
             o, do = self._run(block.fc2, wide, dwide)  # (B, N, D)
-            x, dx, h, dh = gate_residual_ln_modulate(
+            x, dx, h, dh = operators.gate_residual_ln_modulate(
                 ops, x, o, gate_m, shift, scale, reader.takes, zip(dx, do, strict=True)
             )
         return self._run(self.head, h, dh)  # (B, N, p² C)
@@ -290,14 +283,15 @@ class TabledDiT(nn.Module):
         if not dh and block.fc1.fuses_gelu(h):
             return block.fc1.gelu_tanh(h), ()
         wide, dwide = self._run(block.fc1, h, dh)
-        return gelu_tanh(self.ops, wide, block.fc2.takes, dwide)
+        return operators.gelu_tanh(self.ops, wide, block.fc2.takes, dwide)
 
     def _run(self, layer: Layer, x: Rows, tangents: Iterable[Rows] = ()) -> tuple[Tensor, Iterator[Tensor]]:
         """A layer on x, and without its bias on each chunk when that is asked for; all in what the layer takes."""
-        takes = layer.takes
-        return layer(quantise(self.ops, x, takes)), map(
-            lambda dx: layer.tangent(quantise(self.ops, dx, takes)), tangents
-        )
+
+        def take(rows: Rows) -> Rows:
+            return operators.quantise(self.ops, rows, layer.takes)
+
+        return layer(take(x)), map(layer.tangent, map(take, tangents))
 
 
 def _split(x: Tensor, heads: int) -> Heads:
