@@ -364,7 +364,7 @@ def test_engines_of_another_version_or_gpu_are_refused_with_the_command_that_reb
         EngineUnavailableError, match=r"built with tensorrt 11.2.0, this machine has 11.3.0.*"
     ) as caught:
         check_fits(path, TRT, "11.3.0", "11.2.0", "8.9", "8.9")
-    assert "flowad-export CHECKPOINT --format tensorrt" in str(caught.value)
+    assert "flowad-export make CHECKPOINT --format tensorrt" in str(caught.value)
     with pytest.raises(EngineUnavailableError, match=r"capability 8.6 or 8.9, this GPU has 9.0; build it again"):
         check_fits(path, RTX, "1.7", "1.7", "9.0", "8.6 8.9")
     with pytest.raises(EngineUnavailableError, match="capability unknown"):

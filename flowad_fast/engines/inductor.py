@@ -114,7 +114,7 @@ def check_fit(path: Path, artefact: Artefact, device: torch.device) -> None:
     if wrong:
         raise EngineUnavailableError(
             f"{path}: compiled for {'; '.join(wrong)}; compile it here: "
-            f"flowad-export CHECKPOINT --format aoti --device {device.type}"
+            f"flowad-export make CHECKPOINT --format aoti --device {device.type}"
         )
 
 

@@ -108,7 +108,7 @@ def check_fits(
     Raises:
         EngineUnavailableError: expected and found, and the command that rebuilds it.
     """
-    rebuild = f"build it again on this machine: flowad-export CHECKPOINT --format {flavour.name}"
+    rebuild = f"build it again on this machine: flowad-export make CHECKPOINT --format {flavour.name}"
     if library_version != built_with:
         raise EngineUnavailableError(
             f"{path}: built with {flavour.module} {built_with}, this machine has {library_version}; "
