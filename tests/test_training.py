@@ -181,7 +181,7 @@ def test_loss_falls_on_one_image(config: TrainConfig, root: Path, tmp_path: Path
     one = tmp_path / "one" / "screw"
     for split in ("train", "test"):
         (one / split / "good").mkdir(parents=True)
-    (one / "train" / "good" / "0.png").write_bytes((root / "screw" / "train" / "good" / "000.png").read_bytes())
+        (one / split / "good" / "0.png").write_bytes((root / "screw" / "train" / "good" / "000.png").read_bytes())
     changes = {"root": tmp_path / "one", "hidden_size": 128, "steps": 150, "lr": 3e-3, "flips": "none", "log_every": 10}
     train(TrainConfig(**{**config.model_dump(), **changes}), tmp_path / "out")
     losses = [line["loss"] for line in log_of(tmp_path / "out")]
