@@ -49,12 +49,12 @@ def recalibrate(path: str | Path, good: GoodParts, alpha: float, device: str = "
     """Fit thresholds on good parts and store them in an existing bundle's manifest; engine files stay untouched.
 
     Raises:
-        BundleError: no bundle, an altered one, or one that is being written.
+        BundleError: no bundle, an altered one, or one that is being written or cannot be.
         CalibrationError: good parts that are too few.
         FrameError: a good part that cannot be read or judged.
     """
     bundle.read(path, verify=False)  # before anything is created beside a mistyped path
-    with bundle.locked(path):
+    with bundle.editing(path):
         folder, manifest = bundle.read(path, verify=False)  # `load` verifies
         check_good(good, alpha, manifest.aggregate)
         detector = load(path, device=device)

@@ -161,7 +161,9 @@ def show(path: Bundle, json: Json = False) -> None:
     _print_bundle(folder, manifest, _hashed(folder, manifest), "", json)
 
 
-def verify(path: Bundle, data: Data = None, device: Device = "auto", json: Json = False) -> None:
+def verify(
+    path: Bundle, data: Data = None, device: Device = "auto", threads: common.Threads = None, json: Json = False
+) -> None:
     """Check a bundle again on this machine: its files' hashes, and the parity of its artefacts.
 
     Parity needs the model: the format eager in the bundle, and the extra `model` of this project. Without them it is
@@ -200,6 +202,7 @@ def calibrate(
     ],
     alpha: Alpha = 0.01,
     device: Device = "auto",
+    threads: common.Threads = None,
     json: Json = False,
 ) -> None:
     """Fit a bundle's thresholds on good parts, and store them in its manifest; engine files stay as they are.
@@ -225,13 +228,13 @@ def _before(
     good, path, json = options["calibrate"], Path(checkpoint), options["json"]
     if verify_it:
         _note("verify BUNDLE")
-        verify(path, options["data"], options["device"], json)
+        verify(path, options["data"], options["device"], json=json)
     elif inspect:
         _note("show BUNDLE")
         show(path, json)
     elif good is not None and bundle.is_bundle(path):
         _note("calibrate BUNDLE GOOD_FOLDER")
-        calibrate(path, good, options["alpha"], options["device"], json)
+        calibrate(path, good, options["alpha"], options["device"], json=json)
     else:
         _note("make CHECKPOINT")
         make(checkpoint, **options)

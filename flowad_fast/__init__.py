@@ -10,6 +10,8 @@ Names are imported on first use, so that `import flowad_fast` costs nothing.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flowad_fast import environment
+
 if TYPE_CHECKING:
     from flowad_fast.checkpoints.load import load_checkpoint, load_velocity, save_checkpoint
     from flowad_fast.config import VelocityConfig
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from flowad_fast.stages.decision import Verdict
     from flowad_fast.stages.integration import integrate
     from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
+
+environment.settle()  # before torch, matplotlib and ONNX Runtime are imported
 
 __version__ = "0.1.0"
 

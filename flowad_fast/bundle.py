@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from flowad_fast.files import replacing, sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
 
-MANIFEST, REJECTED = "manifest.json", "rejected.json"
+MANIFEST, REJECTED, LOCK = "manifest.json", "rejected.json", ".lock"
 ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")
 """A plain relative path: no empty, hidden, `.` or `..` component, so nothing outside the folder can be named."""
 
@@ -156,19 +157,54 @@ def locked(target: str | Path) -> Iterator[Path]:
     The lock belongs to the process and goes with it, however it ends; its empty file stays.
 
     Raises:
-        BundleError: another process is writing it now.
+        BundleError: another process is writing it now, or the folder that it lies in cannot be written.
     """
     target = Path(target).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(target.parent / f".{target.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BundleError(f"{target}: another export is writing this bundle; wait for it or choose --output") from None
+    lock = _acquire(target, target.parent / f".{target.name}.lock")
     try:
         yield target
     finally:
         lock.release()
+
+
+@contextmanager
+def editing(target: str | Path) -> Iterator[Path]:
+    """As `locked`, for a change of the existing bundle's manifest, after checking that the bundle can be written.
+
+    A bundle that is a mount point lies in a folder that its user cannot write; its lock is then inside it.
+
+    Raises:
+        BundleError: another process is writing it now, or it cannot be written.
+    """
+    target = Path(target).resolve()
+    try:
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise _read_only(target, error) from None
+    beside = target.parent / f".{target.name}.lock"
+    inside = not os.access(target.parent, os.W_OK) and not os.access(beside, os.W_OK)
+    lock = _acquire(target, target / LOCK if inside else beside)
+    try:
+        yield target
+    finally:
+        lock.release()
+
+
+def _acquire(target: Path, path: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BundleError(f"{target}: another export is writing this bundle; wait for it or choose --output") from None
+    except OSError as error:
+        raise _read_only(target, error) from None
+    return lock
+
+
+def _read_only(target: Path, error: OSError) -> BundleError:
+    return BundleError(f"{target}: cannot be written ({error}); copy the bundle to a folder of yours, and use the copy")
 
 
 @contextmanager

@@ -14,12 +14,13 @@ An engine computes what `pipeline.py` says in sixty lines (read it next), itself
 it. Whatever ran, the detection says so.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -110,6 +111,9 @@ class Detection:
 class Detector:
     """An engine with its decision: call it with frames. Safe from many threads; `close` frees the engine.
 
+    It belongs to the process that made it: engines have threads, locks and driver handles, which neither a fork nor a
+    pickle takes along. A worker process loads its own.
+
     Example:
         >>> import numpy as np
         >>> from flowad_fast import Detector, Inversion
@@ -141,6 +145,7 @@ class Detector:
         reject_repeats: bool = False,
     ) -> None:
         self._engine: Engine | None = engine
+        self._process = os.getpid()
         self.engine = engine.title
         self.classes: Classes = spec.classes
         self.image_size = spec.image.size
@@ -172,6 +177,7 @@ class Detector:
         device: str = "auto",
         aggregate: Aggregate = "max",
         ops: str | None = None,
+        threads: int | None = None,
     ) -> "Detector":
         """A detector without a bundle and so without a calibration.
 
@@ -184,6 +190,7 @@ class Detector:
             aggregate: map to image score.
             ops: operators of the velocity field and the loop: `reference` (plain torch) or `fused` (Triton kernels);
                 None takes fused for the cudagraph engine, otherwise reference.
+            threads: see `load`.
 
         Raises:
             EngineUnavailableError: engine, precision or operators cannot run here; says what is missing.
@@ -191,7 +198,7 @@ class Detector:
         from flowad_fast.pipeline import ScoringPipeline
 
         pipeline = ScoringPipeline(model, scorer, aggregate, arithmetic(engine, precision, ops))
-        return cls(start_from_model(engine, pipeline, device), model.spec, aggregate=aggregate)
+        return cls(start_from_model(engine, pipeline, device, threads), model.spec, aggregate=aggregate)
 
     @classmethod
     def from_checkpoint(
@@ -277,11 +284,23 @@ class Detector:
         """The engine.
 
         Raises:
-            EngineUnavailableError: the detector was closed.
+            EngineUnavailableError: the detector was closed, or was made by another process than this, its fork.
         """
+        if os.getpid() != self._process:
+            raise EngineUnavailableError(
+                f"this detector was loaded in process {self._process} and is called in {os.getpid()}, a fork of it, "
+                "where its engine cannot run; load the bundle in the child"
+            )
         if self._engine is None:
             raise EngineUnavailableError("this detector was closed; load the bundle again")
         return self._engine
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies and pickles, saying what to send instead."""
+        raise TypeError(
+            "a detector belongs to its process and cannot be pickled or copied; send the bundle's path, and call "
+            "flowad_fast.load(path) in the process that uses it"
+        )
 
     def close(self) -> None:
         """Free the engine; later calls raise EngineUnavailableError, calls in flight finish."""
@@ -347,7 +366,9 @@ def load(
         ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid, whoever calls: for a detector
             that serves one camera. With several, call each camera's own `Detector.camera()` instead.
-        threads: CPU threads that one call may use, None for all cores; the engine onnxruntime takes a number.
+        threads: CPU threads that one call may use, for engines that run on the CPU. None is what OMP_NUM_THREADS says,
+            otherwise the cores that the process or its container may use. The torch engines set torch's number, which
+            belongs to the process.
 
     Raises:
         BundleError: no bundle, another version, or an altered file.

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "flowad_fast", "export", "benchmarks", "tests")
 FLOORS = (
     # What a runtime without torch is made of.
-    ("errors",),
+    ("errors", "environment"),
     ("config", "files"),
     ("stages.schedule", "stages.decision", "stages.frames"),
     ("stages.scorers",),
     ("bundle",),
-    ("engines", "engines.onnx_file"),
+    ("engines", "engines.onnx_file", "engines.cores"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     ("line.outcome",),

@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from flowad_fast.engines.cores import limit_process
 from flowad_fast.errors import FlowADError, OutputError, missing_extra
 
 
@@ -39,6 +40,14 @@ err = Console(stderr=True)
 for _stream in (sys.stdout, sys.stderr):
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")  # a name that an ASCII console cannot show must not end the job
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, callback=limit_process, help="CPU threads. [default: OMP_NUM_THREADS, or the cores of the container]"
+    ),
+]
+"""An option that needs no passing on: it counts for the process, whatever the engine."""
 
 EXIT_ERROR = 1
 """The work was tried and failed (bad file, failed parity, no engine)."""

@@ -25,6 +25,7 @@ def evaluate(
     scorer: Annotated[str | None, typer.Option(help=f"Checkpoint only: {', '.join(SCORERS)} [inversion].")] = None,
     config: Annotated[Path | None, typer.Option(help="Checkpoint only: its training configuration.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
+    threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.png and mistakes/; made if needed.")

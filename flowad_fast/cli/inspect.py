@@ -39,6 +39,7 @@ def inspect(
     ] = False,
     engine: Annotated[str, typer.Option(help="One of the bundle's engines, or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames per call.")] = 8,
     json: Annotated[bool, typer.Option("--json", help="Summary as JSON on standard output.")] = False,
 ) -> None:

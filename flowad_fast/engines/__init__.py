@@ -28,11 +28,13 @@ class Engine(ABC):
         name: its name in `ENGINES`.
         device: what it runs on: `cpu`, `cuda:0`, ...
         on_tensors: whether it has `on_device`.
+        takes_threads: whether it is started with a number of CPU threads, as `threads`.
     """
 
     name: str
     device: str
     on_tensors = False
+    takes_threads = False
 
     @abstractmethod
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +59,23 @@ class Engine(ABC):
         Raises:
             EngineUnavailableError: it cannot run here, or takes no number of threads.
         """
-        refuse_threads(artefact.engine, threads)
-        return cls(path, artefact, device)  # type: ignore[call-arg]
+        return cls(path, artefact, device, **cls.with_threads(artefact.engine, threads))  # type: ignore[call-arg]
+
+    @classmethod
+    def with_threads(cls, name: str, threads: int | None) -> dict[str, int]:
+        """The keyword argument that holds the number of threads, where there is one.
+
+        Raises:
+            EngineUnavailableError: a number for an engine that takes none, called `name`.
+        """
+        if threads is None:
+            return {}
+        if not cls.takes_threads:
+            able = "one that runs on the CPU: onnxruntime, eager, compile, inductor"
+            raise EngineUnavailableError(
+                f"the engine {name} takes no number of threads (got {threads}); leave it out, or ask for {able}"
+            )
+        return {"threads": threads}
 
     @property
     def title(self) -> str:
@@ -77,8 +94,8 @@ class Backend:
 
     Attributes:
         description: one line for help and tables.
-        place: its module and class. The class is called with (pipeline, device) when it starts from a model, otherwise
-            its `from_artefact` is.
+        place: its module and class. The class is called with (pipeline, device) when it starts from a model, and with
+            `threads` where a number was asked for and it takes one; otherwise its `from_artefact` is.
         artefact: the `Artefact.engine` that it reads; engines that start from a model read the weights, "eager".
         starts_from: what it is given.
         requires: the extra of this project that it needs, for messages; "" where the light runtime is enough.
@@ -139,15 +156,3 @@ def backend(name: str) -> Backend:
     if name not in ENGINES:
         raise EngineUnavailableError(f"unknown engine {name!r}; {nearest(name, (*ENGINES, 'auto'))}")
     return ENGINES[name]
-
-
-def refuse_threads(name: str, threads: int | None) -> None:
-    """Refuse a number of threads for an engine that takes none.
-
-    Raises:
-        EngineUnavailableError: `threads` is given.
-    """
-    if threads is not None:
-        raise EngineUnavailableError(
-            f"the engine {name} takes no number of threads (got {threads}); leave it out, or ask for onnxruntime"
-        )

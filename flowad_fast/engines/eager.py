@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowad_fast.engines import Engine
 from flowad_fast.engines.attention import choose_attention
+from flowad_fast.engines.cores import bind_torch
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.engines.precision import arithmetic, check_precision
@@ -25,8 +26,17 @@ class EagerEngine(Engine):
 
     name = "eager"
     on_tensors = True
+    takes_threads = True
 
-    def __init__(self, pipeline: ScoringPipeline, device: str = "auto", attention: str | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: ScoringPipeline,
+        device: str = "auto",
+        attention: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._threads = threads
+        bind_torch(threads)
         self._device = torch_device(device)
         check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
@@ -58,5 +68,6 @@ class EagerEngine(Engine):
 
     def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `run`, on tensors of the engine's device; a batch that does not fit is an error here."""
+        bind_torch(self._threads)
         with torch.inference_mode(), arithmetic(self.pipeline.precision, self._device), self.attention.active():
             return self.pipeline(frames, y)

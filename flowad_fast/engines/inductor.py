@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowad_fast.bundle import Artefact
 from flowad_fast.engines import Engine
+from flowad_fast.engines.cores import bind_torch
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.errors import BundleError, EngineUnavailableError
@@ -31,13 +32,17 @@ class InductorEngine(Engine):
 
     name = "compile"
     on_tensors = True
+    takes_threads = True
 
     def __init__(
         self,
         pipeline: ScoringPipeline,
         device: str = "auto",
         mode: Literal["default", "max-autotune-no-cudagraphs"] = "default",
+        threads: int | None = None,
     ) -> None:
+        self._threads = threads
+        bind_torch(threads)
         self._device = torch_device(device)
         check_precision(pipeline.precision, self._device)
         if self._device.type == "cpu":
@@ -66,6 +71,7 @@ class InductorEngine(Engine):
 
     def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `run`, on tensors of the engine's device."""
+        bind_torch(self._threads)
         with self._lock, torch.inference_mode(), arithmetic(self.pipeline.precision, self._device):
             return self._compiled(*([frames] if y is None else [frames, y]))
 
@@ -78,8 +84,11 @@ class AotInductorEngine(Engine):
     """
 
     name = "inductor"
+    takes_threads = True
 
-    def __init__(self, path: Path, artefact: Artefact, device: str = "auto") -> None:
+    def __init__(self, path: Path, artefact: Artefact, device: str = "auto", threads: int | None = None) -> None:
+        self._threads = threads
+        bind_torch(threads)
         built_for = str(artefact.details.get("device"))
         self._device = torch_device(built_for if device == "auto" else device)
         self.device = str(self._device)
@@ -96,6 +105,7 @@ class AotInductorEngine(Engine):
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
+        bind_torch(self._threads)
         with self._lock, torch.inference_mode(), arithmetic(self._precision, self._device):
             maps, scores = self._package.boxed_run(list(_inputs(frames, y, self._device)))
         return maps.cpu().numpy(), scores.cpu().numpy()

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
 from flowad_fast.bundle import Artefact
 from flowad_fast.engines import Engine
+from flowad_fast.engines.cores import limit
 from flowad_fast.engines.onnx_file import external_tensors
+from flowad_fast.environment import has_gpu_driver
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported; a line's computer calls nobody
-import onnxruntime  # noqa: E402
-from onnxruntime.capi import onnxruntime_pybind11_state as errors  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ TYPES: dict[str, type[np.generic]] = {
 class OnnxRuntimeEngine(Engine):
     """Runs `model.onnx` of a bundle; safe from many threads (a session's run is).
 
-    `auto` is CUDA where ONNX Runtime has it, otherwise the CPU. float32 stays float32: TF32 is off.
+    `auto` is CUDA where ONNX Runtime and the machine have it, otherwise the CPU. float32 stays float32: TF32 is off.
     """
 
     name = "onnxruntime"
@@ -55,7 +56,7 @@ class OnnxRuntimeEngine(Engine):
         Args:
             path: the ONNX file.
             device: `auto`, or a key of `PROVIDERS`, with `:N` for the N-th device.
-            threads: CPU threads inside an operator, None for all cores.
+            threads: CPU threads inside an operator, None for what `cores.limit` says.
             files: names that external data may have (those of the manifest, whose hashes were checked); None for any
                 in the graph's folder.
 
@@ -63,13 +64,13 @@ class OnnxRuntimeEngine(Engine):
             EngineUnavailableError: the provider, or an operator on it, is missing here.
             BundleError: the graph, or where it keeps its external data, is not acceptable.
         """
-        if threads is not None and threads < 1:
-            raise EngineUnavailableError(f"threads is {threads}; expected 1 or more, or None for all cores")
+        if threads is not None or not os.environ.get("ORT_INTRA_OP_NUM_THREADS"):  # which ONNX Runtime reads itself
+            threads = limit(threads)
         check_external_data(path, files)
         kind, _, index = device.partition(":")
         available = onnxruntime.get_available_providers()
         if kind == "auto":
-            kind = "cuda" if has_cuda() else "cpu"
+            kind = "cuda" if has_cuda() and has_gpu_driver() else "cpu"
         if kind not in PROVIDERS:
             raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, 'auto'))}")
         provider = PROVIDERS[kind]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.config import Precision
-from flowad_fast.engines import ENGINES, Engine, backend, refuse_threads
+from flowad_fast.engines import ENGINES, Engine, backend
+from flowad_fast.environment import has_gpu_driver
 from flowad_fast.errors import BundleError, EngineUnavailableError, nearest
 
 if TYPE_CHECKING:
@@ -44,9 +45,11 @@ def operators(name: str) -> ModuleType:
 
 
 def device_kind(device: str) -> str:
-    """`cuda` or `cpu`: where `device` leads, without importing torch where torch is not installed."""
+    """`cuda` or `cpu`: where `device` leads. torch is asked only where it is installed and a GPU's driver is too."""
     if device != "auto":
         return "cuda" if device.partition(":")[0] in ("cuda", "tensorrt") else "cpu"
+    if not has_gpu_driver():
+        return "cpu"
     if not _has_torch():
         from flowad_fast.engines.onnxruntime import has_cuda
 
@@ -118,8 +121,7 @@ def start_engine(
         if ops is not None:
             raise EngineUnavailableError(f"{path}: the engine {engine} has its operators fixed; leave ops={ops!r} out")
         return chosen.engine().from_artefact(path, artefact, device, threads)
-    refuse_threads(engine, threads)
-    chosen.engine()  # says what is missing before the weights are read
+    chosen.engine().with_threads(engine, threads)  # says what is missing before the weights are read
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.pipeline import ScoringPipeline
 
@@ -132,14 +134,17 @@ def start_engine(
         manifest.aggregate,
         arithmetic(engine, precision or artefact.precision, ops),
     )
-    return start_from_model(engine, pipeline, device)
+    return start_from_model(engine, pipeline, device, threads)
 
 
-def start_from_model(name: str, pipeline: "ScoringPipeline", device: str = "auto") -> Engine:
-    """Start the engine `name` on a scoring pipeline.
+def start_from_model(
+    name: str, pipeline: "ScoringPipeline", device: str = "auto", threads: int | None = None
+) -> Engine:
+    """Start the engine `name` on a scoring pipeline; `threads` as in `flowad_fast.load`.
 
     Raises:
-        EngineUnavailableError: the engine is unknown, cannot run here, or runs exported artefacts only.
+        EngineUnavailableError: the engine is unknown, cannot run here, takes no number of threads, or runs exported
+            artefacts only.
     """
     chosen = backend(name)
     if chosen.starts_from != "model":
@@ -148,7 +153,8 @@ def start_from_model(name: str, pipeline: "ScoringPipeline", device: str = "auto
             f"the engine {name} runs exported bundles only; export the model with flowad-export and load the bundle, "
             f"or ask for one of: {able}"
         )
-    return chosen.engine()(pipeline, device)  # type: ignore[call-arg]
+    engine = chosen.engine()
+    return engine(pipeline, device, **engine.with_threads(name, threads))  # type: ignore[call-arg]
 
 
 def arithmetic(engine: str, precision: Precision, ops: str | None) -> "Arithmetic":
