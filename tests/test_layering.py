@@ -14,7 +14,8 @@ FLOORS = (
     # What a runtime without torch is made of.
     ("errors",),
     ("config", "files"),
-    ("stages.schedule", "stages.decision", "stages.frames"),
+    ("stages.schedule", "stages.aggregates", "stages.frames"),
+    ("stages.decision",),
     ("stages.scorers",),
     ("bundle",),
     ("engines", "engines.onnx_file"),
