@@ -17,7 +17,7 @@ FLOORS = (
     ("stages.schedule", "stages.aggregates", "stages.frames"),
     ("stages.decision",),
     ("stages.scorers",),
-    ("bundle",),
+    ("bundle", "checkpoints.defaults"),
     ("engines", "engines.onnx_file"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
@@ -48,6 +48,7 @@ FLOORS = (
     ("training.batches",),
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
+    ("cli.authors",),
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
