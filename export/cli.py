@@ -15,8 +15,10 @@ from typer.core import TyperGroup
 
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
+from flowad_fast.checkpoints.defaults import evaluation_defaults
 from flowad_fast.cli import common
-from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
+from flowad_fast.cli.authors import choose
+from flowad_fast.cli.scorer_options import with_scorer_options
 from flowad_fast.config import Precision
 from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
 from flowad_fast.export.calibration import recalibrate
@@ -73,12 +75,14 @@ def make(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth, .safetensors, or `demo`).")
     ],
-    config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of a .pth checkpoint; logging.eval in it sets the defaults.")
+    ] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
     format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
     precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
-    scorer: Annotated[str, typer.Option(help=f"{', '.join(SCORERS)}.")] = "inversion",
-    aggregate: Annotated[str, typer.Option(help=f"Image score of the map: {', '.join(AGGREGATES)}.")] = "max",
+    scorer: Annotated[str | None, typer.Option(help=f"{', '.join(SCORERS)} [inversion].")] = None,
+    aggregate: Annotated[str | None, typer.Option(help=f"Image score: {', '.join(AGGREGATES)} [max].")] = None,
     frame_size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames, or any.")] = "any",
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
@@ -101,10 +105,14 @@ def make(
     """
     if bundle.is_bundle(checkpoint):
         raise ConfigError(f"{checkpoint} is a bundle already; give a checkpoint, or use show, verify or calibrate")
-    measured = scorer == "density" and scoring.get("probes") == AUTO
-    chosen = scorer_from(scorer, scoring | ({"probes": None} if measured else {}))
+    defaults = evaluation_defaults(checkpoint, config)
+    kind = scorer or (defaults.scorer if defaults else None)
+    measured = kind == "density" and scoring.get("probes") == AUTO
+    asked = choose(scorer, aggregate, scoring | ({"probes": None} if measured else {}), defaults)
+    chosen, score = asked.scorer, asked.aggregate
+    if defaults:
+        common.note(asked)
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
-    score = _one_of("aggregate", aggregate, AGGREGATES)
     arithmetic = _one_of("precision", precision, get_args(Precision))
     require("model", *MODEL, "onnx", "onnxscript", by="flowad-export make")
     from flowad_fast.checkpoints.load import DEMO, load_checkpoint
@@ -133,6 +141,8 @@ def make(
                 for name in formats
             },
             "scorer": repr(chosen),
+            "aggregate": score,
+            "sources": dict(asked.sources),
             "probe_choice": None if choice is None else choice.record(),
             "device": device,
             "parity_frames": frames.source,

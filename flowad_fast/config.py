@@ -21,6 +21,19 @@ MVTEC_CLASSES = (
     "toothbrush", "cable", "carpet", "wood", "bottle", "leather", "hazelnut",
 )  # fmt: skip
 """Class order (index y) of the published MVTec AD models; it is not alphabetical."""
+VISA_CLASSES = (
+    "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+    "pipe_fryum",
+)  # fmt: skip
+MPDD_CLASSES = ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes")
+REALIAD_CLASSES = (
+    "audiojack", "bottle_cap", "button_battery", "end_cap", "eraser", "fire_hood", "mint", "phone_battery",
+    "plastic_nut", "plastic_plug", "pcb", "porcelain_doll", "regulator", "rolled_strip_base", "sim_card_set", "switch",
+    "terminalblock", "toothbrush", "toy", "toy_brick", "transistor1", "u_block", "usb", "usb_adaptor", "vcpill",
+    "wooden_beads", "woodstick", "zipper", "mounts", "tape",
+)  # fmt: skip
+CLASS_ORDERS = {"mvtec_ad": MVTEC_CLASSES, "visa": VISA_CLASSES, "mpdd": MPDD_CLASSES, "realiad": REALIAD_CLASSES}
+"""Class order by what the `data.dataset_name` of the authors' configurations begins with."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3, (0.5,) * 3)}

@@ -54,7 +54,7 @@ class Detection:
 
     Attributes:
         map: (B, S, S) float32 anomaly map, higher is more anomalous.
-        raw_score: the image scores as the graph gives them, (B,), or (B, 2) for the aggregate diff+sum.
+        raw_score: the image scores as the graph gives them, (B,), or (B, n) for n > 1 terms.
         classes: class name of each frame, "" for unconditional models.
         invalid: why a frame cannot be judged, None for valid frames.
         engine: what ran, e.g. "onnxruntime on cpu", or "cudagraph on cuda:0 (bf16, fused)".
@@ -75,7 +75,7 @@ class Detection:
         """Image scores (B,) float32, higher is more anomalous.
 
         Raises:
-            CalibrationError: the aggregate is diff+sum, whose ranges come from a calibration, and there is none.
+            CalibrationError: the aggregate has several terms, whose ranges come from a calibration, and there is none.
         """
         if self.raw_score.ndim == 1:
             return self.raw_score

@@ -14,9 +14,10 @@ FLOORS = (
     # What a runtime without torch is made of.
     ("errors", "environment"),
     ("config", "files"),
-    ("stages.schedule", "stages.decision", "stages.frames"),
+    ("stages.schedule", "stages.aggregates", "stages.frames"),
+    ("stages.decision",),
     ("stages.scorers",),
-    ("bundle",),
+    ("bundle", "checkpoints.defaults"),
     ("engines", "engines.onnx_file", "engines.cores"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
@@ -47,6 +48,7 @@ FLOORS = (
     ("training.batches",),
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
+    ("cli.authors",),
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""

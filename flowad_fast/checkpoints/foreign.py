@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowad_fast.checkpoints.defaults import read_defaults
 from flowad_fast.checkpoints.reading import some
-from flowad_fast.config import MVTEC_CLASSES, TRANSFORMS, ImageConfig, ModelConfig, VelocityConfig, parse, read_mapping
+from flowad_fast.config import CLASS_ORDERS, TRANSFORMS, ImageConfig, ModelConfig, VelocityConfig, parse, read_mapping
 from flowad_fast.errors import CheckpointError, ConfigError, nearest
 from flowad_fast.stages.features import BACKBONES, STRIDES
 
@@ -127,12 +128,16 @@ def velocity_weights(state: Mapping[str, Any], source: str) -> tuple[Weights, Fa
 
 
 def foreign_spec(family: Family, config: str | Path, weights: Weights) -> ModelConfig:
-    """The model that a family's configuration file and weights describe.
+    """The model that a family's configuration file and weights describe; `provenance` has how they evaluate it.
 
     Raises:
         ConfigError: the file cannot be read, lacks what defines the model, or asks for what is not supported.
     """
-    return family.spec(Settings(read_mapping(Path(config)), str(config)), weights)
+    values = read_mapping(Path(config))
+    spec = family.spec(Settings(values, str(config)), weights)
+    defaults = read_defaults(values, Path(config).name)
+    kept = {} if defaults is None else {"evaluation": defaults.model_dump(exclude_none=True)}
+    return spec.model_copy(update={"provenance": kept})
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:
@@ -179,6 +184,7 @@ def _flowad(settings: Settings, weights: Weights) -> ModelConfig:
         "use_class_labels": conditional,
         "pred_type": pred_type,
         "t_scale": settings.optional("model.t_scale", 1.0),
+        "step_grid": "short-last",
     }
     names = _class_names(settings) if conditional else ()
     return _model(settings, weights, "model.backbone.model_name", fields, names)
@@ -188,7 +194,7 @@ def _class_names(settings: Settings) -> tuple[str, ...]:
     """Class names of the data sets whose class order is known; otherwise empty, and classes are given as indices."""
     name = str(settings.need("data.dataset_name"))
     settings.need("data.category")
-    return MVTEC_CLASSES if name.startswith("mvtec_ad") else ()
+    return next((order for start, order in CLASS_ORDERS.items() if name.startswith(start)), ())
 
 
 def _invad(settings: Settings, weights: Weights) -> ModelConfig:

@@ -54,7 +54,8 @@ def load_checkpoint(
         raise ConfigError(f"{path}: a .pth checkpoint needs its training configuration; give config=FILE.yaml")
     weights, family = velocity_weights(state, str(path))
     provenance = {"source": path.name, "sha256": sha256(path), "format": family.name}
-    spec = foreign_spec(family, config, weights).model_copy(update={"provenance": provenance})
+    spec = foreign_spec(family, config, weights)
+    spec = spec.model_copy(update={"provenance": provenance | spec.provenance})
     dit = filled(spec.velocity, weights, str(path))
     return FlowModel(spec, dit, backbone_loader(spec, backbone_weights, {}, str(path)))
 

@@ -168,7 +168,7 @@ def _result(path: Path, name: str, one: Scanned["Detection"]) -> Result:
         score = float(detection.score[i])
         status = "anomalous" if detection.verdict[i] is Verdict.ANOMALOUS else "good"
     except CalibrationError as error:
-        # Without a calibration the aggregate diff+sum has no score either.
+        # Without a calibration an aggregate of several terms has no score either.
         reason = _one_line(error) if score is None else ""
     return Result(path, status, score, name, reason, one.frame, detection.map[i])
 
