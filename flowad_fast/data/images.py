@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from flowad_fast.data.walk import SUFFIXES, find_photos
+from flowad_fast.data.walk import SUFFIXES, Photos, find_photos
 from flowad_fast.errors import ConfigError, FrameError, nearest
 from flowad_fast.files import sha256
 
@@ -122,9 +122,14 @@ def find_images(folder: str | Path) -> list[Path]:
         place, reason = photos.problems[0]
         raise FrameError(f"{place}: {reason}")
     if not photos.paths:
-        also = f"; {photos.left_out()}" if photos.others else ""
-        raise FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
+        raise no_images(folder, photos)
     return list(photos.paths)
+
+
+def no_images(folder: str | Path, photos: Photos) -> FrameError:
+    """The error of a folder in which no photo was found."""
+    also = f"; {photos.left_out()}" if photos.others else ""
+    return FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
 
 
 def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None = None) -> NDArray[np.bool_]:
