@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, cast, get_args
 
@@ -140,7 +139,8 @@ def read_ahead(frames: Sequence[Frame], window: int, most: int = WINDOW_BYTES) -
 
         def begin() -> list[Future[Frame | FrameError]]:
             nonlocal start
-            sizes.extend(pool.map(partial(_bytes, frames), range(start + len(sizes), min(start + window, len(frames)))))
+            # Headers are read here, not in the pool: it keeps as many threads, each with its heap, as frames need.
+            sizes.extend(_bytes(frames, i) for i in range(start + len(sizes), min(start + window, len(frames))))
             reading: list[Future[Frame | FrameError]] = []
             total = 0
             while sizes and (not reading or total + sizes[0] <= most):
