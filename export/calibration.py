@@ -1,5 +1,6 @@
 """Thresholds from good parts: checked before any work, fitted through a detector, stored in a bundle's manifest."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from flowad_fast import bundle
 from flowad_fast.bundle import Manifest
 from flowad_fast.detector import Detector, load
-from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.errors import BundleError, FlowADError, FrameError
 from flowad_fast.evaluation.inspection import scan
 from flowad_fast.export.card import write_card
 from flowad_fast.export.frames import GoodParts
@@ -49,18 +50,27 @@ def recalibrate(path: str | Path, good: GoodParts, alpha: float, device: str = "
     """Fit thresholds on good parts and store them in an existing bundle's manifest; engine files stay untouched.
 
     Raises:
-        BundleError: no bundle, an altered one, or one that is being written.
+        BundleError: no bundle, an altered one, or one that is being written or cannot be.
         CalibrationError: good parts that are too few.
         FrameError: a good part that cannot be read or judged.
     """
     bundle.read(path, verify=False)  # before anything is created beside a mistyped path
-    with bundle.locked(path):
-        folder, manifest = bundle.read(path, verify=False)  # `load` verifies
-        check_good(good, alpha, manifest.aggregate)
-        detector = load(path, device=device)
-        manifest = manifest.model_copy(update={"calibration": fit(detector, good, alpha)})
-        bundle.write_manifest(folder, manifest)
-        write_card(folder, manifest)
+    try:
+        with bundle.locked(path):
+            folder, manifest = bundle.read(path, verify=False)  # `load` verifies
+            with tempfile.TemporaryFile(dir=folder):  # refuses now what could not be written after the work
+                pass
+            check_good(good, alpha, manifest.aggregate)
+            detector = load(path, device=device)
+            manifest = manifest.model_copy(update={"calibration": fit(detector, good, alpha)})
+            bundle.write_manifest(folder, manifest)
+            write_card(folder, manifest)
+    except OSError as error:
+        if isinstance(error, FlowADError):
+            raise
+        raise BundleError(
+            f"{path}: cannot be written ({error.strerror}), the bundle is as it was; copy it to a folder of yours"
+        ) from None
     return manifest
 
 
