@@ -1,5 +1,6 @@
 """`flowad-inspect`: every image file under a folder through a bundle, one result row per file."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -153,7 +154,7 @@ def _check_overlays(overlays: Path | None, folder: Path, photos: Photos) -> None
 
 def _others(photos: Photos, folder: Path, target: Path) -> Photos:
     """`photos` without the result file of an earlier run among the files that are left out."""
-    if target.exists() and target.resolve().is_relative_to(folder.resolve()):
+    if os.path.exists(target) and target.resolve().is_relative_to(folder.resolve()):
         return Photos(photos.paths, photos.problems, photos.others - Counter([target.suffix.lower()]))
     return photos
 

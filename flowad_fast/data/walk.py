@@ -74,7 +74,7 @@ def find_photos(folder: Path, deep: bool = True) -> Photos:
     Raises:
         FrameError: `folder` is no folder, or cannot be looked into.
     """
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise FrameError(f"{folder}: no such folder; give a folder with image files")
     found: list[Path] = []
     problems: list[tuple[Path, str]] = []

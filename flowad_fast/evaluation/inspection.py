@@ -261,9 +261,9 @@ class ResultFile(AbstractContextManager["ResultFile"]):
                 be written.
         """
         self.path, self.format, self.bundle, self.engine = path, format, bundle, engine
-        self._real = path.resolve()
+        self._real = Path(os.path.realpath(path))  # a loop of links is no error here, opening it is one
         self._made = False
-        if self._real.exists() and not self._real.is_file():
+        if os.path.exists(self._real) and not self._real.is_file():
             raise ConfigError(f"{path}: is no plain file; choose another --output")
         make_folder(self._real.parent)
         self._lock = lock(self._real.with_name(f".{self._real.name}.lock"), f"{path}: another run is writing this file")
@@ -280,7 +280,7 @@ class ResultFile(AbstractContextManager["ResultFile"]):
 
     def _open(self, resume: bool) -> None:
         self.rows: list[Row] = []
-        self._made = not self._real.exists()
+        self._made = not os.path.exists(self._real)
         self._replace = not self._made and not resume
         if not self._made and resume:
             self.rows, self._replace = _reopen(self._real, self.path, self.format)
@@ -577,13 +577,13 @@ class OverlayFolder(AbstractContextManager["OverlayFolder"]):
 
 
 def _read_scale(path: Path, bundle: str) -> dict[str, tuple[float, float]]:
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     try:
         scale = json.loads(path.read_text(encoding="utf-8"))
         ranges = {_read_text(name): (float(low), float(high)) for name, (low, high) in scale["ranges"].items()}
         known = scale["bundle"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{path}: is not the scale of overlays; remove it, or choose another --overlays") from None
     if known != bundle:
         raise ConfigError(
