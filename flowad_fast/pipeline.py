@@ -52,13 +52,15 @@ class ScoringPipeline(nn.Module):
     def forward(self, frames: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""
         cells = self.cells(frames, y)
-        maps, high, low, total = self.ops.upsample_score(cells.unflatten(1, self.grid), self.image.size)
+        grid: Tensor = cells.unflatten(1, self.grid)  # type: ignore[no-untyped-call]
+        maps, high, low, total = self.ops.upsample_score(grid, self.image.size)
         heat = Heat(cells, high, low, total, self.image.size**2, self.power)
         return maps, aggregated(heat, self.aggregate)
 
     def cells(self, frames: Tensor, y: Tensor | None = None) -> Tensor:
         """The map before it is enlarged, (B, N)."""
-        return self.scorer(self.backbone(normalise(frames, self.image), self.ops), y)
+        cells: Tensor = self.scorer(self.backbone(normalise(frames, self.image), self.ops), y)
+        return cells
 
     def on(self, device: torch.device) -> "ScoringPipeline":
         """The pipeline on a device, for inference; the model that it was made of stays where it is."""

@@ -98,10 +98,9 @@ def _norm_range_moved(error: float, spread: Spread) -> NDArray[np.float64] | flo
     if spread.power == 1:
         return 2 * error
     high, low = np.maximum(spread.high, 0), np.maximum(spread.low, 0)
-    return (
-        np.sqrt(high) - np.sqrt(np.maximum(high - error, 0)) + np.sqrt(low + error)
-        - np.sqrt(np.maximum(low - error, 0))
-    )  # fmt: skip
+    highest: NDArray[np.float64] = np.sqrt(high) - np.sqrt(np.maximum(high - error, 0))
+    lowest: NDArray[np.float64] = np.sqrt(low + error) - np.sqrt(np.maximum(low - error, 0))
+    return highest + lowest
 
 
 def _half_square(heat: Heat) -> "Tensor":
