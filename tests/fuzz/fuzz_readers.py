@@ -137,16 +137,9 @@ def damaged_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
     return bytes(data)
 
 
-<<<<<<< HEAD
-ANY_NAME = st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=9).filter(lambda n: n.strip("."))
-NAMES = ANY_NAME | st.sampled_from(
-    ["good", "train", "test", "ground_truth", "dent", "0.png", "0_mask.png", "1.JPG", "._0.png", "[x]", "[/y]", "$$",
-     "%s", "=1+1", "a\nb.png", "\udcff.png", "\u202egnp.exe", "@eaDir", "..png", "é.pgm", "-"]
-=======
 ODD_NAMES = (
     "good", "train", "test", "ground_truth", "dent", "0.png", "0_mask.png", "1.JPG", "._0.png", "[x]", "[/y]", "$$",
     "%s", "=1+1", "a\nb.png", "\udcff.png", "\u202egnp.exe", "@eaDir", "..png", "é.pgm", "-",
->>>>>>> inspect2
 )  # fmt: skip
 anything = st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=9)
 NAMES = anything.filter(lambda name: name.strip(".")) | st.sampled_from(ODD_NAMES)  # `..` would lead out of the folder
