@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
