@@ -204,7 +204,9 @@ def _acquire(target: Path, path: Path) -> filelock.BaseFileLock:
 
 
 def _read_only(target: Path, error: OSError) -> BundleError:
-    return BundleError(f"{target}: cannot be written ({error}); copy the bundle to a folder of yours, and use the copy")
+    return BundleError(
+        f"{target}: cannot be written ({error.strerror}); copy the bundle to a folder of yours, and use the copy"
+    )
 
 
 @contextmanager

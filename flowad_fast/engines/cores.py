@@ -52,7 +52,7 @@ def limit(threads: int | None, variables: tuple[str, ...] = ("OMP_NUM_THREADS",)
 
 
 def bind_torch(threads: int | None) -> None:
-    """Hold torch to a number of threads, OpenMP and the matrix library included; each thread that uses it calls this.
+    """Hold torch, OpenMP included, to a number of threads; each thread that uses torch calls it.
 
     The number belongs to the process, and is changed only where it differs. Without one that was asked for, torch's
     own is lowered to what is available, never raised.
