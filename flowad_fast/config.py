@@ -33,6 +33,8 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 What each is made of: `stages.arithmetic.NUMBERS`."""
 Backbone = Literal["efficientnet-b4", "efficientnet-lite0"]
 """Frozen feature extractors, described in `stages.features.BACKBONES`."""
+Weights = Literal["model", "ema"]
+"""Which of a checkpoint's weights: those that were trained, or their running average."""
 
 
 @dataclass(frozen=True)

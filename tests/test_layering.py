@@ -36,6 +36,7 @@ FLOORS = (
     ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
     ("checkpoints.own",),
     ("checkpoints.load",),
+    ("checkpoint",),
     # What reads data, judges and trains.
     ("data.samples", "data.walk"),
     ("data.images",),

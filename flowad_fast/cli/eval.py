@@ -8,6 +8,7 @@ import typer
 from flowad_fast.bundle import MANIFEST
 from flowad_fast.cli import common
 from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
+from flowad_fast.config import Weights
 from flowad_fast.data.layouts import LAYOUTS
 from flowad_fast.errors import ConfigError, require
 from flowad_fast.stages.scorers import SCORERS
@@ -25,6 +26,9 @@ def evaluate(
     scorer: Annotated[str | None, typer.Option(help=f"Checkpoint only: {', '.join(SCORERS)} [inversion].")] = None,
     config: Annotated[Path | None, typer.Option(help="Checkpoint only: its training configuration.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="Checkpoint only: its trained or its averaged weights [model].")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     output: Annotated[
         Path | None, typer.Option(help="Folder for report.json, report.png and mistakes/; made if needed.")
@@ -50,7 +54,7 @@ def evaluate(
 
     dataset = read_dataset(layout, data)
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
-    detector = _load(model, scorer, scoring, config, backbone_weights)
+    detector = _load(model, scorer, scoring, config, backbone_weights, weights)
     with common.progress("evaluating", total, quiet=json) as advance:
         report = evaluation.evaluate(
             detector,
@@ -76,19 +80,25 @@ def evaluate(
 
 
 def _load(
-    model: str, scorer: str | None, scoring: dict[str, Any], config: Path | None, backbone_weights: Path | None
+    model: str,
+    scorer: str | None,
+    scoring: dict[str, Any],
+    config: Path | None,
+    backbone_weights: Path | None,
+    weights: Weights | None,
 ) -> "Detector":
     from flowad_fast.detector import Detector, load
 
     if (Path(model) / MANIFEST).is_file():
-        fixed = {"scorer": scorer, **scoring, "config": config, "backbone-weights": backbone_weights}
+        files = {"config": config, "backbone-weights": backbone_weights, "weights": weights}
+        fixed = {"scorer": scorer, **scoring, **files}
         given = [f"--{name}" for name, value in fixed.items() if value is not None]
         if given:
             raise ConfigError(f"{model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint")
         return load(model)
     chosen = scorer_from(scorer or "inversion", scoring)
     require("model", "torch", "torchvision", "timm", "safetensors", by="flowad-eval of a checkpoint")
-    return Detector.from_checkpoint(model, chosen, config=config, backbone_weights=backbone_weights)
+    return Detector.from_checkpoint(model, chosen, config=config, backbone_weights=backbone_weights, weights=weights)
 
 
 def _print_table(report: "Report") -> None:
