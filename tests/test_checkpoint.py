@@ -113,6 +113,7 @@ def test_the_two_fields_with_defaults(class_checkpoint: Path, tmp_path: Path, se
         (lambda s: s["model"].update(hidden_size="wide"), "must be a number"),
         (lambda s: s["model"].update(learn_sigma=True), "learn_sigma"),
         (lambda s: s["model"]["backbone"].update(model_name="efficientnet-b5"), "did you mean 'efficientnet-b4'"),
+        (lambda s: s["model"]["backbone"].update(model_name="pixel"), "flows on raw pixels are not supported"),
         (lambda s: s["model"]["backbone"].update(outblocks=[1, 5, 9, 20]), "outblocks"),
         (lambda s: s["model"]["backbone"].update(normalization="bn"), "normalization"),
         (lambda s: s["flow_matching"].update(pred_type="veloctiy"), "velocity, data, noise"),
