@@ -40,6 +40,8 @@ _GRIDS = {
     "dinov2-base": (14, 14),
 }
 """Of each backbone: pixels per cell of its grid, and what the image's side must be a multiple of."""
+Target = Literal["velocity", "data", "noise"]
+"""What a flow's network predicts, and what its loss compares."""
 Weights = Literal["model", "ema"]
 """Which of a checkpoint's weights: those that were trained, or their running average."""
 

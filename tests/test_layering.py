@@ -45,7 +45,7 @@ FLOORS = (
     ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
-    ("training.batches",),
+    ("training.recipes", "training.objective", "training.batches"),
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
     ("cli.inspect", "cli.eval", "cli.train"),
