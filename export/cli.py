@@ -20,7 +20,7 @@ from flowad_fast.checkpoints.defaults import evaluation_defaults
 from flowad_fast.cli import common
 from flowad_fast.cli.authors import choose
 from flowad_fast.cli.scorer_options import with_scorer_options
-from flowad_fast.config import Precision
+from flowad_fast.config import Precision, Weights
 from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
 from flowad_fast.export.calibration import recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
@@ -80,6 +80,9 @@ def make(
         Path | None, typer.Option(help="YAML of a .pth checkpoint; logging.eval in it sets the defaults.")
     ] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="The trained or the averaged weights of a .pth [model].")
+    ] = None,
     format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
     precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
     scorer: Annotated[str | None, typer.Option(help=f"{', '.join(SCORERS)} [inversion].")] = None,
@@ -124,7 +127,7 @@ def make(
     bundle.check_target(target)
 
     with common.err.status("reading the checkpoint and the frames"):
-        model = load_checkpoint(checkpoint, config, backbone_weights)
+        model = load_checkpoint(checkpoint, config, backbone_weights, weights)
         chosen.schedules(model.config)  # refuses scorers that the model cannot have
         _ = model.backbone
         frames = parity_frames(data)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from flowad_fast import bundle as bundles
-from flowad_fast.config import Classes, ModelConfig, Precision
+from flowad_fast.config import Classes, ModelConfig, Precision, Weights
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
 from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
@@ -208,13 +208,14 @@ class Detector:
         *,
         config: str | Path | None = None,
         backbone_weights: str | Path | None = None,
+        weights: Weights | None = None,
         **options: Any,
     ) -> "Detector":
         """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
         require("model", "torch", "timm", "safetensors", by="Detector.from_checkpoint")
         from flowad_fast.checkpoints.load import load_checkpoint
 
-        return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)
+        return cls.from_model(load_checkpoint(path, config, backbone_weights, weights), scorer, **options)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ FLOORS = (
     ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
     ("checkpoints.own",),
     ("checkpoints.load",),
+    ("checkpoint",),
     # What reads data, judges and trains.
     ("data.samples", "data.walk"),
     ("data.images",),
@@ -45,7 +46,7 @@ FLOORS = (
     ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
-    ("training.batches",),
+    ("training.recipes", "training.objective", "training.batches"),
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
     ("cli.authors",),

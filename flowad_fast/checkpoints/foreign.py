@@ -14,7 +14,16 @@ from torch import Tensor
 
 from flowad_fast.checkpoints.defaults import read_defaults
 from flowad_fast.checkpoints.reading import some
-from flowad_fast.config import CLASS_ORDERS, TRANSFORMS, ImageConfig, ModelConfig, VelocityConfig, parse, read_mapping
+from flowad_fast.config import (
+    CLASS_ORDERS,
+    TRANSFORMS,
+    ImageConfig,
+    ModelConfig,
+    VelocityConfig,
+    grid_side,
+    parse,
+    read_mapping,
+)
 from flowad_fast.errors import CheckpointError, ConfigError, nearest
 from flowad_fast.stages.features import BACKBONES, STRIDES
 
@@ -144,11 +153,18 @@ def _equal(tensor: Tensor, other: Tensor | None) -> bool:
     return other is not None and tensor.shape == other.shape and torch.equal(tensor, other)
 
 
-def _backbone(settings: Settings, key: str) -> tuple[str, ImageConfig]:
+def backbone_of(settings: Settings, key: str) -> tuple[str, ImageConfig]:
+    """The backbone named under `key`, and how frames become its input."""
+    if settings.need(key) == "pixel":
+        raise ConfigError(
+            f"{settings.source}: {key} 'pixel': flows on raw pixels are not supported, "
+            f"only on features of a frozen backbone: {', '.join(BACKBONES)}"
+        )
     name = settings.one_of(key, BACKBONES)
     parent = key.rpartition(".")[0]
-    settings.expect(f"{parent}.outblocks", list(BACKBONES[name].outblocks))
-    settings.expect(f"{parent}.outstrides", list(STRIDES))
+    if BACKBONES[name].outblocks:
+        settings.expect(f"{parent}.outblocks", list(BACKBONES[name].outblocks))
+        settings.expect(f"{parent}.outstrides", list(STRIDES))
     mean, std = TRANSFORMS[settings.one_of("data.transform_type", TRANSFORMS)]
     image = {"size": settings.number("data.img_size"), "mean": mean, "std": std}
     return name, parse(ImageConfig, image, f"{settings.source}: data.img_size")
@@ -157,10 +173,10 @@ def _backbone(settings: Settings, key: str) -> tuple[str, ImageConfig]:
 def _model(settings: Settings, weights: Weights, backbone_key: str, fields: dict[str, Any],
            names: tuple[str, ...] = ()) -> ModelConfig:  # fmt: skip
     """The model with these fields of its velocity field; the rest comes from the backbone and the class table."""
-    backbone, image = _backbone(settings, backbone_key)
+    backbone, image = backbone_of(settings, backbone_key)
     if CLASS_TABLE not in weights:
         raise CheckpointError(f"{settings.source}: the checkpoint lacks {CLASS_TABLE}")
-    grid = image.size // STRIDES[-1]
+    grid = grid_side(backbone, image.size)
     classes = weights[CLASS_TABLE].shape[0] - (fields["class_dropout_prob"] > 0)
     shape = {"channels": sum(BACKBONES[backbone].channels), "height": grid, "width": grid, "num_classes": classes}
     velocity = parse(VelocityConfig, shape | fields, settings.source)

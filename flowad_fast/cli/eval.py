@@ -13,7 +13,7 @@ from flowad_fast.checkpoints.defaults import evaluation_defaults
 from flowad_fast.cli import common
 from flowad_fast.cli.authors import AUTHORS, BUILT_IN, choose
 from flowad_fast.cli.scorer_options import with_scorer_options
-from flowad_fast.config import VelocityConfig
+from flowad_fast.config import VelocityConfig, Weights
 from flowad_fast.data.layouts import LAYOUTS
 from flowad_fast.errors import ConfigError, FrameError, require
 from flowad_fast.files import make_folder, replacing
@@ -39,6 +39,9 @@ def evaluate(
         Path | None, typer.Option(help="Checkpoint only: its configuration; logging.eval in it sets the defaults.")
     ] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="Checkpoint only: its trained or its averaged weights [model].")
+    ] = None,
     threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     output: Annotated[
@@ -70,7 +73,7 @@ def evaluate(
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
     if output is not None:
         _make_writable(output)
-    asked = Asked(model, scorer, scoring, config, backbone_weights, aggregate, test_set_normalisation)
+    asked = Asked(model, scorer, scoring, config, backbone_weights, weights, aggregate, test_set_normalisation)
     detector, scaled, remarks = _load(asked)
     for remark in remarks:
         common.note(remark)
@@ -103,6 +106,7 @@ class Asked:
     scoring: Mapping[str, Any] = field(default_factory=dict)
     config: Path | None = None
     backbone_weights: Path | None = None
+    weights: Weights | None = None
     aggregate: str | None = None
     authors: bool = False
 
@@ -118,7 +122,7 @@ def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
     if (Path(asked.model) / MANIFEST).is_file():
         fixed = {
             "scorer": asked.scorer, **asked.scoring, "aggregate": asked.aggregate, "config": asked.config,
-            "backbone-weights": asked.backbone_weights,
+            "backbone-weights": asked.backbone_weights, "weights": asked.weights,
         }  # fmt: skip
         given = [f"--{name}" for name, value in fixed.items() if value is not None]
         if given:
@@ -147,7 +151,7 @@ def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
     require("model", "torch", "torchvision", "timm", "safetensors", by="flowad-eval of a checkpoint")
     from flowad_fast.checkpoints.load import load_checkpoint
 
-    network = load_checkpoint(asked.model, asked.config, asked.backbone_weights)
+    network = load_checkpoint(asked.model, asked.config, asked.backbone_weights, asked.weights)
     if asked.authors:
         choice = choice.with_aggregate(_authors_aggregate(network.config), AUTHORS)
         if asked.aggregate not in (None, choice.aggregate):
