@@ -286,6 +286,28 @@ def test_eval_takes_max_where_the_files_aggregate_has_no_ranges(tmp_path: Path) 
     assert "steps 2 [ad.yaml]" in remarks[0] and "diff+sum needs ranges" in remarks[1]
 
 
+def test_export_takes_the_files_settings_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flowad_fast.export import cli as export
+
+    model = tiny_model()
+    kept = {"source": "ad [G].yaml", "scorer": "density", "steps": 2, "probes": 3, "aggregate": "diff+sum"}
+    model.spec = model.spec.model_copy(update={"provenance": {"evaluation": kept}})
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    arguments = ["make", tmp_path / "m.safetensors", "--steps", 4, "--dry-run", "--json", "--output", tmp_path / "b"]
+    monkeypatch.setattr("sys.argv", ["flowad-export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        export.main()
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert (
+        not stop.value.code and plan["scorer"] == repr(Density(steps=4, probes=3)) and plan["aggregate"] == "diff+sum"
+    )
+    assert plan["sources"]["probes"] == "ad [G].yaml" and plan["sources"]["steps"] == "command line"
+    assert "steps 4 [command line], probes 3 [ad [G].yaml]" in err
+
+
 # Masks, and what is written
 
 

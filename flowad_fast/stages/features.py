@@ -100,8 +100,9 @@ class VisionTransformer(BackboneSpec):
 
     def build(self, size: int) -> nn.Module:
         """See `BackboneSpec`; the position embedding is that of this size."""
-        options = {"features_only": True, "out_indices": (-1,), "img_size": size}
-        return timm.create_model(self.timm_name, pretrained=False, **options)
+        options: dict[str, Any] = {"features_only": True, "out_indices": (-1,), "img_size": size}
+        network: nn.Module = timm.create_model(self.timm_name, pretrained=False, **options)
+        return network
 
     def named(self, state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """timm's and the original names, which are the same; positions are resampled to the grid of `wanted`."""
