@@ -100,7 +100,7 @@ class VisionTransformer(BackboneSpec):
 
     def build(self, size: int) -> nn.Module:
         """See `BackboneSpec`; the position embedding is that of this size."""
-        options = {"features_only": True, "out_indices": (-1,), "img_size": size}
+        options: dict[str, Any] = {"features_only": True, "out_indices": (-1,), "img_size": size}
         return timm.create_model(self.timm_name, pretrained=False, **options)
 
     def named(self, state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
