@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -561,3 +562,21 @@ def test_wrong_surroundings(config: TrainConfig, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="add --distributed"):
         train(config, tmp_path)
+
+
+def test_what_cannot_be_written_is_told_before_the_work(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    cached = TrainConfig(**{**config.model_dump(), "feature_cache": tmp_path / "file" / "cache"})
+    full = TrainConfig(**{**config.model_dump(), "feature_cache": tmp_path / "full"})
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(ConfigError, match=r"0.0 GiB are free, the feature cache takes.*leave the feature cache out"):
+        train(full, tmp_path / "out")
+    assert not list((tmp_path / "full").glob("*.npy*")), "nothing is left behind"
+    monkeypatch.setattr("flowad_fast.training.loop.read_dataset", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ConfigError, match="file.*cannot be made"):
+        train(config, tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="cache: cannot be made"):
+        train(cached, tmp_path / "out")

@@ -33,15 +33,6 @@ def save_checkpoint(
     The backbone is stored by name, with its feature statistics; `include_backbone` stores its weights too (float32),
     so that the file stands alone.
 
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from flowad_fast import load_checkpoint, save_checkpoint
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_checkpoint(load_checkpoint("demo"), Path(folder) / "copy.safetensors")
-        ...     sorted(path.name for path in Path(folder).iterdir())
-        ['copy.json', 'copy.safetensors']
-
     Raises:
         ConfigError: another suffix, or the disk refuses.
 

@@ -1,6 +1,8 @@
 """What a training step sees: which images in which flip variants, and their features, computed or cached."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,7 +129,7 @@ def cached_features(
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
             with replacing(path) as file:
-                _write_features(direct, file, progress)
+                _write_features(direct, folder, file, progress)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
@@ -135,12 +137,36 @@ def cached_features(
     return CachedFeatures(array, direct.extractor.mean.device)
 
 
-def _write_features(direct: DirectFeatures, file: BinaryIO, progress: Progress | None) -> None:
+def require_writable(folder: Path) -> None:
+    """Make a folder, and refuse one in which no file can be made.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written there.
+    """
+    make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to ({error}); choose another folder") from None
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder}: {free / 2**30:.1f} GiB are free, the feature cache takes {needed / 2**30:.1f}; free space, "
+            "choose another folder, use fewer flips, or leave the feature cache out"
+        )
+
+
+def _write_features(direct: DirectFeatures, folder: Path, file: BinaryIO, progress: Progress | None) -> None:
     for start in range(0, direct.images, 8):
         rows = np.arange(start, min(start + 8, direct.images))
         images = direct.load(rows, np.zeros_like(rows))
         block = torch.stack([direct.finish(images.flip(axes)) for axes in direct.variants], 1).cpu().numpy()
         if start == 0:
+            _require_space(folder, direct.images * block[0].nbytes)
             shape = (direct.images, *block.shape[1:])
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)

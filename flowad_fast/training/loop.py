@@ -36,7 +36,7 @@ from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
 from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError, require
-from flowad_fast.files import digest, make_folder, replacing
+from flowad_fast.files import digest, replacing
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.velocity import DiT
@@ -47,6 +47,7 @@ from flowad_fast.training.batches import (
     cached_features,
     draw_batch,
     feature_statistics,
+    require_writable,
     seed_of,
     training_samples,
 )
@@ -119,19 +120,21 @@ def train(
     if config.batch_size % runtime.world:
         raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the {runtime.world} processes")
     output = Path(output)
-    dataset = read_dataset(config.layout, config.root)
-    categories, samples = training_samples(config, dataset)
-    config = config.counted(len(samples))
-    velocity = config.velocity(len(categories))
-    labels = torch.tensor([categories.index(sample.category) for sample in samples])
-    names = categories if velocity.use_class_labels else ()
-    spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
-    extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
-    identity = _identity(config, dataset.name, samples, extractor, runtime.world)
-    learner = Learner(config, velocity, runtime)
     with ExitStack() as stack:
-        if runtime.rank == 0:
+        if runtime.rank == 0:  # what cannot be written is told before anything is computed
             stack.enter_context(_sole_writer(output))
+            if config.feature_cache is not None:
+                require_writable(config.feature_cache)
+        dataset = read_dataset(config.layout, config.root)
+        categories, samples = training_samples(config, dataset)
+        config = config.counted(len(samples))
+        velocity = config.velocity(len(categories))
+        labels = torch.tensor([categories.index(sample.category) for sample in samples])
+        names = categories if velocity.use_class_labels else ()
+        spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
+        extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
+        identity = _identity(config, dataset.name, samples, extractor, runtime.world)
+        learner = Learner(config, velocity, runtime)
         if resume and (output / STATE).is_file():
             learner.load(output / STATE, identity)
         direct = DirectFeatures(extractor, [sample.path for sample in samples], config)
@@ -440,12 +443,15 @@ def _differences(old: Identity, new: Identity) -> str:
 
 @contextmanager
 def _sole_writer(output: Path) -> Iterator[None]:
-    make_folder(output)
+    require_writable(output)
+    lock = FileLock(output / "train.lock")
     try:
-        with FileLock(output / "train.lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{output}: another training writes here; wait for it or choose another folder") from None
+    with lock:
+        lock.release()  # the one of `acquire`: `with` holds the lock from here
+        yield
 
 
 def _cut_log(path: Path, step: int) -> None:
