@@ -10,7 +10,7 @@ Names are imported on first use, so that `import flowad_fast` costs nothing.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flowad_fast import environment
+from flowad_fast import environment, moved
 
 if TYPE_CHECKING:
     from flowad_fast.checkpoints.load import load_checkpoint, load_velocity, save_checkpoint
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
 
 environment.settle()  # before torch, matplotlib and ONNX Runtime are imported
+moved.install()
 
 __version__ = "0.1.0"
 

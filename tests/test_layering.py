@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "flowad_fast", "export", "benchmarks", "tests")
 FLOORS = (
     # What a runtime without torch is made of.
-    ("errors", "environment"),
+    ("errors", "environment", "moved"),
     ("config", "files"),
     ("stages.schedule", "stages.aggregates", "stages.frames"),
     ("stages.decision",),
@@ -37,7 +37,6 @@ FLOORS = (
     ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
     ("checkpoints.own",),
     ("checkpoints.load",),
-    ("checkpoint",),
     # What reads data, judges and trains.
     ("data.samples", "data.walk"),
     ("data.images",),
@@ -187,6 +186,20 @@ def without(modules: tuple[str, ...], code: str) -> None:
     run = [sys.executable, "-c", blocking(modules) + code]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_modules_are_found_by_their_old_names() -> None:
+    from flowad_fast.moved import MOVED
+
+    for old, new in MOVED.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
+            sys.modules.pop(old, None)
+            alias = importlib.import_module(old)
+        module = importlib.import_module(new)
+        names = [name for name in vars(module) if not name.startswith("_")]
+        assert names and all(getattr(alias, name) is getattr(module, name) for name in names)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("flowad_fast.nothing")
 
 
 def test_the_package_imports_without_torch() -> None:
