@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := build/check
 LIGHT  := build/light
+JOBS   ?= 2
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help demo test quick slow fuzz lint wheel-test docs release gpu-check clean
@@ -36,11 +37,12 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m flowad_fast.benchmarks.demo
 
+# One thread per process: two processes of one thread do more than one of two.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 quick: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not long" $(ARGS)
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.files import replacing
+from flowad_fast.stages.aggregates import AGGREGATES
 
 CARD = "README.md"
 
@@ -29,7 +30,8 @@ def _certificate(artefact: Artefact) -> tuple[str, ...]:
 
 def model_card(manifest: Manifest) -> str:
     """Markdown that says what the bundle computes, what was checked, and how it is used."""
-    v = manifest.model.velocity
+    v, image = manifest.model.velocity, manifest.model.image.size
+    side = (v.height, v.width) if AGGREGATES[manifest.aggregate].of_cells else (image, image)
     names = ", ".join(manifest.model.class_names) if v.use_class_labels else "none (unconditional)"
     size = "any (resized as in training)" if manifest.frame_size is None else "x".join(map(str, manifest.frame_size))
     lines = [
@@ -40,7 +42,7 @@ def model_card(manifest: Manifest) -> str:
         "| | |",
         "| --- | --- |",
         f"| scorer | `{manifest.scorer!r}` |",
-        f"| image score | {manifest.aggregate} of the {manifest.model.image.size}x{manifest.model.image.size} map |",
+        f"| image score | {manifest.aggregate} of the {side[0]}x{side[1]} map |",
         f"| frames | uint8 RGB, height x width: {size} |",
         f"| backbone | {manifest.model.backbone} |",
         f"| velocity field | DiT {v.hidden_size} wide, {v.depth} deep, {v.num_heads} heads, predicts {v.pred_type} |",

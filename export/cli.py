@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import numpy as np
 import typer
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
+from flowad_fast.checkpoints.defaults import evaluation_defaults
 from flowad_fast.cli import common
-from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
-from flowad_fast.config import Precision
+from flowad_fast.cli.authors import choose
+from flowad_fast.cli.scorer_options import with_scorer_options
+from flowad_fast.config import Precision, Weights
 from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
 from flowad_fast.export.calibration import recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
@@ -73,12 +76,17 @@ def make(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth, .safetensors, or `demo`).")
     ],
-    config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of a .pth checkpoint; logging.eval in it sets the defaults.")
+    ] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="The trained or the averaged weights of a .pth [model].")
+    ] = None,
     format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
     precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
-    scorer: Annotated[str, typer.Option(help=f"{', '.join(SCORERS)}.")] = "inversion",
-    aggregate: Annotated[str, typer.Option(help=f"Image score of the map: {', '.join(AGGREGATES)}.")] = "max",
+    scorer: Annotated[str | None, typer.Option(help=f"{', '.join(SCORERS)} [inversion].")] = None,
+    aggregate: Annotated[str | None, typer.Option(help=f"Image score: {', '.join(AGGREGATES)} [max].")] = None,
     frame_size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames, or any.")] = "any",
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
@@ -101,10 +109,14 @@ def make(
     """
     if bundle.is_bundle(checkpoint):
         raise ConfigError(f"{checkpoint} is a bundle already; give a checkpoint, or use show, verify or calibrate")
-    measured = scorer == "density" and scoring.get("probes") == AUTO
-    chosen = scorer_from(scorer, scoring | ({"probes": None} if measured else {}))
+    defaults = evaluation_defaults(checkpoint, config)
+    kind = scorer or (defaults.scorer if defaults else None)
+    measured = kind == "density" and scoring.get("probes") == AUTO
+    asked = choose(scorer, aggregate, scoring | ({"probes": None} if measured else {}), defaults)
+    chosen, score = asked.scorer, asked.aggregate
+    if defaults:
+        common.note(asked)
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
-    score = _one_of("aggregate", aggregate, AGGREGATES)
     arithmetic = _one_of("precision", precision, get_args(Precision))
     require("model", *MODEL, "onnx", "onnxscript", by="flowad-export make")
     from flowad_fast.checkpoints.load import DEMO, load_checkpoint
@@ -115,11 +127,13 @@ def make(
     bundle.check_target(target)
 
     with common.err.status("reading the checkpoint and the frames"):
-        model = load_checkpoint(checkpoint, config, backbone_weights)
+        model = load_checkpoint(checkpoint, config, backbone_weights, weights)
         chosen.schedules(model.config)  # refuses scorers that the model cannot have
         _ = model.backbone
         frames = parity_frames(data)
         good = None if calibrate is None else good_parts(calibrate, model.spec.classes.labels)
+        for line in (*frames.left_out, *(good.left_out if good else ())):
+            common.note(line)
         if good is not None:
             require_parts(good.classes, alpha, score)
         choice = None
@@ -133,10 +147,13 @@ def make(
                 for name in formats
             },
             "scorer": repr(chosen),
+            "aggregate": score,
+            "sources": dict(asked.sources),
             "probe_choice": None if choice is None else choice.record(),
             "device": device,
             "parity_frames": frames.source,
             "good_parts": None if good is None else len(good),
+            "left_out": [*frames.left_out, *(good.left_out if good else ())],
         }
         common.print_json(plan) if json else common.out.print(plan)
         return
@@ -149,7 +166,7 @@ def make(
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
             tell=tell,
         )  # fmt: skip
-    _report(result, json)
+    _report(result, json, (*frames.left_out, *(good.left_out if good else ())))
 
 
 def show(path: Bundle, json: Json = False) -> None:
@@ -211,9 +228,13 @@ def calibrate(
     """
     _, manifest = bundle.read(path, verify=False)
     with common.err.status("calibrating"):
-        manifest = recalibrate(path, good_parts(good, manifest.model.classes.labels), alpha, device)
+        parts = good_parts(good, manifest.model.classes.labels)
+        for line in parts.left_out:
+            common.note(line)
+        manifest = recalibrate(path, parts, alpha, device)
     if json:
-        common.print_json({"bundle": str(path), "manifest": manifest.model_dump(mode="json")})
+        left_out = list(parts.left_out)
+        common.print_json({"bundle": str(path), "manifest": manifest.model_dump(mode="json"), "left_out": left_out})
     else:
         _print_calibration(manifest)
 
@@ -241,8 +262,7 @@ def _before(
 
 
 def _note(form: str) -> None:
-    text = f"note: write flowad-export {form} ...; the form without a command goes with the next release"
-    common.err.print(text, markup=False, highlight=False, soft_wrap=True)
+    common.note(f"note: write flowad-export {form} ...; the form without a command goes with the next release")
 
 
 def _of_before() -> Any:
@@ -287,7 +307,7 @@ def _chosen_probes(
     return choose_probes(model, scorer, normal[:PROBE_FRAMES], names if model.config.use_class_labels else None)
 
 
-def _report(result: ExportResult, json: bool) -> None:
+def _report(result: ExportResult, json: bool, left_out: Sequence[str]) -> None:
     """Print what an export did; exit code 1 unless every format is ok."""
     if json:
         common.print_json(
@@ -295,6 +315,7 @@ def _report(result: ExportResult, json: bool) -> None:
                 "ok": result.ok,
                 "published": str(result.path) if result.published else None,
                 "rejected": None if result.rejected is None else str(result.rejected),
+                "left_out": list(left_out),
                 **_facts(result.manifest, result.outcomes),
             }
         )
@@ -302,13 +323,14 @@ def _report(result: ExportResult, json: bool) -> None:
         common.out.print(_table(result.manifest, result.outcomes))
         _print_reasons(result.outcomes)
         if result.published:
-            common.out.print(f"bundle: {result.path}", highlight=False, soft_wrap=True)
+            common.say(f"bundle: {result.path}")
             _print_calibration(result.manifest)
     failed = [name for name, outcome in result.outcomes.items() if not outcome.ok]
     if failed:
         kept = f"; kept as {result.rejected}" if result.rejected else ""
         done = "the others are published" if result.published else "nothing is published"
-        common.err.print(f"[bold red]error:[/] not ok: {', '.join(failed)}{kept}; {done}", soft_wrap=True)
+        common.err.print("[bold red]error:[/] ", end="")
+        common.note(f"not ok: {', '.join(failed)}{kept}; {done}")
         raise typer.Exit(common.EXIT_ERROR)
 
 
@@ -325,7 +347,10 @@ def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str) -> 
 
     with common.err.status("verifying"):
         model = load_checkpoint(folder / next(iter(eager.files)))
-        return check_bundle(folder, model, parity_frames(data), device)
+        frames = parity_frames(data)
+        for line in frames.left_out:
+            common.note(line)
+        return check_bundle(folder, model, frames, device)
 
 
 def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome], doubt: str, json: bool) -> None:
@@ -335,9 +360,9 @@ def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome]
         return
     common.out.print(_table(manifest, outcomes))
     _print_reasons(outcomes)
-    common.out.print(f"written by flowad-fast {manifest.project_version} on {manifest.created}", highlight=False)
+    common.say(f"written by flowad-fast {manifest.project_version} on {manifest.created}")
     if doubt:
-        common.out.print(doubt, markup=False, highlight=False, soft_wrap=True)
+        common.say(doubt)
     _print_calibration(manifest)
 
 
@@ -355,21 +380,21 @@ def _facts(manifest: Manifest, outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
-    table = Table(title=f"{manifest.scorer!r}, score: {manifest.aggregate}", title_justify="left")
+    table = Table(title=common.plain(f"{manifest.scorer!r}, score: {manifest.aggregate}"), title_justify="left")
     for column in ("format", "status", "file", "MB", "build s", "map error", "RMS", "rank corr."):
         table.add_column(column, overflow="fold")
     for name, outcome in outcomes.items():
         style = "green" if outcome.ok or outcome.status == HASHES_OK else "bold red"
-        status = f"[{style}]{outcome.status}[/]"
+        status = Text(common.visible(outcome.status), style)
         artefact = outcome.artefact
         if artefact is None:
-            table.add_row(name, status)
+            table.add_row(common.plain(name), status)
             continue
         parity = artefact.parity
         table.add_row(
-            name,
+            common.plain(name),
             status,
-            next(iter(artefact.files)),
+            common.plain(next(iter(artefact.files))),
             f"{outcome.bytes / 1e6:.1f}",
             "" if artefact.build_seconds is None else f"{artefact.build_seconds:.1f}",
             f"{parity.max_error:.1e}" if parity else "not measured",
@@ -382,7 +407,7 @@ def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
 def _print_reasons(outcomes: dict[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         if outcome.reason:
-            common.out.print(f"{name}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+            common.say(f"{name}: {outcome}")
 
 
 def _print_calibration(manifest: Manifest) -> None:
@@ -390,10 +415,9 @@ def _print_calibration(manifest: Manifest) -> None:
         common.out.print("calibration: none, so no verdicts; flowad-export calibrate BUNDLE GOOD_FOLDER")
         return
     for name, one in manifest.calibration.classes.items():
-        common.out.print(
+        common.say(
             f"calibration: {name or 'all'}: threshold {one.threshold:.6g} from {one.parts} good parts, "
-            f"false-reject rate at most {manifest.calibration.alpha:g}",
-            soft_wrap=True,
+            f"false-reject rate at most {manifest.calibration.alpha:g}"
         )
 
 

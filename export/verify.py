@@ -12,14 +12,14 @@ from flowad_fast.engines import Engine
 from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import ConfigError, EngineUnavailableError, FlowADError, ParityError
 from flowad_fast.export.frames import ParityFrames
-from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, Spread, norm_power
 from flowad_fast.stages.scorers import Scorer
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
 
 Outputs = tuple[np.ndarray, np.ndarray]
-"""Maps (n, S, S) and raw scores (n,) or (n, 2)."""
+"""Maps (n, S, S) and raw scores (n,), or (n, k) for k terms."""
 OK, UNMEASURED = "ok", "ok, parity not measured"
 FAILED_PARITY, NOT_AVAILABLE, FAILED = "failed parity", "not available", "failed"
 
@@ -104,9 +104,10 @@ class Reference:
             reason = one_line(error)
             unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": reason})
             return Outcome(UNMEASURED, reason, unmeasured, size)
+        velocity = manifest.model.velocity
         parity = compare(
             got, self.expected, self.frames.source, artefact.precision, engine.device, self.frames.labels,
-            manifest.aggregate,
+            manifest.aggregate, velocity.height * velocity.width, norm_power(manifest.scorer),
         )  # fmt: skip
         checked = artefact.model_copy(update={"parity": parity, "unmeasured": None})
         return (
@@ -161,8 +162,9 @@ def reference_outputs(
         y1 = None if classes is None else classes[i : i + 1]
         x1 = model.features(frames[i : i + 1])
         maps.append(scorer.expected(model, x1, y1))
-    upsampled = ops.upsample(torch.cat(maps), model.spec.image.size)
-    return upsampled.numpy(), image_score(upsampled, aggregate).numpy()
+    cells = torch.cat(maps)
+    upsampled = ops.upsample(cells, model.spec.image.size)
+    return upsampled.numpy(), image_score(upsampled, aggregate, cells, norm_power(scorer)).numpy()
 
 
 def compare(
@@ -173,12 +175,14 @@ def compare(
     device: str,
     labels: np.ndarray | None = None,
     aggregate: Aggregate = "max",
+    cells: int | None = None,
+    power: int = 2,
 ) -> Parity:
-    """The certificate for maps (n, S, S) and raw scores (n,) or (n, 2); anything that is not finite fails.
+    """The certificate for maps (n, S, S) and raw scores (n,) or (n, k); anything that is not finite fails.
 
-    A score may be off by what the largest map error that is allowed can do to its aggregate, and no more. Of two score
-    terms (aggregate diff+sum) the worse one counts. Rank correlation needs three frames, the AUROC difference labels
-    (n,) of both kinds; what was not measured is None.
+    A score may be off by what the largest map error that is allowed can do to its aggregate, and no more. Of several
+    terms the worst one counts. Rank correlation needs three frames, the AUROC difference labels (n,) of both kinds;
+    what was not measured is None. A map was enlarged from `cells` values (None: it was not), norms to the `power`.
 
     Raises:
         ParityError: the reference itself is not finite, or the artefact's outputs have other shapes.
@@ -196,9 +200,11 @@ def compare(
     worst, rms = float(error.max()) / scale, float(np.sqrt((error**2).mean())) / scale
     terms = list(zip(raw.reshape(len(raw), -1).T.astype(np.float64), ref_raw.reshape(len(raw), -1).T, strict=True))
     score_error = max(float(np.abs(a - b).max()) / (float(b.std()) or float(np.abs(b).max()) or 1.0) for a, b in terms)
-    excess = max(
-        float(np.abs(a - b).max()) / (unit * scale)
-        for (a, b), unit in zip(terms, _units(aggregate, maps[0].size), strict=True)
+    flat = ref_maps.reshape(len(ref_maps), -1).astype(np.float64)
+    spread = Spread(flat.max(1), flat.min(1), flat.mean(1), flat.shape[1], cells or flat.shape[1], power)
+    within = all(
+        bool((np.abs(a - b) <= term.moved(tolerance.max * scale, spread)).all())
+        for (a, b), term in zip(terms, AGGREGATES[aggregate].terms, strict=True)
     )
     finite = bool(np.isfinite(maps).all() and np.isfinite(raw).all())
     spearman = auroc_difference = None
@@ -208,7 +214,7 @@ def compare(
         differences = [auroc(labels, a) - auroc(labels, b) for a, b in terms]
         auroc_difference = max(differences, key=abs)
     return Parity(
-        passed=finite and max(worst, excess) <= tolerance.max and rms <= tolerance.rms,
+        passed=finite and within and worst <= tolerance.max and rms <= tolerance.rms,
         frames=len(maps),
         source=source,
         device=device,
@@ -241,11 +247,6 @@ def _excess(parity: Parity) -> str:
         f"map error {parity.max_error:.1e} (tolerance {parity.tolerance:.0e}), RMS {parity.rms_error:.1e} "
         f"({parity.rms_tolerance:.0e}), score error {parity.score_error:.1e}"
     )
-
-
-def _units(aggregate: Aggregate, pixels: int) -> tuple[int, ...]:
-    """How far a map error of one in every pixel can move each term of an aggregate."""
-    return {"max": (1,), "mean": (1,), "sum": (pixels,), "diff": (2,), "diff+sum": (2, pixels)}[aggregate]
 
 
 def run_in_batches(engine: Engine, frames: np.ndarray, y: np.ndarray | None, batch: int = 3) -> Outputs:

@@ -21,6 +21,19 @@ MVTEC_CLASSES = (
     "toothbrush", "cable", "carpet", "wood", "bottle", "leather", "hazelnut",
 )  # fmt: skip
 """Class order (index y) of the published MVTec AD models; it is not alphabetical."""
+VISA_CLASSES = (
+    "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+    "pipe_fryum",
+)  # fmt: skip
+MPDD_CLASSES = ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes")
+REALIAD_CLASSES = (
+    "audiojack", "bottle_cap", "button_battery", "end_cap", "eraser", "fire_hood", "mint", "phone_battery",
+    "plastic_nut", "plastic_plug", "pcb", "porcelain_doll", "regulator", "rolled_strip_base", "sim_card_set", "switch",
+    "terminalblock", "toothbrush", "toy", "toy_brick", "transistor1", "u_block", "usb", "usb_adaptor", "vcpill",
+    "wooden_beads", "woodstick", "zipper", "mounts", "tape",
+)  # fmt: skip
+CLASS_ORDERS = {"mvtec_ad": MVTEC_CLASSES, "visa": VISA_CLASSES, "mpdd": MPDD_CLASSES, "realiad": REALIAD_CLASSES}
+"""Class order by what the `data.dataset_name` of the authors' configurations begins with."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3, (0.5,) * 3)}
@@ -31,8 +44,19 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 """Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them.
 
 What each is made of: `stages.arithmetic.NUMBERS`."""
-Backbone = Literal["efficientnet-b4", "efficientnet-lite0"]
+Backbone = Literal["efficientnet-b4", "efficientnet-lite0", "dinov2-small", "dinov2-base"]
 """Frozen feature extractors, described in `stages.features.BACKBONES`."""
+_GRIDS = {
+    "efficientnet-b4": (16, 32),
+    "efficientnet-lite0": (16, 32),
+    "dinov2-small": (14, 14),
+    "dinov2-base": (14, 14),
+}
+"""Of each backbone: pixels per cell of its grid, and what the image's side must be a multiple of."""
+Target = Literal["velocity", "data", "noise"]
+"""What a flow's network predicts, and what its loss compares."""
+Weights = Literal["model", "ema"]
+"""Which of a checkpoint's weights: those that were trained, or their running average."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,22 @@ class Classes:
     def of(self, y: "np.ndarray | None", batch: int) -> tuple[str, ...]:
         """The label of each index in y (batch,); "" for an unconditional model."""
         return ("",) * batch if y is None else tuple(self.labels[int(i)] for i in y)
+
+
+def grid_side(backbone: str, size: int) -> int:
+    """Cells per side of a backbone's features of a size x size image.
+
+    Raises:
+        ConfigError: the backbone does not take that size.
+    """
+    stride, multiple = _GRIDS[backbone]
+    if size % multiple:
+        nearest_size = max(1, round(size / multiple)) * multiple
+        raise ConfigError(
+            f"image size {size} is not a multiple of {multiple}, which {backbone} needs; "
+            f"take {nearest_size}, or {16 * stride} for a 16x16 grid"
+        )
+    return size // stride
 
 
 class Frozen(BaseModel):
@@ -162,7 +202,7 @@ Positive = Annotated[float, Field(gt=0)]
 class ImageConfig(Frozen):
     """How a frame becomes the backbone's input: resize to size x size, /255, subtract mean, divide by std."""
 
-    size: int = Field(default=256, gt=0, le=65536, multiple_of=32)
+    size: int = Field(default=256, gt=0, le=65536)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
@@ -183,9 +223,9 @@ class ModelConfig(Frozen):
         v = self.velocity
         if v.use_class_labels and self.class_names and len(self.class_names) != v.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {v.num_classes} classes")
-        if (v.height, v.width) != (self.image.size // 16,) * 2:
-            raise ValueError(f"a {self.image.size}-pixel image gives a {self.image.size // 16}² grid, "
-                             f"not {v.height}x{v.width}")  # fmt: skip
+        side = grid_side(self.backbone, self.image.size)
+        if (v.height, v.width) != (side, side):
+            raise ValueError(f"a {self.image.size}-pixel image gives a {side}² grid, not {v.height}x{v.width}")
         return self
 
     @property

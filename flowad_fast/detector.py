@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from flowad_fast import bundle as bundles
-from flowad_fast.config import Classes, ModelConfig, Precision
+from flowad_fast.config import Classes, ModelConfig, Precision, Weights
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
 from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
@@ -54,7 +54,7 @@ class Detection:
 
     Attributes:
         map: (B, S, S) float32 anomaly map, higher is more anomalous.
-        raw_score: the image scores as the graph gives them, (B,), or (B, 2) for the aggregate diff+sum.
+        raw_score: the image scores as the graph gives them, (B,), or (B, n) for n > 1 terms.
         classes: class name of each frame, "" for unconditional models.
         invalid: why a frame cannot be judged, None for valid frames.
         engine: what ran, e.g. "onnxruntime on cpu", or "cudagraph on cuda:0 (bf16, fused)".
@@ -75,7 +75,7 @@ class Detection:
         """Image scores (B,) float32, higher is more anomalous.
 
         Raises:
-            CalibrationError: the aggregate is diff+sum, whose ranges come from a calibration, and there is none.
+            CalibrationError: the aggregate has several terms, whose ranges come from a calibration, and there is none.
         """
         if self.raw_score.ndim == 1:
             return self.raw_score
@@ -208,13 +208,14 @@ class Detector:
         *,
         config: str | Path | None = None,
         backbone_weights: str | Path | None = None,
+        weights: Weights | None = None,
         **options: Any,
     ) -> "Detector":
         """A detector straight from a trained checkpoint; see `load_checkpoint`, and `from_model` for the options."""
         require("model", "torch", "timm", "safetensors", by="Detector.from_checkpoint")
         from flowad_fast.checkpoints.load import load_checkpoint
 
-        return cls.from_model(load_checkpoint(path, config, backbone_weights), scorer, **options)
+        return cls.from_model(load_checkpoint(path, config, backbone_weights, weights), scorer, **options)
 
     @property
     def class_names(self) -> tuple[str, ...]:

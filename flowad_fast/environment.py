@@ -67,7 +67,7 @@ def _has_name() -> bool:
         return True
     try:
         return bool(getpass.getuser())
-    except (KeyError, OSError):
+    except (KeyError, OSError, ImportError):
         return False
 
 

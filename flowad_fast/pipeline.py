@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from flowad_fast.model import FlowModel
+from flowad_fast.stages.aggregates import Aggregate, Heat, check_scorer, norm_power
 from flowad_fast.stages.arithmetic import FP32, Arithmetic
-from flowad_fast.stages.decision import Aggregate
 from flowad_fast.stages.image import normalise
 from flowad_fast.stages.integration import StepField
 from flowad_fast.stages.score import aggregated
@@ -17,7 +17,7 @@ from flowad_fast.stages.scorers import Scorer
 class ScoringPipeline(nn.Module):
     """Frames (B, H, W, 3) uint8 and class indices (B,) to map (B, S, S) and raw score (B,), float32.
 
-    S is the model's image size. The raw score is (B, 2) for the aggregate `diff+sum`, see `decision.aggregated`.
+    S is the model's image size. The raw score is (B, n) for an aggregate of n > 1 terms, see `aggregates.Rule`.
     `how` is the arithmetic of the velocity field and the loop; the backbone, the map and the score are float32.
     """
 
@@ -29,12 +29,14 @@ class ScoringPipeline(nn.Module):
         how: Arithmetic = FP32,
     ) -> None:
         super().__init__()
+        check_scorer(aggregate, scorer.kind)
         self.image = model.spec.image
         self.grid = (model.config.height, model.config.width)
         self.conditional = model.config.use_class_labels
         self.backbone = model.backbone
         self.scorer = scorer.prepare(model, how)
-        self.aggregate, self.precision, self.ops = aggregate, how.precision, how.ops
+        self.aggregate, self.power = aggregate, norm_power(scorer)
+        self.precision, self.ops = how.precision, how.ops
 
     @property
     def arithmetic(self) -> str:
@@ -49,11 +51,16 @@ class ScoringPipeline(nn.Module):
 
     def forward(self, frames: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""
-        images = normalise(frames, self.image)
-        x1 = self.backbone(images, self.ops)
-        cells = self.scorer(x1, y).unflatten(1, self.grid)
-        maps, high, low, total = self.ops.upsample_score(cells, self.image.size)
-        return maps, aggregated(high, low, total, self.image.size**2, self.aggregate)
+        cells = self.cells(frames, y)
+        grid: Tensor = cells.unflatten(1, self.grid)  # type: ignore[no-untyped-call]
+        maps, high, low, total = self.ops.upsample_score(grid, self.image.size)
+        heat = Heat(cells, high, low, total, self.image.size**2, self.power)
+        return maps, aggregated(heat, self.aggregate)
+
+    def cells(self, frames: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map before it is enlarged, (B, N)."""
+        cells: Tensor = self.scorer(self.backbone(normalise(frames, self.image), self.ops), y)
+        return cells
 
     def on(self, device: torch.device) -> "ScoringPipeline":
         """The pipeline on a device, for inference; the model that it was made of stays where it is."""

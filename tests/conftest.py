@@ -17,7 +17,19 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
 
+LONG = (
+    "test_export", "test_export_cli", "test_export_samples", "test_tensorrt", "test_aoti", "test_onnx", "test_fuzz",
+    "test_kernels_interpreter", "test_kernels_compiled", "test_bench", "test_demo", "test_onnxruntime",
+    "test_training", "test_triton_server", "test_docs", "test_method", "test_fast_engines", "test_inspect",
+    "test_line_policy",
+)  # fmt: skip
+"""Files of tests that build, compile, train or start processes: `make quick` leaves them out."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker(pytest.mark.long)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,5 +1,6 @@
 """Reading trained models: every trap of the foreign formats, and what bad files and configurations say."""
 
+import functools
 import json
 import pickle
 from collections.abc import Callable
@@ -113,6 +114,7 @@ def test_the_two_fields_with_defaults(class_checkpoint: Path, tmp_path: Path, se
         (lambda s: s["model"].update(hidden_size="wide"), "must be a number"),
         (lambda s: s["model"].update(learn_sigma=True), "learn_sigma"),
         (lambda s: s["model"]["backbone"].update(model_name="efficientnet-b5"), "did you mean 'efficientnet-b4'"),
+        (lambda s: s["model"]["backbone"].update(model_name="pixel"), "flows on raw pixels are not supported"),
         (lambda s: s["model"]["backbone"].update(outblocks=[1, 5, 9, 20]), "outblocks"),
         (lambda s: s["model"]["backbone"].update(normalization="bn"), "normalization"),
         (lambda s: s["flow_matching"].update(pred_type="veloctiy"), "velocity, data, noise"),
@@ -179,6 +181,108 @@ def test_invad_learn_sigma_is_refused(tmp_path: Path) -> None:
     settings["diffusion"]["learn_sigma"] = True
     with pytest.raises(ConfigError, match="learn_sigma"):
         load_checkpoint(write(tmp_path / "a.pth", invad_state()), config_file(tmp_path, settings))
+
+
+# Checkpoints as training tools leave them
+
+
+@functools.cache
+def plain_state() -> dict[str, torch.Tensor]:
+    """`class_state`, made once; look, do not change it."""
+    return class_state()
+
+
+def wrapped(form: str) -> dict[str, Any]:
+    """The class checkpoint as compiled, distributed, Lightning and averaging code saves it."""
+    state = plain_state()
+    plain = {f"model.{key}": value for key, value in state.items()}
+    average = {key: value + 1 for key, value in plain.items()}
+    return {
+        "plain": {"model": plain},
+        "compiled": {"model": {f"_orig_mod.{key}": value for key, value in plain.items()}},
+        "compiled inside": {"model": {f"model._orig_mod.{key}": value for key, value in state.items()}},
+        "compiled and distributed": {"model": {f"module._orig_mod.module.{key}": v for key, v in plain.items()}},
+        "compiled with the solver's copy": {
+            "model": plain | {f"solver.velocity_model._orig_mod.{key}": value for key, value in state.items()}
+        },
+        "lightning": {"state_dict": plain, "epoch": 1, "pytorch-lightning_version": "2.5"},
+        "lightning of a field": {"state_dict": {f"net._orig_mod.{key}": value for key, value in plain.items()}},
+        "no entry": plain,
+        "network alone": {"model": state},
+        "averaged alone": {"ema": plain},
+        "averaged beside": {"model": plain, "model_ema": average},
+        "averaged network beside": {
+            "model": {f"module.{key}": value for key, value in plain.items()},
+            "ema": {"n_averaged": torch.tensor(3)} | {f"module.{key}": value + 1 for key, value in state.items()},
+        },
+        "half": {"model": {key: value.half() for key, value in plain.items()}},
+        "bfloat16": {"model": {key: value.bfloat16() for key, value in plain.items()}},
+    }[form]
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["compiled", "compiled inside", "compiled and distributed", "compiled with the solver's copy", "lightning",
+     "lightning of a field", "no entry", "network alone", "averaged alone", "half", "bfloat16"],
+)  # fmt: skip
+def test_what_training_tools_wrap_around_is_taken_off(tmp_path: Path, golden: Path, form: str) -> None:
+    model = load_checkpoint(write(tmp_path / "a.ckpt", wrapped(form)), golden / "dit_class.yaml")
+    tolerance = 0.01 if form in ("half", "bfloat16") else 0
+    for key, value in model.dit.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, plain_state()[key], rtol=tolerance, atol=tolerance)
+    assert model.class_names == MVTEC_CLASSES
+
+
+@pytest.mark.parametrize("form", ["averaged beside", "averaged network beside"])
+def test_averaged_weights_are_chosen_openly(tmp_path: Path, golden: Path, form: str) -> None:
+    path, config = write(tmp_path / "a.pth", wrapped(form)), golden / "dit_class.yaml"
+    bias = plain_state()["final_layer.linear.bias"]
+
+    def got(**options: Any) -> tuple[torch.Tensor, Any]:
+        model = load_checkpoint(path, config, **options)
+        return model.dit.state_dict()["final_layer.linear.bias"], model.spec.provenance["weights"]
+
+    with pytest.warns(UserWarning, match="trained weights are taken; the averaged ones are there too.*--weights ema"):
+        value, chosen = got()
+    assert torch.equal(value, bias) and chosen == "model"
+    for choice, wanted in (("model", bias), ("ema", bias + 1)):
+        value, chosen = got(weights=choice)
+        assert torch.equal(value, wanted) and chosen == choice
+
+
+def test_averaged_weights_in_a_file_beside(tmp_path: Path) -> None:
+    latest = write(tmp_path / "model_latest.pth", invad_state())
+    average = write(tmp_path / "model_ema_latest.pth", {key: value + 1 for key, value in invad_state().items()})
+    config = config_file(tmp_path, invad_settings())
+    for path, kind, other in ((latest, "trained", "ema"), (average, "averaged", "model")):
+        with pytest.warns(UserWarning, match=f"the {kind} weights are taken.*--weights {other}"):
+            assert load_checkpoint(path, config).spec.provenance["source"] == path.name
+    for choice, wanted in (("model", latest), ("ema", average)):
+        for path in (latest, average):
+            assert load_checkpoint(path, config, weights=choice).spec.provenance["source"] == wanted.name  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_there(tmp_path: Path, golden: Path) -> None:
+    config = golden / "dit_class.yaml"
+    with pytest.raises(CheckpointError, match=r"a.pth: holds no averaged weights.*omit weights"):
+        load_checkpoint(write(tmp_path / "a.pth", wrapped("plain")), config, weights="ema")
+    with pytest.raises(CheckpointError, match="holds no trained weights"):
+        load_checkpoint(write(tmp_path / "a.pth", wrapped("averaged alone")), config, weights="model")
+    with pytest.raises(ConfigError, match="one set of weights"):
+        load_checkpoint("demo", weights="ema")
+
+
+def test_the_checkpoint_is_blamed_where_it_is_the_checkpoint(tmp_path: Path, golden: Path) -> None:
+    config, plain = golden / "dit_class.yaml", wrapped("plain")["model"]
+    cut = {key: value for key, value in plain.items() if "y_embedder" not in key}
+    with pytest.raises(CheckpointError, match=r"^\S+a.pth: lacks y_embedder.*Save the whole network"):
+        load_checkpoint(write(tmp_path / "a.pth", {"model": cut}), config)
+    key = "model.pos_embed"
+    with pytest.raises(CheckpointError, match=rf"^\S+a.pth: holds '{key}' twice"):
+        load_checkpoint(write(tmp_path / "a.pth", {"model": plain | {f"_orig_mod.{key}": plain[key] + 1}}), config)
+    with pytest.raises(CheckpointError, match=r"pos_embed is torch.int8; give the weights from before"):
+        load_checkpoint(write(tmp_path / "a.pth", {"model": plain | {key: plain[key].to(torch.int8)}}), config)
 
 
 # Backbone weights

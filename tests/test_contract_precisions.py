@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import tiny_frames, tiny_model
 
-from flowad_fast.config import Backbone, Precision
+from flowad_fast.config import Backbone, Precision, grid_side
 from flowad_fast.detector import Detector
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.export.formats import FORMATS
@@ -44,9 +44,12 @@ def test_every_backbone_is_described() -> None:
 
 @pytest.mark.parametrize("name", get_args(Backbone))
 def test_a_backbone_gives_its_channels_on_the_grid(name: str) -> None:
-    extractor = FeatureExtractor(name)
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    side = 224  # of both 14 and 32 a multiple
+    extractor = FeatureExtractor(name, size=side)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     tokens = extractor(images)
-    assert tokens.shape == (2, 16, sum(BACKBONES[name].channels)) and tokens.dtype == torch.float32
+    assert (
+        tokens.shape == (2, grid_side(name, side) ** 2, sum(BACKBONES[name].channels)) and tokens.dtype == torch.float32
+    )
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
     torch.testing.assert_close(extractor(images[:1]), tokens[:1], atol=1e-4 * float(tokens.std()), rtol=1e-4)

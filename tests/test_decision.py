@@ -10,7 +10,7 @@ from flowad_fast.stages.frames import invalid_frames
 
 @pytest.mark.parametrize(
     ("aggregate", "expected"),
-    [("max", [4.0]), ("mean", [1.5]), ("sum", [6.0]), ("diff", [5.0]), ("diff+sum", [[5.0, 6.0]])],
+    [("max", [4.0]), ("mean", [1.5]), ("sum", [6.0]), ("diff", [5.0]), ("diff+sum", [[5.0, 6.0]]), ("top", [4.0])],
 )
 def test_aggregates(aggregate: Aggregate, expected: list) -> None:
     import torch

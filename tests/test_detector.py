@@ -384,5 +384,5 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch: pyte
 
 
 def test_a_number_of_threads_is_refused_by_engines_that_take_none() -> None:
-    with pytest.raises(EngineUnavailableError, match="fake takes no number of threads .got 2.; leave it out"):
+    with pytest.raises(EngineUnavailableError, match="inductor takes no number of threads .got 2.; leave it out"):
         FakeEngine.from_artefact(Path("x"), Artefact(engine="inductor", files={"x": ""}), "cpu", threads=2)

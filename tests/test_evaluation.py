@@ -196,13 +196,16 @@ def test_no_pixel_metrics_without_masks(dataset):
 def test_test_set_normalisation_is_the_sum_of_two_normalised_terms(dataset):
     report = run(Brightness(), dataset, test_set_normalisation=True)
     assert report.image_score == "diff+sum (test-set normalised)"
-    for category in ("a", "b"):
-        samples = dataset.select("test", category)
-        maps = [Brightness()(np.asarray(Image.open(s.path))[None]).map[0].astype(float) for s in samples]
-        expected = np.zeros(len(maps))
-        for term in ([m.max() - m.min() for m in maps], [m.sum() for m in maps]):
-            expected += (np.array(term) - min(term)) / (max(term) - min(term))
-        assert [r.score for r in report.images if r.category == category] == pytest.approx(expected.tolist())
+    assert any("of all 2 categories together" in remark for remark in report.remarks)
+    maps = [
+        Brightness()(np.asarray(Image.open(s.path))[None]).map[0].astype(float)
+        for category in ("a", "b")
+        for s in dataset.select("test", category)
+    ]
+    expected = np.zeros(len(maps))
+    for term in ([m.max() - m.min() for m in maps], [m.sum() for m in maps]):
+        expected += (np.array(term) - min(term)) / (max(term) - min(term))
+    assert [row.score for row in report.images] == pytest.approx(expected.tolist())
 
 
 def test_test_set_normalisation_needs_no_score_of_the_detector(dataset):
@@ -237,7 +240,9 @@ def test_constant_maps_can_be_normalised(dataset):
 def test_report_goes_through_json(dataset):
     report = run(Brightness(), dataset)
     values = json.loads(report.to_json())
-    assert values == report.to_dict() | {"images": [vars(row) for row in report.images]}
+    assert values == report.to_dict() | {
+        "images": [vars(row) for row in report.images], "remarks": list(report.remarks)
+    }  # fmt: skip
     assert values["schema"] == 1 and values["metrics"] == report.metrics and values["mean"] == report.mean
 
 
@@ -289,9 +294,9 @@ def test_overlay_grows_with_the_heat():
 def fake_model(monkeypatch):
     asked = []
 
-    def load(*arguments):
-        asked.append(arguments)
-        return Brightness(size=256)
+    def load(wanted):
+        asked.append(wanted)
+        return Brightness(size=256), "diff+sum" if wanted.authors else None, ("said by the loader",)
 
     monkeypatch.setattr(cli, "_load", load)
     return asked
@@ -311,9 +316,9 @@ def test_command_prints_a_table_and_writes_files(root, fake_model, monkeypatch, 
     assert call(monkeypatch, "x.pth", "--data", root, "--steps", 2, "--category", "a", "--output", output) == 0
     shown = capsys.readouterr().out
     assert "AUPRO" in shown and "mean" in shown and "100.0" in shown
-    (name, scorer, scoring, config, weights) = fake_model[0]
-    assert (name, scorer, config, weights) == ("x.pth", None, None, None)
-    assert {option: value for option, value in scoring.items() if value is not None} == {"steps": 2}
+    asked = fake_model[0]
+    assert (asked.model, asked.scorer, asked.config, asked.backbone_weights) == ("x.pth", None, None, None)
+    assert {option: value for option, value in asked.scoring.items() if value is not None} == {"steps": 2}
     report = json.loads((output / "report.json").read_text())
     assert list(report["metrics"]) == ["a"] and (output / "report.png").is_file()
     assert len(list((output / "mistakes").glob("*.png"))) == 8
@@ -321,10 +326,12 @@ def test_command_prints_a_table_and_writes_files(root, fake_model, monkeypatch, 
 
 def test_command_prints_json_and_lists_errors(root, fake_model, monkeypatch, capsys):
     (root / "a/test/good/1.png").write_bytes(b"")
-    assert call(monkeypatch, "x.pth", "--data", root, "--json", "--test-set-normalisation") == 0
+    assert call(monkeypatch, "x.pth", "--data", root, "--json", "--test-set-normalisation") == 1
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["image_score"] == evaluation.TEST_SET_SCORE
-    assert "0 bytes" in captured.err.replace("\n", " ")
+    report = json.loads(captured.out)
+    assert report["image_score"] == evaluation.TEST_SET_SCORE and "said by the loader" in report["remarks"]
+    shown = captured.err.replace("\n", " ")
+    assert "left out: " in shown and "0 bytes" in shown and "1 of 16 images are in no metric" in shown
 
 
 def test_missing_tools_are_named_in_one_line(monkeypatch, capsys):
@@ -334,7 +341,8 @@ def test_missing_tools_are_named_in_one_line(monkeypatch, capsys):
 
 
 def test_demo_is_a_checkpoint_like_any_other():
-    detector = cli._load("demo", "reconstruction", {"steps": 4, "tau": 0.25}, None, None)
+    detector, scaled, remarks = cli._load(cli.Asked("demo", "reconstruction", {"steps": 4, "tau": 0.25}))
+    assert scaled is None and not remarks
     detection = detector(np.random.RandomState(0).randint(0, 256, (1, 300, 300, 3)).astype(np.uint8))
     assert detector.engine.startswith("eager") and detection.map.shape == (1, 256, 256)
 

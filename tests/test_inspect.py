@@ -329,7 +329,7 @@ for name in "torch torchvision timm safetensors onnx sklearn scipy matplotlib ji
 import numpy as np
 from flowad_fast.cli import inspect
 from flowad_fast.detector import Detection
-from flowad_fast.evaluation.inspection import ResultFile, inspect_files, overlay_writer
+from flowad_fast.evaluation.inspection import OverlayFolder, ResultFile, inspect_files
 
 class Detector:
     aggregate, calibration = "max", None
@@ -340,8 +340,8 @@ class Detector:
 
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
 paths = [root / f"{i}.png" for i in range(6)]
-draw = overlay_writer(Detector(), root, dict.fromkeys(paths, ""), out / "heat", "b")
-with ResultFile(out / "r.csv", "csv", "b", "fake") as file:
+with OverlayFolder(out / "heat", "b") as heat, ResultFile(out / "r.csv", "csv", "b", "fake") as file:
+    draw = heat.writer(Detector(), root, dict.fromkeys(paths, ""))
     for result in inspect_files(Detector(), paths):
         draw(result)
         file.append(result)

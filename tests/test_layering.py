@@ -14,9 +14,10 @@ FLOORS = (
     # What a runtime without torch is made of.
     ("errors", "environment"),
     ("config", "files"),
-    ("stages.schedule", "stages.decision", "stages.frames"),
+    ("stages.schedule", "stages.aggregates", "stages.frames"),
+    ("stages.decision",),
     ("stages.scorers",),
-    ("bundle",),
+    ("bundle", "checkpoints.defaults"),
     ("engines", "engines.onnx_file", "engines.cores"),
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
@@ -36,6 +37,7 @@ FLOORS = (
     ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
     ("checkpoints.own",),
     ("checkpoints.load",),
+    ("checkpoint",),
     # What reads data, judges and trains.
     ("data.samples", "data.walk"),
     ("data.images",),
@@ -44,9 +46,10 @@ FLOORS = (
     ("evaluation.inspection",),
     ("evaluation.evaluate",),
     ("training.config",),
-    ("training.batches",),
+    ("training.recipes", "training.objective", "training.batches"),
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
+    ("cli.authors",),
     ("cli.inspect", "cli.eval", "cli.train"),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""

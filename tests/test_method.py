@@ -389,7 +389,11 @@ def test_features_need_uint8_frames() -> None:
 def test_aggregates() -> None:
     maps = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[0.0, 0.0], [0.0, 8.0]]])
     got = {name: image_score(maps, name).tolist() for name in AGGREGATES}
-    assert got == {"max": [6, 8], "mean": [3, 2], "sum": [12, 8], "diff": [5, 8], "diff+sum": [[5, 12], [8, 8]]}
+    square = [[pytest.approx(6**0.5 - 1), 6], [pytest.approx(8**0.5), 4]]
+    assert got == {
+        "max": [6, 8], "mean": [3, 2], "sum": [12, 8], "diff": [5, 8], "diff+sum": [[5, 12], [8, 8]], "top": [6, 8],
+        "range+nll": square,
+    }  # fmt: skip
 
 
 def test_upsampling_is_half_pixel_bilinear() -> None:

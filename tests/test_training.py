@@ -18,13 +18,16 @@ from PIL import Image
 from flowad_fast import errors
 from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.cli import train as cli
-from flowad_fast.config import parse
+from flowad_fast.config import Target, parse
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.errors import CheckpointError, ConfigError
+from flowad_fast.files import digest
 from flowad_fast.kernels.reference import pyramid_gather
 from flowad_fast.stages.features import FeatureExtractor, load_backbone_weights
 from flowad_fast.stages.image import normalise
+from flowad_fast.stages.integration import from_tokens, to_tokens
+from flowad_fast.stages.schedule import velocity_factors
 from flowad_fast.stages.scorers import Inversion
 from flowad_fast.training.batches import (
     DirectFeatures,
@@ -35,6 +38,8 @@ from flowad_fast.training.batches import (
 )
 from flowad_fast.training.config import FLIPS, TrainConfig
 from flowad_fast.training.loop import CHECKPOINT, LOG, STATE, DivergedError, TrainResult, train
+from flowad_fast.training.objective import draw_times, drop_classes, flow_loss
+from flowad_fast.training.recipes import PRESETS, Layer, from_file, settings
 
 TINY = {
     "layout": "mvtec", "categories": ("screw",), "backbone": "efficientnet-lite0", "image_size": 64, "hidden_size": 32,
@@ -181,7 +186,7 @@ def test_loss_falls_on_one_image(config: TrainConfig, root: Path, tmp_path: Path
     one = tmp_path / "one" / "screw"
     for split in ("train", "test"):
         (one / split / "good").mkdir(parents=True)
-    (one / "train" / "good" / "0.png").write_bytes((root / "screw" / "train" / "good" / "000.png").read_bytes())
+        (one / split / "good" / "0.png").write_bytes((root / "screw" / "train" / "good" / "000.png").read_bytes())
     changes = {"root": tmp_path / "one", "hidden_size": 128, "steps": 150, "lr": 3e-3, "flips": "none", "log_every": 10}
     train(TrainConfig(**{**config.model_dump(), **changes}), tmp_path / "out")
     losses = [line["loss"] for line in log_of(tmp_path / "out")]
@@ -230,6 +235,166 @@ def test_bf16_is_close(config: TrainConfig, whole: Path, tmp_path: Path) -> None
     bf16, fp32 = ([line["loss"] for line in log_of(folder)] for folder in (tmp_path, whole))
     assert bf16 != fp32
     np.testing.assert_allclose(bf16, fp32, rtol=0.02)
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("loss", ["velocity", "data", "noise"])
+@pytest.mark.parametrize("predict", ["velocity", "data", "noise"])
+def test_a_perfect_prediction_has_no_loss(predict: Target, loss: Target) -> None:
+    x0, x1 = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    truth = {"velocity": x1 - x0, "data": x1, "noise": x0}[predict]
+    assert flow_loss(truth, x0, x1, t, predict, loss, 0.05) < 1e-10
+    assert flow_loss(truth + 1, x0, x1, t, predict, loss, 0.05) > 1e-3
+
+
+@pytest.mark.parametrize("predict", ["velocity", "data", "noise"])
+def test_a_loss_on_velocities_agrees_with_inference(predict: Target) -> None:
+    """The velocity that training compares is the one that a schedule integrates, also where denominators end."""
+    x0, x1, out = (torch.randn(5, 3, 2) for _ in range(3))
+    times = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0])
+    x = times[:, None, None] * x1 + (1 - times[:, None, None]) * x0
+    for i, t in enumerate(times.tolist()):
+        alpha, beta = velocity_factors(predict, t)
+        want = (alpha * x[i] + beta * out[i] - (x1[i] - x0[i])).square().mean()
+        one = slice(i, i + 1)
+        got = flow_loss(out[one], x0[one], x1[one], times[one], predict, "velocity", 0.05)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("predict", ["data", "noise"])
+def test_the_checkpoint_says_what_its_network_predicts(config: TrainConfig, tmp_path: Path, predict: Target) -> None:
+    options = {**config.model_dump(), "predict": predict, "loss": "velocity", "steps": 3, "ema_decay": 0.0}
+    train(TrainConfig(**options), tmp_path)
+    model = load_checkpoint(tmp_path / CHECKPOINT)
+    assert model.config.pred_type == predict
+    x = torch.randn(1, 192, 4, 4)
+    with torch.no_grad():
+        out = from_tokens(model.dit(to_tokens(x), torch.tensor([0.4])), 4, 4)
+    want = (out - x) / 0.6 if predict == "data" else (x - out) / 0.4
+    torch.testing.assert_close(model.velocity(x, 0.4), want, rtol=1e-4, atol=1e-5)
+    saved = torch.load(tmp_path / STATE, weights_only=True)
+    assert saved["ema"] is None, "no average was asked for: the result is what was trained"
+    assert torch.equal(saved["model"]["final_layer.linear.weight"], model.dit.final_layer.linear.weight)
+
+
+def test_times(config: TrainConfig) -> None:
+    def drawn(**changes: Any) -> torch.Tensor:
+        return draw_times(TrainConfig(**{**config.model_dump(), **changes}), 4000, torch.Generator().manual_seed(0))
+
+    assert abs(drawn().mean() - 0.5) < 0.02
+    normal = torch.logit(drawn(t_sampling="logistic").double())
+    assert abs(normal.mean() + 0.8) < 0.05 and abs(normal.std() - 0.8) < 0.05
+    assert drawn(train_steps=5).unique().tolist() == [0, 0.25, 0.5, 0.75, 1]
+    with pytest.raises(ConfigError, match="give one"):
+        parse(TrainConfig, {**config.model_dump(), "t_sampling": "logistic", "train_steps": 5}, "options")
+
+
+def test_classes_are_dropped_and_a_resumed_run_drops_the_same(config: TrainConfig, tmp_path: Path) -> None:
+    y = drop_classes(torch.zeros(4000, dtype=torch.long), 0.25, 2, torch.Generator().manual_seed(0))
+    assert set(y.tolist()) == {0, 2} and abs((y == 2).float().mean() - 0.25) < 0.03
+
+    def interrupt(stage: str, done: int, total: int, loss: float | None) -> None:
+        if stage == "training" and done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    options = TrainConfig(**{**config.model_dump(), "categories": ("screw", "nut"), "class_dropout": 0.5,
+                             "steps": 8, "t_sampling": "logistic"})  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(options, whole)
+    assert not train(options, cut, progress=interrupt).finished
+    assert 3 <= train(options, cut).resumed_from < 8
+    assert same_result(cut, whole)
+    model = load_checkpoint(cut / CHECKPOINT)
+    assert model.config.class_dropout_prob == 0.5 and model.config.num_classes == 2
+    assert model.dit.y_embedder.embedding_table.weight.shape == (3, 32)
+
+
+# Recipes
+
+
+FLOWAD = """
+data: {data_root: data/visa, dataset_name: visa_all, category: all, train_batch_size: 8, img_size: 256,
+       transform_type: imagenet}
+opt: {epochs: 300, name: adamw, clip_grad: 1.0, wd_start: 0.0, wd_end: 0.0, lr_start: 0.000001, lr_warmup: 0.00005,
+      lr_warmup_epochs: 40, lr_end: 0.000005, fix_lr_thres: -1, use_bfloat16: true, global_seed: 0, ipe_scale: 1.0}
+flow_matching: {scheduler: {name: affine_prob, t_scheduler_train: logistic, t_mu: -0.8, t_sigma: 0.8},
+                solver: {name: euler}, pred_type: data, loss_type: noise, train_steps: -1}
+model: {backbone: {model_name: efficientnet-b4, outblocks: [1, 5, 9, 21], outstrides: [2, 4, 8, 16]}, model_name: dit,
+        patch_size: 1, hidden_size: 1280, depth: 32, num_heads: 16, mlp_ratio: 4.0, class_dropout_prob: 0.1,
+        use_class_labels: true, learn_sigma: false, t_scale: 1000}
+logging: {wandb: {use_wandb: true}}
+"""
+
+
+def recipe(folder: Path, text: str = FLOWAD) -> Layer:
+    (folder / "train.yaml").write_text(text)
+    return from_file(folder / "train.yaml")
+
+
+def test_the_authors_training_yaml_is_read(tmp_path: Path) -> None:
+    config, lines = settings([recipe(tmp_path), Layer("options", {"steps": None, "batch_size": 16})])
+    assert (config.layout, config.root, config.categories) == ("visa", Path("data/visa"), ())
+    assert (config.hidden_size, config.depth, config.num_heads, config.class_dropout) == (1280, 32, 16, 0.1)
+    assert (config.predict, config.loss, config.t_sampling, config.t_mu, config.t_sigma) == (
+        "data", "noise", "logistic", -0.8, 0.8)  # fmt: skip
+    assert (config.start_lr, config.lr, config.min_lr, config.ema_decay) == (1e-6, 5e-5, 5e-6, 0)
+    assert not config.normalise_features and config.precision == "bf16" and config.train_steps is None
+    counted = config.counted(1000)
+    assert (counted.steps, counted.warmup_steps, counted.epochs) == (300 * 1000 // 16, 40 * 1000 // 16, None)
+    assert "train.yaml (FlowAD's): " in lines[0] and "hidden_size 1280" in lines[0] and "batch_size" not in lines[0]
+    assert lines[1] == "from options: batch_size 16"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model_name: efficientnet-b4", "model_name: pixel", "flows on raw pixels are not supported"),
+        ("wd_start: 0.0", "wd_start: 0.1", "opt.wd_start is 0.1, only 0 is supported"),
+        ("name: euler}", "name: euler}, vf_type: shortcut", "vf_type is 'shortcut', only 'plain'"),
+        ("lr_end: 0.000005,", "", "missing opt.lr_end"),
+        ("visa_all", "btad_all", "dataset_name 'btad_all'; valid: mvtec_ad"),
+    ],
+)
+def test_what_the_authors_have_and_we_lack_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(tmp_path, FLOWAD.replace(old, new))
+
+
+def test_presets_are_the_published_sizes() -> None:
+    sizes = {"b": (768, 12, 8), "l": (1024, 24, 16), "g": (2048, 16, 8), "h": (1280, 32, 16)}
+    for name, size in sizes.items():
+        config, lines = settings([Layer("preset", PRESETS[f"flowad-{name}"]), Layer("options", {"layout": "elpv"})])
+        assert (config.hidden_size, config.depth, config.num_heads) == size
+        assert (config.epochs, config.warmup_epochs, config.ema_decay, config.normalise_features) == (300, 40, 0, False)
+        assert lines[0].startswith("from preset: hidden_size") and lines[1] == "from options: layout elpv"
+
+
+def test_steps_of_a_later_layer_take_the_place_of_epochs() -> None:
+    layers = [Layer("preset", PRESETS["flowad-b"]), Layer("options", {"layout": "elpv", "steps": 9, "warmup_steps": 2})]
+    config, _ = settings(layers)
+    assert (config.steps, config.epochs, config.warmup_steps, config.warmup_epochs) == (9, None, 2, None)
+    with pytest.raises(ConfigError, match="options: got steps and epochs"):
+        settings([Layer("options", {"layout": "elpv", "steps": 9, "epochs": 2})])
+
+
+def test_dinov2_trains_at_its_own_size() -> None:
+    config = TrainConfig(layout="elpv", backbone="dinov2-base")
+    velocity = config.velocity(1)
+    assert (config.image_size, velocity.channels, velocity.height) == (224, 768, 16)
+    with pytest.raises(ConfigError, match="not a multiple of 14"):
+        parse(TrainConfig, {"layout": "elpv", "backbone": "dinov2-base", "image_size": 256}, "options")
+
+
+def test_a_state_from_before_an_option_goes_on(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    state = torch.load(whole / STATE, weights_only=True)
+    identity = json.loads(state["identity"])
+    for name in ("predict", "class_dropout", "start_lr", "epochs"):
+        del identity["config"][name]
+    torch.save(state | {"identity": json.dumps(identity), "sha256": digest(identity)}, tmp_path / STATE)
+    assert train(config, tmp_path).resumed_from == 12
 
 
 # Interruptions

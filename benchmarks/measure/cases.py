@@ -289,7 +289,7 @@ def random_model(spec: ModelConfig, device: torch.device, seed: int = 0) -> Flow
     with torch.no_grad():
         # A trained velocity is as large as features less noise.
         dit.final_layer.linear.weight.mul_(3)
-    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation).to(device)
+    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation, spec.image.size).to(device)
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()

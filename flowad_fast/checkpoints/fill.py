@@ -10,6 +10,8 @@ from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import CheckpointError
 from flowad_fast.stages.velocity import DiT
 
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def filled(config: VelocityConfig, tensors: Mapping[str, Tensor], source: str) -> DiT:
     """A DiT, float32, with these weights under their plain names.
@@ -33,8 +35,17 @@ def filled(config: VelocityConfig, tensors: Mapping[str, Tensor], source: str) -
         raise CheckpointError(
             f"{source}: does not match its configuration; {'; '.join(problems)}. Is it the right one?"
         )
+    numbers = [f"{key} is {value.dtype}" for key, value in tensors.items() if value.dtype not in _NUMBERS]
+    if numbers:
+        raise CheckpointError(
+            f"{source}: expected weights in float32, float16, bfloat16 or float64, got {some(numbers)}; "
+            "give the weights from before their quantisation"
+        )
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
-        raise CheckpointError(f"{source}: NaN or infinite weights in {some(broken)}; the training diverged")
+        raise CheckpointError(
+            f"{source}: NaN or infinite weights in {some(broken)}; the training diverged, or "
+            "they did not fit their number type: take an earlier one, or float32 weights"
+        )
     dit.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
     return dit

@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowad_fast.checkpoints.defaults import read_defaults
 from flowad_fast.checkpoints.reading import some
-from flowad_fast.config import MVTEC_CLASSES, TRANSFORMS, ImageConfig, ModelConfig, VelocityConfig, parse, read_mapping
+from flowad_fast.config import (
+    CLASS_ORDERS,
+    TRANSFORMS,
+    ImageConfig,
+    ModelConfig,
+    VelocityConfig,
+    grid_side,
+    parse,
+    read_mapping,
+)
 from flowad_fast.errors import CheckpointError, ConfigError, nearest
 from flowad_fast.stages.features import BACKBONES, STRIDES
 
@@ -127,23 +137,34 @@ def velocity_weights(state: Mapping[str, Any], source: str) -> tuple[Weights, Fa
 
 
 def foreign_spec(family: Family, config: str | Path, weights: Weights) -> ModelConfig:
-    """The model that a family's configuration file and weights describe.
+    """The model that a family's configuration file and weights describe; `provenance` has how they evaluate it.
 
     Raises:
         ConfigError: the file cannot be read, lacks what defines the model, or asks for what is not supported.
     """
-    return family.spec(Settings(read_mapping(Path(config)), str(config)), weights)
+    values = read_mapping(Path(config))
+    spec = family.spec(Settings(values, str(config)), weights)
+    defaults = read_defaults(values, Path(config).name)
+    kept = {} if defaults is None else {"evaluation": defaults.model_dump(exclude_none=True)}
+    return spec.model_copy(update={"provenance": kept})
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:
     return other is not None and tensor.shape == other.shape and torch.equal(tensor, other)
 
 
-def _backbone(settings: Settings, key: str) -> tuple[str, ImageConfig]:
+def backbone_of(settings: Settings, key: str) -> tuple[str, ImageConfig]:
+    """The backbone named under `key`, and how frames become its input."""
+    if settings.need(key) == "pixel":
+        raise ConfigError(
+            f"{settings.source}: {key} 'pixel': flows on raw pixels are not supported, "
+            f"only on features of a frozen backbone: {', '.join(BACKBONES)}"
+        )
     name = settings.one_of(key, BACKBONES)
     parent = key.rpartition(".")[0]
-    settings.expect(f"{parent}.outblocks", list(BACKBONES[name].outblocks))
-    settings.expect(f"{parent}.outstrides", list(STRIDES))
+    if BACKBONES[name].outblocks:
+        settings.expect(f"{parent}.outblocks", list(BACKBONES[name].outblocks))
+        settings.expect(f"{parent}.outstrides", list(STRIDES))
     mean, std = TRANSFORMS[settings.one_of("data.transform_type", TRANSFORMS)]
     image = {"size": settings.number("data.img_size"), "mean": mean, "std": std}
     return name, parse(ImageConfig, image, f"{settings.source}: data.img_size")
@@ -152,10 +173,10 @@ def _backbone(settings: Settings, key: str) -> tuple[str, ImageConfig]:
 def _model(settings: Settings, weights: Weights, backbone_key: str, fields: dict[str, Any],
            names: tuple[str, ...] = ()) -> ModelConfig:  # fmt: skip
     """The model with these fields of its velocity field; the rest comes from the backbone and the class table."""
-    backbone, image = _backbone(settings, backbone_key)
+    backbone, image = backbone_of(settings, backbone_key)
     if CLASS_TABLE not in weights:
         raise CheckpointError(f"{settings.source}: the checkpoint lacks {CLASS_TABLE}")
-    grid = image.size // STRIDES[-1]
+    grid = grid_side(backbone, image.size)
     classes = weights[CLASS_TABLE].shape[0] - (fields["class_dropout_prob"] > 0)
     shape = {"channels": sum(BACKBONES[backbone].channels), "height": grid, "width": grid, "num_classes": classes}
     velocity = parse(VelocityConfig, shape | fields, settings.source)
@@ -179,6 +200,7 @@ def _flowad(settings: Settings, weights: Weights) -> ModelConfig:
         "use_class_labels": conditional,
         "pred_type": pred_type,
         "t_scale": settings.optional("model.t_scale", 1.0),
+        "step_grid": "short-last",
     }
     names = _class_names(settings) if conditional else ()
     return _model(settings, weights, "model.backbone.model_name", fields, names)
@@ -188,7 +210,7 @@ def _class_names(settings: Settings) -> tuple[str, ...]:
     """Class names of the data sets whose class order is known; otherwise empty, and classes are given as indices."""
     name = str(settings.need("data.dataset_name"))
     settings.need("data.category")
-    return MVTEC_CLASSES if name.startswith("mvtec_ad") else ()
+    return next((order for start, order in CLASS_ORDERS.items() if name.startswith(start)), ())
 
 
 def _invad(settings: Settings, weights: Weights) -> ModelConfig:

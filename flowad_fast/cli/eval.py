@@ -1,15 +1,23 @@
 """`flowad-eval`: metrics of a bundle or a checkpoint on a data set."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowad_fast.bundle import MANIFEST
+from flowad_fast.bundle import MANIFEST, read
+from flowad_fast.checkpoints.defaults import evaluation_defaults
 from flowad_fast.cli import common
-from flowad_fast.cli.scorer_options import scorer_from, with_scorer_options
+from flowad_fast.cli.authors import AUTHORS, BUILT_IN, choose
+from flowad_fast.cli.scorer_options import with_scorer_options
+from flowad_fast.config import VelocityConfig, Weights
 from flowad_fast.data.layouts import LAYOUTS
-from flowad_fast.errors import ConfigError, require
+from flowad_fast.errors import ConfigError, FrameError, require
+from flowad_fast.files import make_folder, replacing
+from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, terms
 from flowad_fast.stages.scorers import SCORERS
 
 if TYPE_CHECKING:
@@ -21,10 +29,19 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Bundle folder, checkpoint file, or `demo`.")],
     data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
     layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}; MPDD has that of mvtec.")] = "mvtec",
+    lists: Annotated[
+        Path | None, typer.Option(help="Layout realiad: folder of the lists [DATA/realiad_jsons].")
+    ] = None,
     category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
     scorer: Annotated[str | None, typer.Option(help=f"Checkpoint only: {', '.join(SCORERS)} [inversion].")] = None,
-    config: Annotated[Path | None, typer.Option(help="Checkpoint only: its training configuration.")] = None,
+    aggregate: Annotated[str | None, typer.Option(help=f"Checkpoint only: {', '.join(AGGREGATES)} [max].")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Checkpoint only: its configuration; logging.eval in it sets the defaults.")
+    ] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="Checkpoint only: weight file of the backbone.")] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="Checkpoint only: its trained or its averaged weights [model].")
+    ] = None,
     threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     output: Annotated[
@@ -34,13 +51,16 @@ def evaluate(
         bool,
         typer.Option(
             "--test-set-normalisation",
-            help="Image score of the paper's code, with ranges from the test set itself; to reproduce its numbers.",
+            help="Image score of the authors' code, with ranges from the test set itself; to reproduce its numbers: "
+            "diff+sum over all categories together, for InvAD's models range+nll per category.",
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
     **scoring: Any,
 ) -> None:
     """Evaluate MODEL on the test images of a data set: AUROC, AP, F1max, and with masks also the pixel metrics.
+
+    The exit code is not 0 where an image was left out.
 
     Examples: `flowad-eval bundles/mvtec --data mvtec`, `flowad-eval demo --layout elpv`,
     `flowad-eval model.pth --config config.yaml --scorer density --data visa --layout visa --category candle`.
@@ -49,9 +69,14 @@ def evaluate(
     from flowad_fast.data.layouts import read_dataset
     from flowad_fast.evaluation import evaluate as evaluation
 
-    dataset = read_dataset(layout, data)
+    dataset = read_dataset(layout, data, lists)
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
-    detector = _load(model, scorer, scoring, config, backbone_weights)
+    if output is not None:
+        _make_writable(output)
+    asked = Asked(model, scorer, scoring, config, backbone_weights, weights, aggregate, test_set_normalisation)
+    detector, scaled, remarks = _load(asked)
+    for remark in remarks:
+        common.note(remark)
     with common.progress("evaluating", total, quiet=json) as advance:
         report = evaluation.evaluate(
             detector,
@@ -60,36 +85,136 @@ def evaluate(
             batch_size=batch,
             mask_size=detector.image_size,
             progress=advance,
-            test_set_normalisation=test_set_normalisation,
+            test_set_normalisation=scaled or False,
+            remarks=remarks,
         )
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "report.json").write_text(report.to_json(), encoding="utf-8")
-        evaluation.plot_report(report, output / "report.png")
-        evaluation.save_mistakes(report, detector, output / "mistakes")
-        common.err.print(f"written: {output}", highlight=False)
     if json:
         common.print_json(report.to_dict())
     else:
         _print_table(report)
-    for row in report.errors:
-        common.err.print(f"left out: {row.error}", style="yellow", markup=False, highlight=False)
+    if output is not None:
+        _write(report, detector, output)
+    _name_left_out(report)
 
 
-def _load(
-    model: str, scorer: str | None, scoring: dict[str, Any], config: Path | None, backbone_weights: Path | None
-) -> "Detector":
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says of the model; `authors` asks for the evaluation of the authors' code."""
+
+    model: str
+    scorer: str | None = None
+    scoring: Mapping[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    backbone_weights: Path | None = None
+    weights: Weights | None = None
+    aggregate: str | None = None
+    authors: bool = False
+
+
+def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
+    """The detector, the aggregate whose terms the test set normalises (None: the detector's score), and remarks.
+
+    Raises:
+        ConfigError: an option that a bundle has fixed, or an aggregate that needs ranges and gets none.
+    """
     from flowad_fast.detector import Detector, load
 
-    if (Path(model) / MANIFEST).is_file():
-        fixed = {"scorer": scorer, **scoring, "config": config, "backbone-weights": backbone_weights}
+    if (Path(asked.model) / MANIFEST).is_file():
+        fixed = {
+            "scorer": asked.scorer, **asked.scoring, "aggregate": asked.aggregate, "config": asked.config,
+            "backbone-weights": asked.backbone_weights, "weights": asked.weights,
+        }  # fmt: skip
         given = [f"--{name}" for name, value in fixed.items() if value is not None]
         if given:
-            raise ConfigError(f"{model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint")
-        return load(model)
-    chosen = scorer_from(scorer or "inversion", scoring)
+            raise ConfigError(
+                f"{asked.model} has its scorer fixed, got {', '.join(given)}; leave out, or give a checkpoint"
+            )
+        detector = load(asked.model)
+        if not asked.authors:
+            return detector, None, ()
+        theirs = _authors_aggregate(read(asked.model, verify=False)[1].model.velocity)
+        if theirs == "range+nll" and detector.aggregate != theirs:
+            raise ConfigError(
+                f"{asked.model}: InvAD's evaluation needs the aggregate {theirs}, the bundle has {detector.aggregate}; "
+                f"export it with --aggregate {theirs}, or give the checkpoint"
+            )
+        return detector, theirs, ()
+    defaults = evaluation_defaults(asked.model, asked.config)
+    choice = choose(asked.scorer, asked.aggregate, asked.scoring, defaults, asked.authors)
+    remarks: tuple[str, ...] = ()
+    if terms(choice.aggregate) > 1 and not asked.authors:
+        need = f"{choice.aggregate} needs ranges of good parts, which a checkpoint has not"
+        if asked.aggregate:
+            raise ConfigError(f"--aggregate {need}; evaluate a calibrated bundle, or add --test-set-normalisation")
+        remarks = (f"{need}, so max it is; --test-set-normalisation takes them from the test set, as the authors do",)
+        choice = choice.with_aggregate("max", BUILT_IN)
     require("model", "torch", "torchvision", "timm", "safetensors", by="flowad-eval of a checkpoint")
-    return Detector.from_checkpoint(model, chosen, config=config, backbone_weights=backbone_weights)
+    from flowad_fast.checkpoints.load import load_checkpoint
+
+    network = load_checkpoint(asked.model, asked.config, asked.backbone_weights, asked.weights)
+    if asked.authors:
+        choice = choice.with_aggregate(_authors_aggregate(network.config), AUTHORS)
+        if asked.aggregate not in (None, choice.aggregate):
+            raise ConfigError(
+                f"the authors' evaluation of this model has the image score {choice.aggregate}, got --aggregate "
+                f"{asked.aggregate}; leave one of the two out"
+            )
+    detector = Detector.from_model(network, choice.scorer, aggregate=choice.aggregate)
+    shown = (str(choice),) if defaults or asked.authors else ()
+    return detector, choice.aggregate if asked.authors else None, (*shown, *remarks)
+
+
+def _authors_aggregate(config: VelocityConfig) -> "Aggregate":
+    """The image score of the code that a model's kind comes from: InvAD's models predict epsilon."""
+    return "range+nll" if config.pred_type == "epsilon" else "diff+sum"
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder of the results, and refuse one that cannot be written, before any work."""
+    make_folder(folder)
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error}); choose another folder") from None
+
+
+def _write(report: "Report", detector: "Detector", output: Path) -> None:
+    """Write the report's files.
+
+    Raises:
+        ConfigError: the folder cannot be written any more; what was computed is printed by then.
+    """
+    from flowad_fast.evaluation import evaluate as evaluation
+
+    try:
+        with replacing(output / "report.json") as file:
+            file.write(report.to_json().encode())
+        evaluation.plot_report(report, output / "report.png")
+        evaluation.save_mistakes(report, detector, output / "mistakes")
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error}); choose another folder") from None
+    common.note("written:", output)
+
+
+def _name_left_out(report: "Report") -> None:
+    """Name what the metrics do not cover, and end with an error where that is anything."""
+    for row in report.errors:
+        common.note("left out:", _with_path(row.path, row.error or ""))
+    for row in report.unmarked:
+        common.note("left out of the pixel metrics:", _with_path(row.path, row.unmarked or ""))
+    parts = []
+    if report.errors:
+        parts.append(f"{len(report.errors)} of {len(report.images)} images are in no metric")
+    if report.unmarked:
+        covered = ", ".join(f"{count} of {name}" for name, count in report.pixel_images.items())
+        parts.append(f"{len(report.unmarked)} have an empty mask: the pixel metrics cover the others ({covered})")
+    if parts:
+        raise FrameError(f"{'; '.join(parts)}; they are named above")
+
+
+def _with_path(path: str, reason: str) -> str:
+    return reason if path in reason else f"{path}: {reason}"
 
 
 def _print_table(report: "Report") -> None:
@@ -99,15 +224,17 @@ def _print_table(report: "Report") -> None:
 
     title = f"{report.dataset}: {report.detector}, image score {report.image_score}, values in %"
     columns = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")
-    table = Table("category", title=title)
+    table = Table("category", title=common.plain(title))
     for column in columns:
         table.add_column(column, justify="right")
     for name, values in (*report.metrics.items(), ("mean", report.mean)):
-        if name == "mean":
+        if values is report.mean:
             table.add_section()
         cells = (values[key] for key in (*METRICS, "mean_ad"))
-        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in cells))
+        table.add_row(common.plain(name), *("–" if value is None else f"{100 * value:.1f}" for value in cells))
     common.out.print(table)
+    for remark in report.remarks:
+        common.say(f"note: {remark}")
 
 
 main = common.command(with_scorer_options(evaluate, prefix="Checkpoint only: "))

@@ -1,24 +1,30 @@
 """`flowad-inspect`: every image file under a folder through a bundle, one result row per file."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flowad_fast import bundle as bundles
 from flowad_fast.cli import common
 from flowad_fast.config import Classes
-from flowad_fast.data.images import find_images
-from flowad_fast.errors import ConfigError, FlowADError, nearest
+from flowad_fast.data.images import no_images
+from flowad_fast.data.walk import Photos, find_photos
+from flowad_fast.engines import backend
+from flowad_fast.errors import BundleError, ConfigError, FlowADError, nearest
 from flowad_fast.evaluation.inspection import (
     FORMATS,
     STATUSES,
+    OverlayFolder,
+    Result,
     ResultFile,
     bundle_identity,
     inspect_files,
-    overlay_writer,
 )
 
 
@@ -46,46 +52,70 @@ def inspect(
     """Judge every image file under FOLDER: one row per file with its verdict and score.
 
     Status: good, anomalous, invalid (no verdict possible), error (unreadable file), uncalibrated (score only). The
-    result file stays whole when the job is stopped; the same command goes on with it. Exit codes: 0 all files have a
-    row, 1 the job could not be done, 2 wrong usage, 130 interrupted.
+    result file stays whole when the job is stopped; the same command goes on with it, and judges photos again that
+    have changed since. Exit codes: 0 all files have a row, 1 the job could not be done, or something in FOLDER could
+    not be opened (it has a row that says why), 2 wrong usage, 130 interrupted.
 
     Examples: `flowad-inspect bundles/cells photos --overlays heat`,
     `flowad-inspect bundles/mvtec photos --class-from-folder --format jsonl`.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
+    if engine != "auto":
+        backend(engine)
     target = output or Path(f"inspection.{format}")
-    paths = find_images(folder)
-    if overlays is not None and overlays.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"--overlays {overlays} lies in {folder}, so the next run would judge overlays; move it out")
+    _, manifest = bundles.read(bundle, verify=False)  # `load` verifies
+    photos = find_photos(folder)
+    if not photos.paths and not photos.problems:
+        raise no_images(folder, photos)
+    _check_overlays(overlays, folder, photos)
+    names = _classes(manifest.model.classes, folder, list(photos.paths), class_name, class_from_folder)
+    files = dict(zip(photos.paths, names, strict=True))
+    others = _others(photos, folder, target)
+    if others.others:
+        common.note(others.left_out())
 
-    import flowad_fast
-
-    with common.err.status("loading the bundle"):
-        detector = flowad_fast.load(bundle, engine=engine, device=device)
-    files = dict(zip(paths, _classes(detector.classes, folder, paths, class_name, class_from_folder), strict=True))
-    began = time.perf_counter()
-    try:
-        with ResultFile(target, format, bundle_identity(bundle), detector.engine, resume) as file:
+    # What can fail fails here, before the work: the outputs are opened, made and locked.
+    with ExitStack() as stack:
+        file = stack.enter_context(ResultFile(target, format, bundle_identity(bundle), resume=resume))
+        heat = stack.enter_context(OverlayFolder(overlays, file.bundle)) if overlays else None
+        with common.err.status("comparing with earlier runs"):
             done = file.done(files)
-            counts = Counter(done.values())
-            left = {path: name for path, name in files.items() if path not in done}
-            draw = overlay_writer(detector, folder, files, overlays, file.bundle) if overlays and left else None
-            with common.progress("inspecting", len(paths), quiet=json) as advance:
+
+        import flowad_fast
+
+        with common.err.status("loading the bundle"):
+            detector = flowad_fast.load(bundle, engine=engine, device=device)
+        if bundle_identity(bundle) != file.bundle:
+            raise BundleError(f"{bundle}: the bundle was replaced while it was being loaded; run again")
+        file.engine = detector.engine
+        began = time.perf_counter()
+        counts, closed = Counter(done.values()), 0
+        left = {path: name for path, name in files.items() if path not in done}
+        try:
+            draw = heat.writer(detector, folder, files) if heat and left else None
+            for place, reason in photos.problems:
+                file.append(Result(place, "error", reason=reason))
+            with common.progress("inspecting", len(files), quiet=json) as advance:
                 advance(len(done))
                 for result in inspect_files(detector, list(left), list(left.values()), batch):
                     if draw is not None:
                         draw(result)
                     file.append(result)
                     counts[result.status] += 1
+                    closed += result.stamp is None
                     advance(1)
-    except OSError as error:
-        raise FlowADError(f"{error.filename or target}: {error.strerror}; finished rows are kept, run again") from error
+        except OSError as error:
+            if isinstance(error, FlowADError):
+                raise
+            where = error.filename or target
+            raise FlowADError(f"{where}: {error.strerror}; finished rows are kept, run again") from error
     seconds = time.perf_counter() - began
     if counts["uncalibrated"]:
-        common.err.print(
-            f"[yellow]uncalibrated:[/] {counts['uncalibrated']} files have a score but no verdict; calibrate on good "
-            f"parts: flowad-export calibrate {bundle} GOOD_FOLDER"
+        common.err.print("[yellow]uncalibrated:[/] ", end="")
+        common.note(
+            f"{counts['uncalibrated']} files have a score but no verdict; calibrate on good parts: "
+            f"flowad-export calibrate {bundle} GOOD_FOLDER"
         )
     summary = {
         "bundle": str(bundle),
@@ -93,12 +123,41 @@ def inspect(
         "folder": str(folder),
         "output": str(target),
         "overlays": None if overlays is None else str(overlays),
-        "files": len(paths),
+        "files": len(files),
         "from_earlier_runs": len(done),
         "counts": {status: counts[status] for status in STATUSES},
+        "left_out": dict(others.others),
+        "not_opened": closed,
+        "folders_not_opened": [str(place) for place, _ in photos.problems],
         "seconds": round(seconds, 3),
     }
     common.print_json(summary) if json else _print_summary(summary)
+    for place, reason in photos.problems:
+        common.note(f"error: {place}: {reason}")
+    if closed:
+        common.note(
+            f"error: {closed} {'file' if closed == 1 else 'files'} could not be opened; see the rows of {target}"
+        )
+    if closed or photos.problems:
+        raise typer.Exit(common.EXIT_ERROR)
+
+
+def _check_overlays(overlays: Path | None, folder: Path, photos: Photos) -> None:
+    """Refuse a folder for overlays that the next run would find in `folder`, by links too."""
+    if overlays is None:
+        return
+    real = overlays.resolve()
+    if real.is_relative_to(folder.resolve()) or any(
+        place.resolve().is_relative_to(real) for place in {path.parent for path in photos.paths}
+    ):
+        raise ConfigError(f"--overlays {overlays} lies in {folder}, so the next run would judge overlays; move it out")
+
+
+def _others(photos: Photos, folder: Path, target: Path) -> Photos:
+    """`photos` without the result file of an earlier run among the files that are left out."""
+    if os.path.exists(target) and target.resolve().is_relative_to(folder.resolve()):
+        return Photos(photos.paths, photos.problems, photos.others - Counter([target.suffix.lower()]))
+    return photos
 
 
 def _classes(
@@ -125,7 +184,8 @@ def _classes(
 def _print_summary(summary: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{summary['folder']} · {summary['engine']}", title_justify="left")
+    common.say(f"{summary['folder']} · {summary['engine']}")
+    table = Table()
     table.add_column("status")
     table.add_column("files", justify="right")
     for status, count in summary["counts"].items():
@@ -136,10 +196,10 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     common.out.print(table)
     judged = summary["files"] - summary["from_earlier_runs"]
     earlier = f", {summary['from_earlier_runs']} have rows from earlier runs" if summary["from_earlier_runs"] else ""
-    common.out.print(f"judged now: {judged} in {summary['seconds']:.1f} s{earlier}", highlight=False)
-    common.out.print(f"results: {summary['output']}", highlight=False)
+    common.say(f"judged now: {judged} in {summary['seconds']:.1f} s{earlier}")
+    common.say(f"results: {summary['output']}")
     if summary["overlays"]:
-        common.out.print(f"overlays: {summary['overlays']}", highlight=False)
+        common.say(f"overlays: {summary['overlays']}")
 
 
 main = common.command(inspect)

@@ -19,9 +19,9 @@ from rich.progress import (
 )
 
 from flowad_fast.cli import common
-from flowad_fast.config import parse, read_mapping
 from flowad_fast.errors import require
 from flowad_fast.training.config import TrainConfig
+from flowad_fast.training.recipes import PRESETS, Layer, from_file, settings
 
 if TYPE_CHECKING:
     from flowad_fast.training.batches import Progress as Report
@@ -33,7 +33,12 @@ _OPTION_NAMES = {"root": "--data", "categories": "--category"}
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the trained model, its log, and the state to resume from.")],
     config: Annotated[
-        Path | None, typer.Option(help="YAML or JSON file with any of the options below; options given here go first.")
+        Path | None,
+        typer.Option(help="YAML or JSON file with any of the options below, or FlowAD's training YAML; options win."),
+    ] = None,
+    preset: Annotated[
+        Literal["flowad-b", "flowad-l", "flowad-g", "flowad-h"] | None,
+        typer.Option(help="A published size with its recipe (300 epochs, no average); file and options win."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the state in the output folder, if there is one.")] = True,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
@@ -54,14 +59,13 @@ def train(
     require("train", "torch", "torchvision", "timm", "safetensors", by="flowad-train")
     from flowad_fast.training import loop as training
 
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = parse(
-        TrainConfig,
-        (read_mapping(config) if config is not None else {}) | given,
-        str(config) if config is not None else "options",
-    )
+    layers = [Layer(f"preset {preset}", PRESETS[preset])] if preset is not None else []
+    layers += [from_file(config)] if config is not None else []
+    chosen, origins = settings([*layers, Layer("options", options)])
+    for line in () if json else origins:
+        common.note(line)
     with _progress(quiet=json) as report:
-        result = training.train(settings, output, resume, device, distributed, report)
+        result = training.train(chosen, output, resume, device, distributed, report)
     if result.rank:
         raise typer.Exit(0 if result.finished else common.EXIT_INTERRUPTED)
     if json:
@@ -70,7 +74,7 @@ def train(
         common.out.print(f"trained {result.step} steps on {result.device}: {result.checkpoint}", highlight=False)
     if not result.finished:
         common.err.print(
-            f"interrupted at step {result.step} of {settings.steps}; the state is saved. "
+            f"interrupted at step {result.step}; the state is saved. "
             f"To go on, give the same command again (--output {output})",
             markup=False,
             highlight=False,

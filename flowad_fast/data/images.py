@@ -1,7 +1,10 @@
 """Image files as frames. What a file holds is either converted in a declared way or refused, never guessed."""
 
+import os
 import re
+import stat
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from flowad_fast.data.walk import SUFFIXES, find_photos
+from flowad_fast.data.walk import SUFFIXES, Photos, find_photos
 from flowad_fast.errors import ConfigError, FrameError, nearest
+from flowad_fast.files import sha256
 
 # Others are left to nobody: some of Pillow's readers (EPS) start external programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "PCX", "SGI", "AVIF")
@@ -21,6 +25,58 @@ _MP_ENTRIES = 0xB002
 """Tag of the list of pictures in the index of an MPO file."""
 _DEEP = re.compile(r"\b(?!BGR)[A-Za-z]+;16")
 """A raw mode of 16 bits per channel; `BGR;16` is 5+6+5 bits of a BMP."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Which content a file has: size in bytes, time of change, and the first 16 hex digits of its SHA-256."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def stamp(path: Path) -> Stamp | None:
+    """The content of a file; None where there is no plain file that can be read."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            return None
+        return Stamp(status.st_size, status.st_mtime_ns, sha256(path)[:16])
+    except (OSError, ValueError):
+        return None
+
+
+def read_stamped(path: Path) -> tuple[NDArray[np.uint8] | FrameError, Stamp | None]:
+    """The frame at `path`, or why there is none, and the content that this is true of (None: it could not be read)."""
+    before, found = _version(path), stamp(path)
+    frame: NDArray[np.uint8] | FrameError
+    try:
+        frame = read_frame(path)
+    except FrameError as error:
+        frame = error
+    if _version(path) != before:
+        return FrameError(f"{path}: changed while it was read; run again when it is complete"), None
+    return frame, found
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def frame_bytes(path: Path) -> int:
+    """How much memory the frame at `path` takes, as its header says; 0 where none can be read."""
+    try:
+        if not path.is_file():
+            return 0
+        with Image.open(path, formats=_FORMATS) as image:
+            return 3 * image.width * image.height
+    except (*_BROKEN, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return 0
 
 
 def read_frame(path: str | Path, channels: Literal["rgb", "bgr"] = "rgb") -> NDArray[np.uint8]:
@@ -66,9 +122,14 @@ def find_images(folder: str | Path) -> list[Path]:
         place, reason = photos.problems[0]
         raise FrameError(f"{place}: {reason}")
     if not photos.paths:
-        also = f"; {photos.left_out()}" if photos.others else ""
-        raise FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
+        raise no_images(folder, photos)
     return list(photos.paths)
+
+
+def no_images(folder: str | Path, photos: Photos) -> FrameError:
+    """The error of a folder in which no photo was found."""
+    also = f"; {photos.left_out()}" if photos.others else ""
+    return FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
 
 
 def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None = None) -> NDArray[np.bool_]:
@@ -101,10 +162,15 @@ def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None =
 
 def _load(path: Path) -> tuple[Image.Image, bool]:
     """The decoded, upright, single-page image at `path`, and whether its colours had 16 bits; or a FrameError."""
-    if not path.is_file():
-        raise FrameError(f"{path}: no such file; check the path")
-    if path.stat().st_size == 0:
-        raise FrameError(f"{path}: found an empty file (0 bytes), expected an image; copy it again")
+    try:
+        if not path.is_file():
+            leads = " (a link that leads nowhere)" if path.is_symlink() else ""
+            raise FrameError(f"{path}: no such file{leads}; check the path")
+        if path.stat().st_size == 0:
+            raise FrameError(f"{path}: found an empty file (0 bytes), expected an image; copy it again")
+        path.open("rb").close()
+    except OSError as error:
+        raise FrameError(f"{path}: cannot be read ({error.strerror}); check its permissions and its disk") from None
     try:
         opened = Image.open(path, formats=_FORMATS)
     except Image.UnidentifiedImageError as error:

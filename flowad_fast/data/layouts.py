@@ -12,6 +12,8 @@ from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.data.walk import find_photos, folders, is_data, is_photo
 from flowad_fast.errors import ConfigError, nearest
 
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+
 
 def mvtec(root: Path | None) -> Dataset:
     """MVTec AD and MPDD: `<cat>/train/good`, `<cat>/test/{good,<defect>}`, and masks of the defective test images.
@@ -56,10 +58,14 @@ def visa(root: Path | None) -> Dataset:
         ConfigError: the table, one of its columns, or a mask is missing, or a value is not one of VisA's.
     """
     root = _existing_root(root, "visa")
+    table = root / "split_csv" / "1cls.csv"
     samples = []
-    for line, row in _table(root / "split_csv" / "1cls.csv", ("object", "split", "label", "image", "mask")):
+    for line, row in _table(table, ("object", "split", "label", "image", "mask")):
         split = _one_of(row["split"], ("train", "test"), f"{line}: split")
         defective = _one_of(row["label"], ("normal", "anomaly"), f"{line}: label") == "anomaly"
+        for column in ("object", "image"):
+            if not row[column]:
+                raise ConfigError(f"{line}: its {column} is empty; get the original table")
         path = _listed(root, row["image"])
         if not defective:
             samples.append(Sample(path, row["object"], split, 0))
@@ -68,26 +74,40 @@ def visa(root: Path | None) -> Dataset:
         else:
             mask = _existing(_listed(root, row["mask"]), f"the mask of {path}")
             samples.append(Sample(path, row["object"], split, 1, "anomaly", mask))
+    for category in dict.fromkeys(sample.category for sample in samples):
+        for wanted in SPLITS:
+            if not any(sample.split == wanted for sample in samples if sample.category == category):
+                raise ConfigError(f"{table}: no row of the split {wanted} for {category!r}; get the original table")
     return Dataset("visa", tuple(samples), has_masks=True)
 
 
-def realiad(root: Path | None) -> Dataset:
-    """Real-IAD: `realiad_jsons/<cat>.json` with train and test lists, images and masks under `<cat>/`.
+def realiad(root: Path | None, lists: Path | None = None) -> Dataset:
+    """Real-IAD: `<cat>.json` with train and test lists, images and masks under `<cat>/`, or `<cat>/<cat>/`.
+
+    `lists` is the folder of the lists; None takes `realiad_jsons` below `root`.
 
     Raises:
-        ConfigError: a list, a field or the mask of a defective image is missing.
+        ConfigError: a list, a field or the mask of a defective image is missing, or a split of a category is empty.
     """
     root = _existing_root(root, "realiad")
-    lists_folder = _existing(root / "realiad_jsons", "the lists of Real-IAD")
-    files = sorted(path for path in lists_folder.glob("*.json") if is_data(path.name))
+    folder = lists or root / "realiad_jsons"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is missing: the lists of Real-IAD, <category>.json; name their folder with --lists"
+        )
+    files = sorted(path for path in folder.glob("*.json") if is_data(path.name))
     if not files:
-        raise ConfigError(f"{root / 'realiad_jsons'}: no <category>.json found; unpack the lists of Real-IAD there")
+        raise ConfigError(f"{folder}: no <category>.json found; unpack the lists of Real-IAD there")
     samples: list[Sample] = []
     for file in files:
+        images = root / file.stem
+        images = images / file.stem if (images / file.stem).is_dir() else images
         try:
-            lists = json.loads(_text(file))
-            samples += _realiad_samples(root / file.stem, "train", lists["train"])
-            samples += _realiad_samples(root / file.stem, "test", lists["test"])
+            listed = json.loads(_text(file))
+            for split, rows in [(split, listed[split]) for split in SPLITS]:
+                if not rows:
+                    raise ConfigError(f"{file}: its {split} list is empty; get the original file")
+                samples += _realiad_samples(images, split, rows)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{file}: {type(error).__name__}: {error}; expected train and test lists of image_path, mask_path and "
@@ -178,15 +198,20 @@ LAYOUTS: dict[str, Callable[[Path | None], Dataset]] = {
 """Reader of each layout by name."""
 
 
-def read_dataset(layout: str, root: Path | None) -> Dataset:
-    """The data set at `root` in the named layout; `root` may be None for `elpv` alone.
+def read_dataset(layout: str, root: Path | None, lists: Path | None = None) -> Dataset:
+    """The data set at `root` in the named layout; `root` may be None for `elpv` alone, `lists` is for `realiad` alone.
 
     Raises:
-        ConfigError: the layout is unknown, or files that it needs are missing.
+        ConfigError: the layout is unknown, files that it needs are missing, or there are no images.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; {nearest(layout, LAYOUTS)}")
-    return LAYOUTS[layout](root)
+    if lists is not None and layout != "realiad":
+        raise ConfigError(f"layout {layout!r} has no folder of lists, got {lists}; leave --lists out")
+    dataset = realiad(root, lists) if lists is not None else LAYOUTS[layout](root)
+    if not dataset.samples:
+        raise ConfigError(f"{root}: no images in the layout {layout!r}; check the data folder")
+    return dataset
 
 
 def _existing_root(root: Path | None, layout: str) -> Path:

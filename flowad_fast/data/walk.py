@@ -45,12 +45,17 @@ class Photos:
 
     def left_out(self) -> str:
         """One line about the files that are no photos, "" where there are none."""
-        count = self.others.total()
-        if not count:
-            return ""
-        shown = ", ".join(suffix or "no suffix" for suffix, _ in self.others.most_common(5))
-        more = ", ..." if len(self.others) > 5 else ""
-        return f"{count} {'file' if count == 1 else 'files'} with other suffixes left out ({shown}{more})"
+        return left_out(self.others)
+
+
+def left_out(others: Counter[str]) -> str:
+    """One line about files that were left out, counted by suffix; "" where there are none."""
+    count = others.total()
+    if not count:
+        return ""
+    shown = ", ".join(suffix or "no suffix" for suffix, _ in others.most_common(5))
+    more = ", ..." if len(others) > 5 else ""
+    return f"{count} {'file' if count == 1 else 'files'} with other suffixes left out ({shown}{more})"
 
 
 def is_data(name: str) -> bool:
@@ -69,7 +74,7 @@ def find_photos(folder: Path, deep: bool = True) -> Photos:
     Raises:
         FrameError: `folder` is no folder, or cannot be looked into.
     """
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise FrameError(f"{folder}: no such folder; give a folder with image files")
     found: list[Path] = []
     problems: list[tuple[Path, str]] = []

@@ -29,6 +29,7 @@ from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.pipeline import ScoringPipeline
+from flowad_fast.stages.aggregates import columns
 from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.velocity import TabledDiT
 
@@ -70,9 +71,8 @@ class Buffers:
     @classmethod
     def make(cls, pipeline: ScoringPipeline, batch: int, height: int, width: int, device: torch.device,
              pinned: bool = False) -> "Buffers":  # fmt: skip
-        """Zeroed buffers; the score has two columns for the aggregate diff+sum."""
+        """Zeroed buffers; the score has one column per term where there are several."""
         size = pipeline.image.size
-        columns = (2,) if pipeline.aggregate == "diff+sum" else ()
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
@@ -81,7 +81,7 @@ class Buffers:
             zeros(batch, height, width, 3, dtype=torch.uint8),
             zeros(batch, dtype=torch.int64) if pipeline.conditional else None,
             zeros(batch, size, size),
-            zeros(batch, *columns),
+            zeros(batch, *columns(pipeline.aggregate)),
         )
 
     def first(self, rows: int) -> "Buffers":

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ from flowad_fast.errors import ConfigError, FlowADError, FrameError, nearest
 from flowad_fast.evaluation.inspection import Frame, FrameFiles, Scanned, scan
 from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean, mean_ad, pixel_metrics
 from flowad_fast.evaluation.overlay import overlay
+from flowad_fast.stages.aggregates import AGGREGATES, Aggregate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 MEAN_AD = "mean_ad"
 """Key of the mean of the seven metrics (mAD)."""
 TEST_SET_SCORE = "diff+sum (test-set normalised)"
-"""`Report.image_score` when the ranges of the image score came from the evaluated test set itself."""
+"""`Report.image_score` of FlowAD's evaluation: the ranges of its terms came from the evaluated test set itself."""
+PUBLISHED = (
+    "published numbers are those of the checkpoint that was best on the test set, and FlowAD's code bins scores for "
+    "F1max, pixel AUROC and AUPRO; the metrics here are exact"
+)
+"""What a comparison with published numbers must know."""
 _SCHEMA = 1
 
 Metrics = dict[str, float | None]
@@ -55,7 +62,7 @@ Attributes that are read where they exist: `class_names`, empty for a detector w
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One test image: its score, or the `error` that left it without one."""
+    """One test image: its score, or the `error` that left it without one; `unmarked` says why it has no mask to use."""
 
     path: str
     category: str
@@ -63,6 +70,7 @@ class ImageRow:
     label: int
     score: float | None = None
     error: str | None = None
+    unmarked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ class Report:
 
     `metrics` has one entry per category and `mean` their mean, each with the seven `METRICS` and `mean_ad`. A metric is
     None in the mean when it is None in any category. `detector` says what ran (the engine), `image_score` how scores
-    were made.
+    were made, `pixel_images` how many images of a category the pixel metrics cover, and `remarks` what a reader of the
+    numbers must know.
     """
 
     dataset: str
@@ -80,12 +89,19 @@ class Report:
     metrics: dict[str, Metrics]
     mean: Metrics
     images: tuple[ImageRow, ...]
+    pixel_images: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     schema: int = _SCHEMA
 
     @property
     def errors(self) -> tuple[ImageRow, ...]:
         """The images without a score; the metrics leave them out."""
         return tuple(row for row in self.images if row.error is not None)
+
+    @property
+    def unmarked(self) -> tuple[ImageRow, ...]:
+        """The defective images whose mask marks nothing; the pixel metrics leave them out."""
+        return tuple(row for row in self.images if row.unmarked is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; no NaN."""
@@ -126,51 +142,63 @@ def evaluate(
     batch_size: int = 8,
     mask_size: int = 256,
     progress: Callable[[int], object] = lambda n: None,
-    test_set_normalisation: bool = False,
+    test_set_normalisation: bool | Aggregate = False,
+    remarks: Sequence[str] = (),
 ) -> Report:
     """Run the detector over the test images of `categories` (default: all) and compare with labels and masks.
 
     Masks are resized to (mask_size, mask_size), the size of the detector's maps. `progress(n)` is called after each n
-    images. An image that cannot be read (or its mask), that the detector refuses, or that it calls invalid, becomes an
-    error row, and the metrics leave it out.
+    images. An image that cannot be read (or its mask), whose mask does not fit it, that the detector refuses, or that
+    it calls invalid, becomes an error row, and the metrics leave it out. A mask of a defective image that marks nothing
+    leaves it out of the pixel metrics alone. `remarks` go into the report.
 
-    `test_set_normalisation` replaces the detector's image score by the one of the paper's code: max - min of the map
-    plus the sum of the map, each first min-max-normalised over the test images of its category. A production line has
-    no such range; use it to reproduce published numbers only.
+    `test_set_normalisation` replaces the detector's image score by the one of the authors' code: the sum of two terms,
+    each first min-max-normalised over the test images. A production line has no such range; use it to reproduce
+    published numbers only. True, or `diff+sum`, is FlowAD's: max - min and sum of the map, over the test images of all
+    categories together. `range+nll` is InvAD's, over those of each category, and needs a detector of that aggregate.
 
     Raises:
         ConfigError: a category is unknown to the data set or the detector, or lacks good or defective test images;
-            the maps are of another size than the masks.
+            the maps are of another size than the masks; the detector lacks the terms.
     """
+    scaled: Aggregate | None = "diff+sum" if test_set_normalisation is True else test_set_normalisation or None
     chosen = select_tests(dataset, categories)
     names = _class_names(detector)
     for category in chosen:
         if names and category not in names:
             raise ConfigError(f"the detector has no class {category!r}; {nearest(category, names)}")
-    metrics: dict[str, Metrics] = {}
-    rows: list[ImageRow] = []
+    found: dict[str, list[_Scored | str]] = {}
+    pixels: dict[str, tuple[int, Metrics]] = {}
     for category, samples in chosen.items():
         results: list[_Scored | str] = []
         frames, classes = FrameFiles([s.path for s in samples]), [category] * len(samples) if names else None
         for sample, one in zip(samples, scan(detector, frames, classes, batch_size), strict=True):
-            results.append(_result(sample, one, mask_size, not test_set_normalisation))
+            results.append(_result(sample, one, mask_size, scaled))
             progress(1)
-        scored = [result for result in results if not isinstance(result, str)]
-        scores = np.array([one.score for one in scored], np.float64)
-        if test_set_normalisation and scored:  # the detector was not asked for scores
-            scores = _diff_sum(np.stack([one.map for one in scored]))
-        following = iter(scores.tolist())
-        for sample, result in zip(samples, results, strict=True):
+        if dataset.has_masks:
+            pixels[category] = _pixel_metrics([result for result in results if not isinstance(result, str)])
+        # Maps fill memory, and only scores are compared across categories.
+        found[category] = [one if isinstance(one, str) else replace(one, map=None, mask=None) for one in results]
+    scores = _scores(found, scaled)
+    metrics: dict[str, Metrics] = {}
+    rows: list[ImageRow] = []
+    for category, results in found.items():
+        following = iter(scores[category].tolist())
+        for sample, result in zip(chosen[category], results, strict=True):
             score, error = (None, result) if isinstance(result, str) else (next(following), None)
-            rows.append(ImageRow(str(sample.path), category, sample.defect, sample.label, score, error))
-        metrics[category] = _metrics(scored, scores, dataset.has_masks)
+            unmarked = None if isinstance(result, str) else result.unmarked
+            rows.append(ImageRow(str(sample.path), category, sample.defect, sample.label, score, error, unmarked))
+        labels = [result.label for result in results if not isinstance(result, str)]
+        metrics[category] = _metrics(labels, scores[category], pixels[category][1] if category in pixels else {})
     return Report(
         dataset=dataset.name,
         detector=getattr(detector, "engine", type(detector).__name__),
-        image_score=TEST_SET_SCORE if test_set_normalisation else getattr(detector, "aggregate", "of the detector"),
+        image_score=_score_name(scaled) if scaled else getattr(detector, "aggregate", "of the detector"),
         metrics=metrics,
         mean={name: mean([values[name] for values in metrics.values()]) for name in (*METRICS, MEAN_AD)},
         images=tuple(rows),
+        pixel_images={category: count for category, (count, _) in pixels.items()},
+        remarks=(*remarks, *([_over(scaled, len(chosen))] if scaled else []), PUBLISHED),
     )
 
 
@@ -202,8 +230,10 @@ def _bars(axes: "Axes", report: Report) -> None:
     for i, name in enumerate(shown):
         heights = [np.nan if (value := one[name]) is None else 100 * value for one in values]
         axes.bar(places + (i - (len(shown) - 1) / 2) * width, heights, width, label=name)
-    axes.set_xticks(places, categories, rotation=30 if len(categories) > 4 else 0)
-    axes.set(ylabel="%", ylim=(0, 100), title=f"{report.dataset}: {report.detector}, image score {report.image_score}")
+    axes.set_xticks(places, map(_caption, categories), rotation=30 if len(categories) > 4 else 0, parse_math=False)
+    axes.set(ylabel="%", ylim=(0, 100))
+    title = f"{report.dataset}: {report.detector}, image score {report.image_score}"
+    axes.set_title(_caption(title), parse_math=False)
     if shown:
         axes.legend(fontsize="small", ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
@@ -213,7 +243,7 @@ def _histogram(axes: "Axes", report: Report, category: str) -> None:
     edges = list(np.histogram_bin_edges([score for _, score in scores], bins=30))
     for label, name in enumerate(("good", "defective")):
         axes.hist([score for of, score in scores if of == label], bins=edges, alpha=0.6, label=name)
-    axes.set_title(category, fontsize="medium")
+    axes.set_title(_caption(category), fontsize="medium", parse_math=False)
     axes.tick_params(labelsize="small")
 
 
@@ -267,22 +297,39 @@ def save_mistakes(report: Report, detector: DetectorLike, folder: str | Path, n:
             axes.set_axis_off()
         opposite = "defective images score no higher" if row.label == 0 else "good images score no lower"
         caption = f"{row.category}, {'defective: ' + row.defect if row.label else 'good'}, {Path(row.path).name}"
-        figure.suptitle(f"{caption}\nscore {row.score:.4g}; {wrong:.1%} of the {opposite}", fontsize="medium")
-        file = folder / f"{i:02d}_{'defective' if row.label else 'good'}_{row.category}_{Path(row.path).stem}.png"
+        text = f"{_caption(caption)}\nscore {row.score:.4g}; {wrong:.1%} of the {opposite}"
+        figure.suptitle(text, fontsize="medium", parse_math=False)
+        name = f"{i:02d}_{'defective' if row.label else 'good'}_{row.category}_{Path(row.path).stem}"
+        file = folder / f"{_file_name(name)}.png"
         figure.savefig(file, dpi=110)
         files.append(file)
     return files
 
 
+def _caption(text: str) -> str:
+    """`text` for a figure, on one line: what no font can draw as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _file_name(text: str) -> str:
+    """`text` as a file's name that every system takes; a class name may hold separators."""
+    return re.sub(r"[^\w.()+ -]", "_", text)[:120]
+
+
 @dataclass(frozen=True)
 class _Scored:
+    """`score` is one number, or the terms that are to be normalised; map and mask are None once they were compared."""
+
     label: int
-    mask: NDArray[np.bool_]
-    map: NDArray[np.float32]
-    score: float | None
+    mask: NDArray[np.bool_] | None
+    map: NDArray[np.float32] | None
+    score: NDArray[np.float64]
+    unmarked: str | None = None
 
 
-def _result(sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int, with_score: bool) -> _Scored | str:
+def _result(
+    sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int, scaled: Aggregate | None
+) -> _Scored | str:
     """What a test image contributes to the metrics, or the reason why it does not."""
     if isinstance(one, ConfigError):  # the same for every image
         raise one
@@ -297,35 +344,81 @@ def _result(sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int, 
     invalid: Sequence[str | None] | None = getattr(one.detection, "invalid", None)
     if invalid is not None and (reason := invalid[one.place]) is not None:
         return reason
-    # Without a calibration the score of diff+sum is an error, so it is read only when it is used.
-    score = float(one.detection.score[one.place]) if with_score else None
     map = maps[one.place]
-    if not np.isfinite(map).all() or not (score is None or math.isfinite(score)):
+    score = _terms(one, map, scaled)
+    if not np.isfinite(map).all() or not np.isfinite(score).all():
         return "the map or the score is not finite"
+    if sample.mask is None:
+        return _Scored(sample.label, np.zeros(map.shape, bool), map, score)
     try:
-        mask = np.zeros(map.shape, bool) if sample.mask is None else read_mask(sample.mask, mask_size)
+        mask = read_mask(sample.mask, mask_size, one.frame.shape)
     except FrameError as error:
         return str(error)
-    return _Scored(sample.label, mask, map, score)
+    empty = f"{sample.mask}: marks no defect at {mask_size}x{mask_size} pixels, its image is called {sample.defect}"
+    return _Scored(sample.label, mask, map, score, None if mask.any() else empty)
+
+
+def _terms(one: Scanned[Scored], map: NDArray[np.float32], scaled: Aggregate | None) -> NDArray[np.float64]:
+    """The detector's score, or the terms that are scaled over the test set."""
+    if scaled is None:  # Without a calibration the score of several terms is an error, so it is read only when used.
+        return np.asarray(one.detection.score[one.place], np.float64)
+    if scaled == "diff+sum":
+        return np.array([np.ptp(map), map.sum(dtype=np.float64)], np.float64)
+    raw = np.asarray(getattr(one.detection, "raw_score", np.zeros(0)))
+    if raw.ndim != 2:
+        raise ConfigError(f"the detector gives no terms of {scaled}; make it with the aggregate {scaled}")
+    return raw[one.place].astype(np.float64)
+
+
+def _scores(found: Mapping[str, Sequence[_Scored | str]], scaled: Aggregate | None) -> dict[str, NDArray[np.float64]]:
+    """The image scores of each category's images that have one, in their order."""
+    values = {
+        category: np.array([one.score for one in results if not isinstance(one, str)], np.float64)
+        for category, results in found.items()
+    }
+    if scaled is None:
+        return values
+    if not AGGREGATES[scaled].together:
+        return {category: _normalised(terms, terms) for category, terms in values.items()}
+    every = [terms for terms in values.values() if len(terms)]
+    over = np.concatenate(every) if every else np.zeros((0, 1))
+    return {category: _normalised(terms, over) for category, terms in values.items()}
+
+
+def _normalised(terms: NDArray[np.float64], over: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum (n,) of terms (n, k), each min-max-normalised over others (m, k)."""
+    if not len(terms):
+        return np.zeros(0)
+    low, high = over.min(axis=0), over.max(axis=0)
+    return ((terms - low) / np.where(high > low, high - low, 1)).sum(axis=1)
+
+
+def _score_name(scaled: Aggregate) -> str:
+    return TEST_SET_SCORE if scaled == "diff+sum" else f"{scaled} (test-set normalised)"
+
+
+def _over(scaled: Aggregate, categories: int) -> str:
+    over = f"of all {categories} categories together" if AGGREGATES[scaled].together else "of each category by itself"
+    return f"the terms of {scaled} were normalised over the test images {over}, defective ones included"
 
 
 def _class_names(detector: DetectorLike) -> tuple[str, ...]:
     return tuple(getattr(detector, "class_names", ()))
 
 
-def _diff_sum(maps: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The reference code's image score (n,) of maps (n, H, W): normalised range plus normalised sum of each."""
-    terms = np.stack([np.ptp(maps, axis=(1, 2)), maps.sum(axis=(1, 2), dtype=np.float64)])
-    low, high = terms.min(axis=1, keepdims=True), terms.max(axis=1, keepdims=True)
-    return ((terms - low) / np.where(high > low, high - low, 1)).sum(axis=0)
+def _pixel_metrics(scored: Sequence[_Scored]) -> tuple[int, Metrics]:
+    """How many images have a mask to compare with, and their pixel metrics; none where a label is missing."""
+    masks = [one.mask for one in scored if one.unmarked is None and one.mask is not None]
+    maps = [one.map for one in scored if one.unmarked is None and one.map is not None]
+    if not any(mask.any() for mask in masks) or {one.label for one in scored} != {0, 1}:
+        return len(masks), {}
+    return len(masks), {**pixel_metrics(np.stack(masks), np.stack(maps))}
 
 
-def _metrics(scored: Sequence[_Scored], scores: NDArray[np.float64], has_masks: bool) -> Metrics:
+def _metrics(labels: Sequence[int], scores: NDArray[np.float64], pixels: Metrics) -> Metrics:
     """All metrics of one category; None for pixel metrics without masks, and where errors left one label only."""
     metrics: Metrics = dict.fromkeys(METRICS)
-    labels = [one.label for one in scored]
     if set(labels) == {0, 1}:
         metrics |= image_metrics(labels, scores)
-        if has_masks:
-            metrics |= pixel_metrics(np.stack([one.mask for one in scored]), np.stack([one.map for one in scored]))
+    metrics |= pixels
     return {**metrics, MEAN_AD: mean_ad(metrics)}

@@ -13,6 +13,8 @@ _COLOURS = np.frombuffer(
 """Dark blue over green to dark red at even distances (the map known as turbo), linear between them."""
 _OPACITY = 0.65
 """Share of the heat colour where the heat is greatest; the part stays recognisable below it."""
+_STRIP = 1 << 18
+"""Pixels that are drawn at once."""
 
 
 def heat_range(maps: NDArray[np.float32], threshold: float | None = None) -> tuple[float, float]:
@@ -37,9 +39,15 @@ def overlay(frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vma
     if not vmax > vmin:
         raise ValueError(f"got vmin {vmin} and vmax {vmax}, expected vmax > vmin; a constant map has nothing to show")
     height, width, _ = frame.shape
-    resized = Image.fromarray(np.asarray(map, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    heat = np.clip((np.asarray(resized) - vmin) / (vmax - vmin), 0, 1)
+    image = Image.fromarray(np.asarray(map, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    resized = np.asarray(image)
     places = np.linspace(0, 1, len(_COLOURS))
-    colour = np.stack([np.interp(heat, places, channel) for channel in _COLOURS.T], axis=-1)
-    opacity = _OPACITY * heat[..., None]
-    return np.rint(frame * (1 - opacity) + colour * opacity).astype(np.uint8)
+    drawn = np.empty_like(frame)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):  # in strips: a float64 copy of a large frame is eight times its size
+        strip = slice(top, top + rows)
+        heat = np.clip((resized[strip] - vmin) / (vmax - vmin), 0, 1)
+        colour = np.stack([np.interp(heat, places, channel) for channel in _COLOURS.T], axis=-1)
+        opacity = _OPACITY * heat[..., None]
+        drawn[strip] = np.rint(frame[strip] * (1 - opacity) + colour * opacity)
+    return drawn

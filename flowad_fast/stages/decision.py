@@ -5,16 +5,16 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal, get_args
 
 import numpy as np
 from pydantic import Field
 
 from flowad_fast.config import Frozen
 from flowad_fast.errors import CalibrationError
+from flowad_fast.stages.aggregates import AGGREGATES as AGGREGATES
+from flowad_fast.stages.aggregates import Aggregate as Aggregate
+from flowad_fast.stages.aggregates import terms, with_ranges
 
-Aggregate = Literal["max", "mean", "sum", "diff", "diff+sum"]
-AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 OUTLIER_MADS = 8.0
 """A good part whose score is this many scaled median absolute deviations above the median is reported."""
 
@@ -28,18 +28,18 @@ class Verdict(StrEnum):
 
 
 class Range(Frozen):
-    """Smallest and largest value of one term of `diff+sum` over good parts."""
+    """Smallest and largest value of one term of an image score over good parts."""
 
     low: float
     high: float
 
 
 class ClassCalibration(Frozen):
-    """What good parts of one class said: the threshold, how many parts it rests on, and the ranges of `diff+sum`."""
+    """What good parts of one class said: the threshold, how many parts it rests on, and the ranges of several terms."""
 
     threshold: float
     parts: int = Field(gt=0)
-    ranges: tuple[Range, Range] | None = None
+    ranges: tuple[Range, ...] | None = None
 
 
 class Calibration(Frozen):
@@ -71,33 +71,44 @@ def require_parts(names: Sequence[str], alpha: float, aggregate: Aggregate) -> N
     """Refuse good parts that are too few in one of their classes; `names` holds the class of each part.
 
     Raises:
-        CalibrationError: an alpha outside (0, 1), no parts, or too few for it. `diff+sum` needs twice as many.
+        CalibrationError: an alpha outside (0, 1), no parts, or too few for it. A score of several terms needs
+            twice as many.
     """
+    _require(names, alpha, terms(aggregate) > 1)
+
+
+def _require(names: Sequence[str], alpha: float, ranged: bool) -> None:
+    """As `require_parts`, for raw scores whose terms need ranges, or not."""
     if not 0 < alpha < 1:
         raise CalibrationError(f"alpha must lie between 0 and 1, got {alpha}")
-    terms = 2 if aggregate == "diff+sum" else 1
-    need = terms * max(parts_needed(alpha), 1)
+    need = (2 if ranged else 1) * max(parts_needed(alpha), 1)
     counts = Counter(names) or Counter({"": 0})
     for name, count in counts.items():
         if count < need:
             of = f" of class {name!r}" if name else ""
             raise CalibrationError(
                 f"{count} good parts{of} are too few for a false-reject rate of {alpha:g}"
-                f"{' with the aggregate diff+sum' if terms == 2 else ''}: "
+                f"{f' with the aggregate {with_ranges()}' if ranged else ''}: "
                 f"at least {need} are needed, or a larger alpha"
             )
 
 
-def combine(raw: np.ndarray, ranges: tuple[Range, Range] | None) -> np.ndarray:
-    """Raw scores (n,), or the two terms of `diff+sum` (n, 2) with their ranges, to scores (n,).
+def combine(raw: np.ndarray, ranges: tuple[Range, ...] | None) -> np.ndarray:
+    """Raw scores (n,), or k terms (n, k) with their ranges, to scores (n,).
 
     Raises:
-        CalibrationError: two terms without ranges.
+        CalibrationError: several terms without ranges, or as many ranges as there are not terms.
     """
     if raw.ndim == 1:
         return raw
     if ranges is None:
-        raise CalibrationError("the aggregate diff+sum needs ranges fitted on good parts; calibrate the model first")
+        raise CalibrationError(
+            f"the aggregate {with_ranges()} needs ranges fitted on good parts; calibrate the model first"
+        )
+    if len(ranges) != raw.shape[1]:
+        raise CalibrationError(
+            f"got a score of {raw.shape[1]} terms and {len(ranges)} ranges; calibrate the model again"
+        )
     low = np.array([r.low for r in ranges])
     width = np.array([max(r.high - r.low, np.finfo(np.float32).tiny) for r in ranges])
     terms: np.ndarray = (raw - low) / width
@@ -107,13 +118,13 @@ def combine(raw: np.ndarray, ranges: tuple[Range, Range] | None) -> np.ndarray:
 def calibrate(
     raw: np.ndarray, alpha: float, classes: Sequence[str] | None = None, labels: Sequence[str] | None = None
 ) -> Calibration:
-    """Fit thresholds (and the ranges of `diff+sum`) on good parts.
+    """Fit thresholds (and the ranges of scores of several terms) on good parts.
 
-    `diff+sum` needs twice the parts: its ranges are fitted on every second part and the threshold on the others, so
-    that the guarantee holds.
+    Several terms need twice the parts: their ranges are fitted on every second part and the threshold on the others,
+    so that the guarantee holds.
 
     Args:
-        raw: raw scores of good parts, (n,) or (n, 2).
+        raw: raw scores of good parts, (n,) or (n, k).
         alpha: accepted false-reject rate.
         classes: the class of each part for conditional models.
         labels: a name for each part (its file), used in warnings.
@@ -126,7 +137,7 @@ def calibrate(
     """
     raw = np.asarray(raw)
     names = np.asarray(classes if classes is not None else [""] * len(raw), dtype=object)
-    require_parts(names.tolist(), alpha, "diff+sum" if raw.ndim == 2 else "max")
+    _require(names.tolist(), alpha, raw.ndim == 2)
     bad = np.flatnonzero(~np.isfinite(raw).reshape(len(raw), -1).all(1))
     if len(bad):
         shown = ", ".join(str(labels[i]) if labels is not None else f"part {i}" for i in bad[:5])
@@ -134,11 +145,12 @@ def calibrate(
     fitted = {}
     for name in dict.fromkeys(names.tolist()):
         index = np.flatnonzero(names == name)
-        ranges, rest = None, index
+        ranges: tuple[Range, ...] | None = None
+        rest = index
         if raw.ndim == 2:
             half, rest = raw[index[::2]], index[1::2]
             low, high = half.min(0), half.max(0)
-            ranges = (Range(low=low[0], high=high[0]), Range(low=low[1], high=high[1]))
+            ranges = tuple(Range(low=a, high=b) for a, b in zip(low, high, strict=True))
         scores = np.sort(combine(raw[rest], ranges))
         _warn_outliers(combine(raw[index], ranges), index, labels, name)
         rank = math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9)

@@ -3,25 +3,20 @@
 import torch
 from torch import Tensor
 
-from flowad_fast.stages.decision import Aggregate
+from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, Heat
 
 
-def image_score(maps: Tensor, aggregate: Aggregate) -> Tensor:
-    """The named aggregate of upsampled maps (B, S, S): (B,), raw, or (B, 2); see `aggregated`."""
-    flat = maps.flatten(1)
-    return aggregated(flat.amax(1), flat.amin(1), flat.sum(1), flat.shape[1], aggregate)
+def image_score(maps: Tensor, aggregate: Aggregate, cells: Tensor | None = None, power: int = 2) -> Tensor:
+    """The named aggregate of maps (B, S, S): (B,), raw, or (B, n) for n terms; see `aggregates.Rule`.
 
-
-def aggregated(high: Tensor, low: Tensor, total: Tensor, pixels: int, aggregate: Aggregate) -> Tensor:
-    """The named aggregate from each map's maximum, minimum and sum (B,) over its `pixels`: (B,), raw.
-
-    `diff` is max - min. `diff+sum` gives its two terms, (B, 2): they are scaled by ranges that were fitted on good
-    parts (`Calibration.ranges`) before they are added, which happens outside exported graphs.
+    `cells` (B, h, w) are the maps before they were enlarged, None where they were not; `power` is `Heat.power`.
     """
-    if aggregate == "max":
-        return high
-    if aggregate == "mean":
-        return total / pixels
-    if aggregate == "sum":
-        return total
-    return high - low if aggregate == "diff" else torch.stack([high - low, total], 1)
+    flat = maps.flatten(1)
+    small = flat if cells is None else cells.flatten(1)
+    return aggregated(Heat(small, flat.amax(1), flat.amin(1), flat.sum(1), flat.shape[1], power), aggregate)
+
+
+def aggregated(heat: Heat, aggregate: Aggregate) -> Tensor:
+    """The named aggregate of B maps: (B,), raw, or (B, n) for n terms."""
+    values = [term.of(heat) for term in AGGREGATES[aggregate].terms]
+    return values[0] if len(values) == 1 else torch.stack(values, 1)

@@ -1,11 +1,12 @@
 """What to train: the options of `flowad-train`, validated."""
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowad_fast.config import Backbone, Frozen, ImageConfig, VelocityConfig, parse
+from flowad_fast.config import Backbone, Frozen, ImageConfig, Target, VelocityConfig, grid_side, parse
 from flowad_fast.data.layouts import LAYOUTS
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -25,21 +26,34 @@ class TrainConfig(Frozen):
     categories: tuple[str, ...] = Field((), description="category to train on, repeatable, in class order [all]")
     backbone: Backbone = Field("efficientnet-b4", description="frozen features")
     backbone_weights: Path | None = Field(None, description="weight file of the backbone")
-    image_size: int = Field(256, gt=0, multiple_of=32, description="side of the resized image, pixels")
+    image_size: int = Field(256, gt=0, description="side of the resized image, pixels; 224 for dinov2")
     normalise_features: bool = Field(True, description="bring each channel to mean 0 and std 1 over the good parts")
     use_class_labels: bool | None = Field(None, description="condition on the category [with more than one]")
     hidden_size: int = Field(768, gt=0, description="width of the DiT")
     depth: int = Field(12, gt=0, description="blocks of the DiT")
     num_heads: int = Field(8, gt=0, description="attention heads")
     mlp_ratio: float = Field(4.0, gt=0, description="MLP width / hidden size")
+    patch_size: int = Field(1, gt=0, description="side of a token, cells")
+    t_scale: float = Field(1000.0, gt=0, description="what t is multiplied by before its embedding")
+    class_dropout: float = Field(0.0, ge=0, lt=1, description="share of images whose class is withheld")
+    predict: Target = Field("velocity", description="what the network predicts")
+    loss: Target = Field("velocity", description="what the loss compares, after conversion")
+    div_eps: float = Field(0.05, gt=0, description="smallest denominator of such a conversion")
+    t_sampling: Literal["uniform", "logistic"] = Field("uniform", description="times of training, or sigmoid of normal")
+    t_mu: float = Field(-0.8, description="mean of that normal distribution")
+    t_sigma: float = Field(0.8, gt=0, description="its standard deviation")
+    train_steps: int | None = Field(None, ge=2, description="train at so many equally spaced times only [all]")
     batch_size: int = Field(32, gt=0, description="images per step, over all processes")
     steps: int = Field(50_000, gt=0, description="optimiser steps")
+    epochs: int | None = Field(None, gt=0, description="passes over the images, instead of steps")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    start_lr: float = Field(0.0, ge=0, description="learning rate at the start of the warm-up")
     warmup_steps: int = Field(500, ge=0, description="steps of linear warm-up")
+    warmup_epochs: int | None = Field(None, ge=0, description="passes of warm-up, instead of warm-up steps")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, which are the result")
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, the result; 0: none")
+    grad_clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: any")
     flips: Literal["none", "horizontal", "vertical", "both"] = Field("none", description="random flips of the image")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the DiT (bf16: autocast)")
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, batches, flips, times and noise")
@@ -48,13 +62,37 @@ class TrainConfig(Frozen):
     save_every: int = Field(500, gt=0, description="steps between saved states")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="of the weights in the result")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_the_backbone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "image_size" not in data and str(data.get("backbone")).startswith("dinov2"):
+            return data | {"image_size": 224}
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} must not exceed lr {self.lr}")
+        counted = self.epochs is None and self.warmup_epochs is None
+        if counted and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}; give fewer")
+        for name in ("min_lr", "start_lr"):
+            if getattr(self, name) > self.lr:
+                raise ValueError(f"{name} {getattr(self, name)} must not exceed lr {self.lr}")
+        if self.t_sampling == "logistic" and self.train_steps is not None:
+            raise ValueError(f"train_steps {self.train_steps} are equally spaced; got t_sampling logistic; give one")
+        grid_side(self.backbone, self.image_size)
         return self
+
+    def counted(self, images: int) -> "TrainConfig":
+        """The configuration with steps and warm-up steps in place of epochs of so many images.
+
+        Raises:
+            ConfigError: not fewer warm-up steps than steps.
+        """
+        fields = self.model_dump()
+        for name, epochs in (("steps", self.epochs), ("warmup_steps", self.warmup_epochs)):
+            if epochs is not None:
+                fields[name] = math.ceil(epochs * images / self.batch_size)
+        return parse(TrainConfig, fields | {"epochs": None, "warmup_epochs": None}, f"training on {images} images")
 
     def image(self) -> ImageConfig:
         """How frames become the backbone's input."""
@@ -62,11 +100,12 @@ class TrainConfig(Frozen):
 
     def velocity(self, classes: int) -> VelocityConfig:
         """The velocity field for a data set of `classes` categories; ConfigError when the sizes do not fit."""
-        from flowad_fast.stages.features import BACKBONES, STRIDES  # needs torch, which the options do not
+        from flowad_fast.stages.features import BACKBONES  # needs torch, which the options do not
 
         conditional = classes > 1 if self.use_class_labels is None else self.use_class_labels
-        grid = self.image_size // STRIDES[-1]
-        fields = self.model_dump(include={"hidden_size", "depth", "num_heads", "mlp_ratio"})
+        grid = grid_side(self.backbone, self.image_size)
+        fields = self.model_dump(include={"hidden_size", "depth", "num_heads", "mlp_ratio", "patch_size", "t_scale"})
         fields |= {"channels": sum(BACKBONES[self.backbone].channels), "height": grid, "width": grid}
         fields |= {"use_class_labels": conditional, "num_classes": classes if conditional else 1}
+        fields |= {"class_dropout_prob": self.class_dropout if conditional else 0.0, "pred_type": self.predict}
         return parse(VelocityConfig, fields, "training configuration")

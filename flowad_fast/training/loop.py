@@ -1,6 +1,7 @@
 """Training a detector's velocity field from good parts, on frozen features.
 
-Minimises ||u(X_t, t, y) - (X1 - X0)||² with t ~ U[0, 1], X0 ~ N(0, I) and X_t = t X1 + (1 - t) X0. No random state
+Minimises ||u(X_t, t, y) - (X1 - X0)||² with t ~ U[0, 1], X0 ~ N(0, I) and X_t = t X1 + (1 - t) X0; other times,
+predictions and losses are in `objective`. No random state
 is carried from step to step: images, flips, t and X0 of a step are functions of (seed, step, process) alone. A run
 that was killed at any moment and resumed therefore computes what an uninterrupted one does, bit for bit on a CPU (GPU
 kernels that are not deterministic themselves may differ in the last bits).
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from pydantic_core import PydanticUndefined
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -50,6 +51,7 @@ from flowad_fast.training.batches import (
     training_samples,
 )
 from flowad_fast.training.config import TrainConfig
+from flowad_fast.training.objective import draw_times, drop_classes, flow_loss
 
 STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "config.json"
 """Files of an output folder: resumable state, loss curve, trained model (with its JSON), what was asked for."""
@@ -96,7 +98,9 @@ def train(
     distributed: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train and write `output`/model.safetensors with its JSON: the averaged weights, in the project's own format.
+    """Train and write `output`/model.safetensors with its JSON, in the project's own format.
+
+    The result are the averaged weights, or those of the last step where `ema_decay` is 0.
 
     State is saved every `save_every` steps, and on Ctrl-C or SIGTERM after the step that runs; with `resume` a run
     goes on from there. `distributed` takes part in the processes that `accelerate launch` started.
@@ -117,6 +121,7 @@ def train(
     output = Path(output)
     dataset = read_dataset(config.layout, config.root)
     categories, samples = training_samples(config, dataset)
+    config = config.counted(len(samples))
     velocity = config.velocity(len(categories))
     labels = torch.tensor([categories.index(sample.category) for sample in samples])
     names = categories if velocity.use_class_labels else ()
@@ -167,7 +172,7 @@ class Learner:
         self.dit.y_embedder.requires_grad_(velocity.use_class_labels)
         self.dit.to(runtime.device)
         self.field = runtime.wrap(self.dit)
-        self.ema = AveragedModel(self.dit, multi_avg_fn=self._average)
+        self.ema = AveragedModel(self.dit, multi_avg_fn=self._average) if config.ema_decay else None
         self.weights = [p for p in self.dit.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
@@ -185,7 +190,8 @@ class Learner:
     def _lr_factor(self, step: int) -> float:
         config = self.config
         if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
+            low = config.start_lr / config.lr
+            return low + (1 - low) * ((step + 1) / config.warmup_steps)
         done = min(1.0, (step - config.warmup_steps) / (config.steps - config.warmup_steps))
         low = config.min_lr / config.lr
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
@@ -196,18 +202,20 @@ class Learner:
         Raises:
             DivergedError: either is not finite; the weights are untouched.
         """
-        device = self.runtime.device
-        generator = torch.Generator(device).manual_seed(seed_of(self.config.seed, 3, self.step, self.runtime.rank))
+        config, device = self.config, self.runtime.device
+        generator = torch.Generator(device).manual_seed(seed_of(config.seed, 3, self.step, self.runtime.rank))
         x1 = (features - self.mean) / self.std
         x0 = torch.randn(x1.shape, generator=generator, device=device)
-        t = torch.rand(len(x1), generator=generator, device=device)
+        t = draw_times(config, len(x1), generator)
+        if y is not None and config.class_dropout:
+            y = drop_classes(y, config.class_dropout, self.dit.config.num_classes, generator)
         along = t[:, None, None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             u = self.field(along * x1 + (1 - along) * x0, t, y)
-        loss = F.mse_loss(u.float(), x1 - x0)
+        loss = flow_loss(u.float(), x0, x1, t, config.predict, config.loss, config.div_eps)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip))
+        norm = float(nn.utils.clip_grad_norm_(self.weights, config.grad_clip or math.inf))
         value = loss.item()
         if not math.isfinite(norm) or not math.isfinite(value):
             raise DivergedError(
@@ -216,7 +224,8 @@ class Learner:
             )
         self.optimizer.step()
         self.scheduler.step()
-        self.ema.update_parameters(self.dit)
+        if self.ema is not None:
+            self.ema.update_parameters(self.dit)
         self.step += 1
         return value, norm
 
@@ -228,7 +237,7 @@ class Learner:
             "sha256": digest(identity),
             "step": self.step,
             "model": self.dit.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "mean": self.mean,
@@ -250,14 +259,17 @@ class Learner:
             state = torch.load(path, map_location=self.runtime.device, weights_only=True)
             if state["schema"] != _SCHEMA:
                 raise CheckpointError(f"{path}: schema {state['schema']}, expected {_SCHEMA}; train anew (--no-resume)")
-            if state["sha256"] != digest(identity):
-                differences = _differences(json.loads(state["identity"]), identity)
+            made = json.loads(state["identity"])
+            made["config"] = _defaults() | made["config"]  # a state from before an option existed had its default
+            if digest(made) != digest(identity):
+                differences = _differences(made, identity)
                 raise ConfigError(
                     f"{path}: was made with another configuration ({differences}); repeat the old one, "
                     "start anew (--no-resume), or choose another output folder"
                 )
             self.dit.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.mean, self.std, self.step = state["mean"], state["std"], state["step"]
@@ -330,7 +342,7 @@ def _save_result(
     extractor.mean.copy_(learner.mean)
     extractor.std.copy_(learner.std)
     dit = DiT(spec.velocity)
-    dit.load_state_dict(learner.ema.module.state_dict())
+    dit.load_state_dict((learner.dit if learner.ema is None else learner.ema.module).state_dict())
     spec = spec.model_copy(update={"feature_normalisation": config.normalise_features, "provenance": provenance})
     save_checkpoint(FlowModel(spec, dit, extractor), path, getattr(torch, config.dtype))
 
@@ -410,6 +422,13 @@ def _identity(
         "backbone_sha256": weights.hexdigest(),
         "processes": processes,
     }
+
+
+def _defaults() -> dict[str, object]:
+    """The options' defaults as they are in an identity; None for what must be given."""
+    fields = {name: field.get_default() for name, field in TrainConfig.model_fields.items()}
+    known = {name: None if value is PydanticUndefined else value for name, value in fields.items()}
+    return {name: value for name, value in known.items() if name not in _WHERE_AND_WHEN}
 
 
 def _differences(old: Identity, new: Identity) -> str:

@@ -19,18 +19,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import IMAGENET_MEAN, ModelConfig, VelocityConfig
+from flowad_fast.data.images import frame_bytes, read_stamped
+from flowad_fast.data.layouts import read_dataset
+from flowad_fast.data.walk import find_photos
 from flowad_fast.engines.onnxruntime import check_external_data
 from flowad_fast.errors import FlowADError
+from flowad_fast.evaluation.inspection import FORMATS, Result, ResultFile
 from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.decision import Calibration, ClassCalibration, Range
@@ -131,6 +137,36 @@ def damaged_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
     return bytes(data)
 
 
+ODD_NAMES = (
+    "good", "train", "test", "ground_truth", "dent", "0.png", "0_mask.png", "1.JPG", "._0.png", "[x]", "[/y]", "$$",
+    "%s", "=1+1", "a\nb.png", "\udcff.png", "\u202egnp.exe", "@eaDir", "..png", "é.pgm", "-",
+)  # fmt: skip
+anything = st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=9)
+NAMES = anything.filter(lambda name: name.strip(".")) | st.sampled_from(ODD_NAMES)  # `..` would lead out of the folder
+TREES = st.lists(
+    st.tuples(st.lists(NAMES, min_size=1, max_size=4), st.sampled_from(["photo", "empty", "folder", "link", "loop"])),
+    max_size=9,
+)
+TABLE = "object,split,label,image,mask\nc,train,normal,a.png,\nc,test,anomaly,a.png,a.png\n"
+
+
+def plant(root: Path, tree: list[tuple[list[str], str]], photo: bytes) -> None:
+    """Make what a tree lists, as far as the file system takes it."""
+    root.mkdir()
+    for names, kind in tree:
+        place = root.joinpath(*names)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "folder":
+                place.mkdir(exist_ok=True)
+            elif kind in ("link", "loop"):
+                place.symlink_to(root / names[0] if kind == "loop" else root / "nowhere")
+            else:
+                place.write_bytes(photo if kind == "photo" else b"")
+        except (OSError, ValueError):
+            continue
+
+
 class Readers:
     """Valid files in a folder, a way to damage each, and the reader that gets it."""
 
@@ -169,6 +205,15 @@ class Readers:
         for reader in (self.read_manifest, self.read_spec, self.read_flowad_yaml, self.read_invad_yaml):
             reader(copy.deepcopy({self.read_manifest: self.manifest, self.read_spec: self.spec,
                                   self.read_flowad_yaml: TRAINING, self.read_invad_yaml: INVAD}[reader]))  # fmt: skip
+        Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / "a.png")
+        self.photo = (folder / "a.png").read_bytes()
+        self.results = {}
+        for format in FORMATS:
+            with ResultFile(folder / f"valid.{format}", format, "b") as file:
+                file.append(Result(folder / "a.png", "good", 1.5, "nut"))
+                file.append(Result(folder / 'b,"\n\udcff.png', "error", reason="=1"))
+            self.results[format] = (folder / f"valid.{format}").read_bytes()
+        self.read_table(TABLE.encode())
         self.read_safetensors(self.tensors)
         self.read_pth(self.zip)
         self.read_pth(self.pickle)
@@ -213,6 +258,55 @@ class Readers:
         (self.folder / "model.onnx").write_bytes(data)
         check_external_data(self.folder / "model.onnx")
 
+    def read_tree(self, tree: list[tuple[list[str], str]]) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            root = Path(name) / "root"
+            plant(root, tree, self.photo)
+            found = find_photos(root)
+            judged = [Result(path, "error", reason=str(read_stamped(path)[0])) for path in found.paths]
+            for format in FORMATS:
+                target = Path(name) / format
+                with ResultFile(target, format, "b") as file:
+                    for result in judged:
+                        file.append(result)
+                if judged:
+                    with ResultFile(target, format, "b") as file:
+                        assert [row["path"] for row in file.rows] == [str(path) for path in found.paths]
+            for layout in ("mvtec", "folder"):
+                try:
+                    read_dataset(layout, root)
+                except FlowADError:
+                    continue
+
+    def read_result_rows(self, data: bytes, format: str) -> None:
+        path = self.folder / "results"
+        path.write_bytes(data)
+        with ResultFile(path, format, "b") as file:
+            file.done({self.folder / "a.png": "nut"})
+            file.append(Result(self.folder / "a.png", "good", 1.0, "nut"))
+
+    def read_csv(self, data: bytes) -> None:
+        self.read_result_rows(data, "csv")
+
+    def read_jsonl(self, data: bytes) -> None:
+        self.read_result_rows(data, "jsonl")
+
+    def read_table(self, data: bytes) -> None:
+        root = self.folder / "visa"
+        (root / "split_csv").mkdir(parents=True, exist_ok=True)
+        (root / "a.png").write_bytes(self.photo)
+        (root / "split_csv" / "1cls.csv").write_bytes(data)
+        read_dataset("visa", root)
+
+    def read_photo(self, data: bytes) -> None:
+        path = self.folder / "photo.png"
+        path.write_bytes(data)
+        frame_bytes(path)
+        frame, found = read_stamped(path)
+        assert found is not None
+        if isinstance(frame, FlowADError):
+            raise frame
+
     def fuzzers(self) -> dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]]:
         """By name: a reader and what it is given."""
         text = json.dumps(self.manifest).encode()
@@ -227,6 +321,11 @@ class Readers:
             "zip .pth": (self.read_pth, damaged_bytes(self.zip)),
             "pickle .pth": (self.read_pth, damaged_bytes(self.pickle)),
             "ONNX": (self.read_onnx, damaged_bytes(self.onnx)),
+            "folders": (self.read_tree, TREES),
+            "tables": (self.read_table, damaged_bytes(TABLE.encode()) | damaged_bytes(TABLE.encode("utf-16"))),
+            "CSV results": (self.read_csv, damaged_bytes(self.results["csv"])),
+            "JSONL results": (self.read_jsonl, damaged_bytes(self.results["jsonl"])),
+            "photos": (self.read_photo, damaged_bytes(self.photo)),
         }
 
 
