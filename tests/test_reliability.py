@@ -133,9 +133,17 @@ ROWS: dict[str, tuple[str, ...]] = {
         "test_export_cli.py::test_defective_calibration_parts_are_warned_about",
         "test_bundle.py::test_a_threshold_that_is_not_finite_is_refused",
     ),
+    "a detector in a forked child, or pickled": (
+        "test_service_environment.py::test_fork_after_load_is_one_error_at_once_for_every_engine",
+        "test_service_environment.py::test_a_detector_that_is_pickled_says_what_to_send",
+    ),
+    "a user without a name, a bundle that cannot be written": (
+        "test_service_environment.py::test_user_without_a_name_and_home_runs_an_onnx_bundle_without_timm",
+        "test_service_environment.py::test_a_read_only_bundle_is_refused_before_it_is_locked",
+    ),
     "a day of calls": ("test_detector.py::test_memory_stays_flat",),
 }
-"""Not built yet, so not here: exchange of a running bundle, a bounded queue with deadlines, fork after CUDA start."""
+"""Not built yet, so not here: exchange of a running bundle, a bounded queue with deadlines."""
 
 
 @pytest.mark.parametrize("row", ROWS)
