@@ -1,6 +1,7 @@
 """Imports point downwards only: kernels <- flowad_fast <- export <- benchmarks <- tests, and floor by floor."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
