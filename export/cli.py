@@ -96,6 +96,7 @@ def make(
     calibrate: Annotated[str | None, typer.Option(help="Folder of good parts, to calibrate at once.")] = None,
     alpha: Alpha = 0.01,
     output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/NAME-SCORER]")] = None,
+    threads: common.Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate everything, write nothing.")] = False,
     json: Json = False,
     **scoring: Any,

@@ -23,6 +23,7 @@ class TrainConfig(Frozen):
 
     layout: str = Field(description=f"layout of the data set: {', '.join(LAYOUTS)}")
     root: Path | None = Field(None, description="folder of the data set; elpv can come from its package instead")
+    lists: Path | None = Field(None, description="layout realiad: folder of the lists [DATA/realiad_jsons]")
     categories: tuple[str, ...] = Field((), description="category to train on, repeatable, in class order [all]")
     backbone: Backbone = Field("efficientnet-b4", description="frozen features")
     backbone_weights: Path | None = Field(None, description="weight file of the backbone")

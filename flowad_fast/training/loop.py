@@ -56,7 +56,7 @@ from flowad_fast.training.objective import draw_times, drop_classes, flow_loss
 
 STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "config.json"
 """Files of an output folder: resumable state, loss curve, trained model (with its JSON), what was asked for."""
-_WHERE_AND_WHEN = {"root", "feature_cache", "backbone_weights", "log_every", "save_every", "dtype"}
+_WHERE_AND_WHEN = {"root", "lists", "feature_cache", "backbone_weights", "log_every", "save_every", "dtype"}
 """Fields that say where data lie and when files are written, and so may differ between a run and its resumption."""
 _SCHEMA = 1
 
@@ -121,11 +121,12 @@ def train(
         raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the {runtime.world} processes")
     output = Path(output)
     with ExitStack() as stack:
+        stack.callback(runtime.leave)
         if runtime.rank == 0:  # what cannot be written is told before anything is computed
             stack.enter_context(_sole_writer(output))
             if config.feature_cache is not None:
                 require_writable(config.feature_cache)
-        dataset = read_dataset(config.layout, config.root)
+        dataset = read_dataset(config.layout, config.root, config.lists)
         categories, samples = training_samples(config, dataset)
         config = config.counted(len(samples))
         velocity = config.velocity(len(categories))
@@ -368,6 +369,11 @@ class Runtime:
         if self.accelerator is None:
             return values
         return tuple(self.accelerator.reduce(torch.tensor(values, device=self.device), "mean").tolist())
+
+    def leave(self) -> None:
+        """End the processes' group: its threads abort a process that ends while they run."""
+        if self.accelerator is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _runtime(device: str, distributed: bool) -> Runtime:

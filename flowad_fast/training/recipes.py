@@ -109,6 +109,7 @@ def flowad(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {
         "layout": _LAYOUTS[name],
         "root": given.need("data.data_root"),
+        "lists": given.optional("data.meta_dir", None) if name == "realiad" else None,
         "categories": None if dataset.endswith("_all") else (given.need("data.category"),),
         "backbone": backbone,
         "image_size": image.size,
