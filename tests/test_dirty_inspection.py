@@ -196,7 +196,7 @@ def test_a_photo_that_changes_while_it_is_read_has_no_verdict(tmp_path: Path, mo
 def test_result_files_of_before_are_judged_again(tmp_path: Path, format: str) -> None:
     path, name = tmp_path / "r", str(photo(tmp_path / "p.png"))
     values = [name, "good", 1.5, "", "", "e", "b"]
-    old = dict(zip(inspection.COLUMNS, values, strict=False))
+    old = dict(zip(inspection.COLUMNS[: len(values)], values, strict=True))
     gone = old | {"path": str(tmp_path / "gone.png")}
     if format == "csv":
         lines = [",".join(old), *(",".join(map(str, row.values())) for row in (old, gone))]

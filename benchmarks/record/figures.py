@@ -1,6 +1,5 @@
 """Figures of a record as PNG: FPS against memory, ladder, latency distribution, roofline."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ Ran = Sequence[tuple[Row, Measured]]
 """Rows that ran, with what they measured."""
 
 PALETTE = ("#c1440e", "#1f6f8b", "#3d8f5f", "#8a5fa8", "#b8860b", "#5a6472")
-COLOURS = dict(zip(SCORERS, itertools.cycle(PALETTE), strict=False))
+COLOURS = {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(SCORERS)}
 
 
 def draw(record: Record, folder: Path) -> list[Path]:

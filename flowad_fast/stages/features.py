@@ -1,6 +1,7 @@
 """Stage 2: a frozen timm backbone, the pyramid gather, and the optional feature normalisation: images to X1."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from flowad_fast.kernels.operators import Operators
 
 
 @dataclass(frozen=True)
-class BackboneSpec:
+class BackboneSpec(ABC):
     """What this project knows about a backbone.
 
     Attributes:
@@ -31,13 +32,13 @@ class BackboneSpec:
     channels: tuple[int, ...]
     outblocks: tuple[int, ...] = ()
 
+    @abstractmethod
     def build(self, size: int) -> nn.Module:
         """The network without weights: images (B, 3, size, size) to the list of its stages, (B, C_i, h_i, w_i)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def named(self, state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole network's weights under the names, and in the sizes, of the built one's (`wanted`)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
