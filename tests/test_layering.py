@@ -15,7 +15,7 @@ FLOORS = (
     # What a runtime without torch is made of.
     ("errors", "environment", "moved"),
     ("config", "files"),
-    ("stages.schedule", "stages.aggregates", "stages.frames"),
+    ("stages.schedule", "stages.aggregates", "stages.frames", "stages.regions"),
     ("stages.decision",),
     ("stages.scorers",),
     ("bundle", "checkpoints.defaults"),
@@ -23,7 +23,7 @@ FLOORS = (
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     ("line.outcome",),
-    ("line.policy",),
+    ("line.policy", "line.event"),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -54,7 +54,7 @@ FLOORS = (
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
-    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy",)) + 1] for name in floor),
+    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy", "line.event")) + 1] for name in floor),
     *(
         f"flowad_fast.{name}"
         for name in (
