@@ -1,65 +1,32 @@
 """`flowad-bench`: speed and memory beside the reference path, each row behind a parity gate."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from flowad_fast.benchmarks import labelled
+from flowad_fast.benchmarks.options import (
+    EVALUATIONS,
+    KINDS,
+    STEPS,
+    Chosen,
+    check_weights,
+    console,
+    numbers,
+    probes_of,
+    scorers_along,
+    words,
+)
 from flowad_fast.cli import common
 from flowad_fast.errors import ConfigError
-from flowad_fast.stages.scorers import SCORERS
 
 if TYPE_CHECKING:
     from flowad_fast.benchmarks.record.record import Record
-    from flowad_fast.config import VelocityConfig
-    from flowad_fast.stages.scorers import Scorer
-
-KINDS = ", ".join(SCORERS)
-STEPS = "Steps per unit time, as in every command. [default: as --evaluations says]"
-EVALUATIONS = "Function evaluations per frame. [default: 3; of mismatch 1]"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-
-
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-        raise ConfigError(f"{option} {text!r}: expected positive whole numbers, separated by commas")
-    return [int(word) for word in words]
-
-
-def _scorers(
-    kinds: Sequence[str], steps: str, evaluations: str, probes: Sequence[int], config: "VelocityConfig | None"
-) -> "list[Scorer]":
-    """Scorers along the axes that the options name."""
-    from flowad_fast.benchmarks.measure.cases import make_scorers
-
-    if steps and evaluations:
-        raise ConfigError("--steps and --evaluations say the same in two ways; give one of them")
-    return make_scorers(
-        kinds,
-        steps=_numbers(steps, "--steps") if steps else (),
-        evaluations=_numbers(evaluations, "--evaluations") if evaluations else (None,),
-        probes=probes,
-        config=config,
-    )
-
-
-def _probes(text: str, kinds: Sequence[str], default: Sequence[int]) -> Sequence[int]:
-    """The option --probes, refused where no scorer has probes."""
-    from flowad_fast.benchmarks.measure.cases import has_probes
-
-    if text and not any(map(has_probes, kinds)):
-        able = ", ".join(filter(has_probes, SCORERS))
-        raise ConfigError(f"--probes {text}: an option of {able}, not of {', '.join(kinds)}; leave it out")
-    return _numbers(text, "--probes") if text else default
 
 
 @app.callback(invoke_without_command=True)
@@ -78,6 +45,7 @@ def bench(
     frame_size: Annotated[int | None, typer.Option(help="Height and width of frames. [default: the model's]")] = None,
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
+    weights: Chosen = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 15.0,
     quick: Annotated[bool, typer.Option("--quick", help="Few repeats, one engine: a first impression.")] = False,
@@ -100,11 +68,13 @@ def bench(
     from flowad_fast.benchmarks.measure.turns import QUICK, Effort
 
     cases = []
-    for one in _words(preset):
+    for one in words(preset):
         axes = axes_of(one, quick)
-        kinds = _words(scorer) or axes.scorers
+        kinds = words(scorer) or axes.scorers
+        check_weights(weights, one)
         if not is_bundle(one):
-            scorers = _scorers(kinds, steps, evaluations, _probes(probes, kinds, axes.probes), axes.velocity)
+            scorers = scorers_along(kinds, steps, evaluations, probes_of(probes, kinds, axes.probes), axes.velocity)
+            scorers += [] if scorer or steps or evaluations else axes.also
         elif scorer or steps or evaluations or probes:
             raise ConfigError(f"{one}: a bundle has a scorer of its own; leave out what would change it")
         else:
@@ -112,16 +82,17 @@ def bench(
         cases += expand(
             one,
             scorers,
-            engines=_words(engine) or axes.engines,
-            precisions=_words(precision),
-            batches=_numbers(batch, "--batch"),
-            modes=_words(mode),
+            engines=words(engine) or axes.engines,
+            precisions=words(precision),
+            batches=numbers(batch, "--batch"),
+            modes=words(mode),
             ops=ops,
             device=device,
             frame_size=frame_size,
             parity_frames=axes.parity_frames,
             config=None if config is None else str(config),
             backbone_weights=None if backbone_weights is None else str(backbone_weights),
+            weights=weights,
         )
     effort = QUICK if quick else replace(Effort(), seconds=seconds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished rows are kept
@@ -140,6 +111,7 @@ def ladder(
     steps: Annotated[str, typer.Option(help=STEPS)] = "",
     evaluations: Annotated[str, typer.Option(help=EVALUATIONS)] = "",
     probes: Annotated[str, typer.Option(help="Density: probes. [default: 10]")] = "",
+    weights: Chosen = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 15.0,
     quick: Annotated[bool, typer.Option("--quick", help="Few repeats.")] = False,
@@ -155,63 +127,70 @@ def ladder(
     from flowad_fast.benchmarks.runs import ladder as rungs
 
     axes = axes_of(preset)
-    scorers = _scorers([scorer], steps, evaluations, _probes(probes, [scorer], (10,)), axes.velocity)
+    scorers = scorers_along([scorer], steps, evaluations, probes_of(probes, [scorer], (10,)), axes.velocity)
     if len(scorers) != 1:
         raise ConfigError("a ladder is of one scorer; give one number for --steps, --evaluations or --probes")
-    like = Case(preset, scorers[0], "eager", batch=batch, device=device, parity_frames=axes.parity_frames)
+    check_weights(weights, preset)
+    like = Case(
+        preset, scorers[0], "eager", batch=batch, device=device, parity_frames=axes.parity_frames, weights=weights
+    )
     effort = QUICK if quick else replace(Effort(), seconds=seconds)
     with common.status("measuring") as tell:
         record = rungs.run(like, effort, tell, keep=_keep(output))
     _show(record, output, None, figures, json)
 
 
+app.command()(labelled.drift)
+app.command()(labelled.evaluations)
+
+
 @app.command()
-def drift(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or `demo`.")] = "demo",
-    data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
-    layout: Annotated[str, typer.Option(help="mvtec (also MPDD), visa, realiad, folder or elpv.")] = "elpv",
-    category: Annotated[list[str] | None, typer.Option(help="A category; repeat for more. Default: all.")] = None,
-    scorer: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SCORERS),
-    precision: Annotated[str, typer.Option(help="Comma-separated.")] = "bf16,fp16,fp8",
-    ops: Annotated[str, typer.Option(help="reference or fused operators.")] = "reference",
-    steps: Annotated[str, typer.Option(help=STEPS)] = "",
-    evaluations: Annotated[str, typer.Option(help=EVALUATIONS)] = "",
-    probes: Annotated[str, typer.Option(help="Density: probes. [default: 1]")] = "",
+def fewer(
+    preset: Annotated[str, typer.Option(help="demo, small, paper; or a checkpoint.")] = "small",
+    engine: Annotated[str, typer.Option(help="eager, onnxruntime, cudagraph, …")] = "eager",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16, fp8.")] = "fp32",
+    batch: Annotated[int, typer.Option(min=1, help="Frames per call.")] = 1,
     config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
+    weights: Chosen = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Photos per call.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time per pair of rows, in seconds; twice that where noisy.")] = 60.0,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the record (JSON) here; pairs that it already has are kept.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables (Markdown) here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
-    """What a precision changes on labelled photos: maps, scores, and AUROC against fp32."""
-    from flowad_fast.benchmarks.record import record, report
-    from flowad_fast.benchmarks.runs import drift as drifting
-    from flowad_fast.checkpoints.load import load_checkpoint
-    from flowad_fast.data.layouts import read_dataset
-    from flowad_fast.engines.device import torch_device
-    from flowad_fast.engines.precision import check_precision
-    from flowad_fast.evaluation.evaluate import select_tests
+    """One and two evaluations in turn with three, ours and the reference path's: speed and memory."""
+    from dataclasses import replace
 
-    dataset, kinds, precisions = read_dataset(layout, data), _words(scorer), _words(precision)
-    probe_counts = _probes(probes, kinds, (1,))
-    for one in precisions:
-        check_precision(one, torch_device(device))
-    loaded = load_checkpoint(model, config, backbone_weights)
-    scorers = _scorers(kinds, steps, evaluations, probe_counts, loaded.config)
-    photos = sum(len(samples) for samples in select_tests(dataset, category).values())
-    runs = len(scorers) * len({"fp32", *precisions})
-    with common.progress("comparing", photos * runs, quiet=json) as advance:
-        found = drifting.run(
-            loaded, dataset, scorers, precisions, categories=category,  # type: ignore[arg-type]
-            device=device, ops=ops, batch=batch, name=Path(model).name, progress=advance,
-        )  # fmt: skip
-    if output is not None:
-        record.write(found, output)
-    if json:
-        common.print_json(found.dump())
-    else:
-        _console().print(report.drift_table(found))
+    from flowad_fast.benchmarks.measure.cases import axes_of, expand
+    from flowad_fast.benchmarks.measure.turns import Effort
+    from flowad_fast.benchmarks.record import record as records
+    from flowad_fast.benchmarks.runs import fewer as fewer_run
+
+    axes = axes_of(preset)
+    check_weights(weights, preset)
+    (like,) = expand(
+        preset, [fewer_run.ONE], engines=[engine], precisions=[precision], batches=[batch], device=device,
+        parity_frames=axes.parity_frames, weights=weights, config=None if config is None else str(config),
+        backbone_weights=None if backbone_weights is None else str(backbone_weights),
+    )  # fmt: skip
+    earlier = None
+    if output is not None and output.is_file():
+        found = records.read(output)
+        other = (
+            fewer_run.resumable(found, like) if isinstance(found, records.Record) else f"a record of kind {found.kind}"
+        )
+        if other is not None:
+            raise ConfigError(f"{output}: {other}, which this run cannot go on with; move it, or name another --output")
+        earlier = found
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished pairs are kept
+    with common.status("measuring") as tell:
+        record = fewer_run.run(like, replace(Effort(), seconds=seconds), tell, _keep(output), earlier)  # type: ignore[arg-type]
+    _show(record, output, markdown, None, json)
+    if any(pair.reason == "interrupted" for pair in record.pairs or ()):
+        raise typer.Exit(common.EXIT_INTERRUPTED)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -246,7 +225,7 @@ def compare(
     if json:
         common.print_json([asdict(change) for change in changes])
     else:
-        _console().print(report.comparison(changes))
+        console().print(report.comparison(changes))
 
 
 @app.command("report")
@@ -294,14 +273,9 @@ def _show(record: "Record", output: Path | None, markdown: Path | None, figures:
         common.print_json(record.dump())
         return
     for table in report.tables(record):
-        _console().print(table)
+        console().print(table)
     for line in report.remarks(record):
         common.out.print(line, markup=False, highlight=False)
-
-
-def _console() -> Console:
-    """A pipe has no width; a wide table is better there than a broken one."""
-    return common.out if common.out.is_terminal else Console(width=180)
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ from torch import nn
 from flowad_fast import bundle
 from flowad_fast.benchmarks.record.record import Row, Status
 from flowad_fast.checkpoints.load import load_checkpoint
-from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Precision, VelocityConfig, validated
+from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Precision, VelocityConfig, Weights, validated
 from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 from flowad_fast.stages.image import normalise
-from flowad_fast.stages.scorers import SCORERS, Scorer, options
+from flowad_fast.stages.scorers import SCORERS, Inversion, Scorer, options
 from flowad_fast.stages.velocity import DiT
 
 Mode = Literal["offline", "single-stream"]
@@ -29,7 +29,8 @@ REFERENCE = "reference"
 class Preset:
     """A model and the axes that are measured unless others are asked for.
 
-    `spec` None stands for the demo checkpoint; random presets have seeded, non-zero weights.
+    `spec` None stands for the demo checkpoint; random presets have seeded, non-zero weights. `also` are scorers that
+    are measured beside `scorers`, whose number of evaluations is the usual one.
     """
 
     description: str
@@ -38,6 +39,7 @@ class Preset:
     engines: tuple[str, ...] = ("eager",)
     probes: tuple[int, ...] = (10,)
     parity_frames: int = 4
+    also: tuple[Scorer, ...] = (Inversion(steps=2),)
 
     @property
     def velocity(self) -> VelocityConfig | None:
@@ -78,6 +80,7 @@ PRESETS = {
         spec_of(2048, 16, 8, invad=True),
         scorers=("inversion",),
         parity_frames=2,
+        also=(),
     ),
     "tiny": Preset(
         "for trying the harness: Lite0 at 64 pixels, DiT 32x2, random weights",
@@ -92,11 +95,11 @@ def axes_of(preset: str, quick: bool = False) -> Preset:
     if axes is None and is_bundle(preset):
         manifest = bundle.read(preset)[1]
         found = tuple(dict.fromkeys(a.engine for a in manifest.artefacts.values()))
-        axes = Preset("a bundle", manifest.model, (manifest.scorer.kind,), found)
+        axes = Preset("a bundle", manifest.model, (manifest.scorer.kind,), found, also=())
     if axes is None and not Path(preset).is_file():
         raise ConfigError(f"{preset!r} is no preset, bundle or checkpoint; {nearest(preset, PRESETS)}")
-    axes = axes or Preset("a checkpoint", None)
-    return replace(axes, engines=axes.engines[-1:], probes=axes.probes[:1]) if quick else axes
+    axes = axes or Preset("a checkpoint", None, also=())
+    return replace(axes, engines=axes.engines[-1:], probes=axes.probes[:1], also=()) if quick else axes
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Case:
     parity_frames: int = 4
     config: str | None = None
     backbone_weights: str | None = None
+    weights: Weights | None = None
 
     @property
     def name(self) -> str:
@@ -271,7 +275,7 @@ def load_model(case: Case) -> FlowModel:
         if eager is None:
             raise ConfigError(f"{folder}: comparing needs the model; export the bundle with the format eager as well")
         return load_checkpoint(folder / next(iter(eager.files)))
-    return load_checkpoint(case.preset, case.config, case.backbone_weights)
+    return load_checkpoint(case.preset, case.config, case.backbone_weights, case.weights)
 
 
 def random_model(spec: ModelConfig, device: torch.device, seed: int = 0) -> FlowModel:

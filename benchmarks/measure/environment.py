@@ -14,7 +14,7 @@ import torch
 
 import flowad_fast
 from flowad_fast.benchmarks.measure import nvml
-from flowad_fast.benchmarks.record.record import Environment, Moment
+from flowad_fast.benchmarks.record.machine import Environment, Moment
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flowad_fast.benchmarks.record.record import Gpu
+from flowad_fast.benchmarks.record.machine import Gpu
 
 
 def _handle() -> tuple[Any, Any] | None:

@@ -87,7 +87,7 @@ def _fps_memory(axes: Axes, ran: Ran) -> Labels:
             labels.append((memory / 1e3, found.fps, _label(row)))
     points: dict[tuple[float, float], list[str]] = {}
     for method in paper.FLOWAD.values():
-        assert method.memory_gb is not None, "FlowAD's rows have a memory figure"
+        assert method.memory_gb is not None and method.fps is not None, "FlowAD's rows have both figures"
         points.setdefault((method.memory_gb, method.fps), []).append(str(method.scorer))
     for point, names in points.items():
         axes.plot(*point, "D", mfc="none", color="#777")

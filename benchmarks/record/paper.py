@@ -5,14 +5,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reported:
-    """A method's reported speed (frames per second) and memory (GB); None where the table has a dash."""
+    """A method's reported speed (frames per second) and memory (GB); None where the table has a dash.
+
+    `preset`, `scorer` and `evaluations` are those of its row here.
+    """
 
     name: str
-    fps: float
+    fps: float | None
     memory_gb: float | None
     preset: str | None = None
     scorer: str | None = None
     note: str = ""
+    evaluations: int = 3
 
 
 METHODS = {
@@ -28,6 +32,11 @@ METHODS = {
     )
 }
 FLOWAD = {m.scorer: m for m in METHODS.values() if m.preset == "paper"}
+OURS = (
+    Reported("ours, one evaluation", None, None, "paper", "mismatch", evaluations=1),
+    Reported("ours, two evaluations", None, None, "paper", "inversion", evaluations=2),
+)
+"""Rows of the paper's model with fewer evaluations, which the paper does not have."""
 CONFLICT = (
     "Published figures conflict: InvAD's own paper reports 88 FPS for InvAD and 39 for OmiAD on MVTec AD, FlowAD's "
     "reports 41 and 17. Reported figures are from an H100; figures measured on a CPU are not comparable with them."

@@ -6,29 +6,23 @@ belongs together. Measuring makes new rows and changes none.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from flowad_fast import bundle
-from flowad_fast.config import Frozen, Precision, parse, read_mapping
+from flowad_fast.benchmarks.record.machine import Environment, Part
+from flowad_fast.config import Precision, parse, read_mapping
 from flowad_fast.errors import ConfigError
 from flowad_fast.files import make_folder, replacing
 from flowad_fast.kernels.account import VelocityShape
+from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.scorers import Scorer
 
 SCHEMA = 1
 Status = Literal[
     "ok", "not available", "out of memory", "failed", "timeout", "crashed", "failed parity", "not checked", "skipped"
 ]
-
-
-class Part(Frozen):
-    """A part of a record."""
-
-    def but(self, **changes: Any) -> Self:
-        """The same with other values."""
-        return self.model_copy(update=changes)
 
 
 class Latency(Part):
@@ -213,50 +207,6 @@ class Roofs(Part):
     gemm: tuple[Products | NoProducts, ...] = ()
 
 
-class Gpu(Part):
-    """What the driver says about a GPU at a moment."""
-
-    name: str | None
-    driver: str | None
-    power_w: float | None
-    power_cap_w: float | None
-    sm_clock_mhz: int | None
-    memory_clock_mhz: int | None
-    temperature_c: int | None
-    throttle_reasons: tuple[str, ...] | None
-
-
-class Moment(Part):
-    """What may disturb a measurement."""
-
-    load_average: tuple[float, ...]
-    gpu: Gpu | None
-
-
-class Environment(Part):
-    """The machine and the versions that a record holds for, and what was going on before and after."""
-
-    project: str
-    commit: str | None
-    python: str
-    packages: dict[str, str | None]
-    platform: str
-    cpu: str
-    cpu_capability: str
-    cores: int | None
-    threads: int
-    memory_gb: float
-    gpu: str | None
-    gpu_count: int
-    cuda: str | None
-    compute_capability: tuple[int, int] | None
-    command: str
-    before: Moment
-    after: Moment
-    seconds: float | None = None
-    anomalib: str | None = None
-
-
 class CheckPart(Part):
     """One part of a check of a GPU."""
 
@@ -283,13 +233,28 @@ class Header(Part):
         return self.model_dump(mode="json", by_alias=True)
 
 
-class Record(Header):
-    """Rows with speeds, of a run of cases or of several of them."""
+class Pair(Part):
+    """Two rows of a record that took turns with each other: `fast` is `ratio.speed` times as fast as `slow`.
 
-    kind: Literal["bench", "ladder", "peers", "gpu-check"] = "bench"
+    `ratio` is None where one of the two has no speed, with the reason why. `goal` is the speed that is asked for.
+    """
+
+    fast: str
+    slow: str
+    what: str
+    goal: float | None = None
+    ratio: Ratio | None = None
+    reason: str | None = None
+
+
+class Record(Header):
+    """Rows with speeds, of a run of cases or of several of them; `pairs` only where rows took turns with each other."""
+
+    kind: Literal["bench", "ladder", "peers", "gpu-check", "fewer"] = "bench"
     title: str | None = None
     cases: tuple[Row, ...]
     parts: tuple[CheckPart, ...] | None = None
+    pairs: tuple[Pair, ...] | None = None
 
 
 class Interval(Part):
@@ -334,6 +299,46 @@ class DriftRecord(Header):
     cases: tuple[DriftRow, ...]
 
 
+class EvaluationsRow(Part):
+    """Image AUROC of a scorer with so many evaluations; of several seeds' draws the mean, and each.
+
+    `low` and `high` are the 95 % bootstrap interval over the photos, `change` is against three evaluations of
+    inversion without location statistics and with the same aggregate.
+    """
+
+    name: str
+    scorer: str
+    options: Annotated[Scorer, Field(discriminator="kind")]
+    evaluations: int
+    located: bool
+    aggregate: Aggregate
+    auroc: float
+    low: float
+    high: float
+    seeds: tuple[int, ...] = ()
+    by_seed: tuple[float, ...] = ()
+    change: Interval | None = None
+
+
+class EvaluationsRecord(Header):
+    """Accuracy by number of evaluations, without speeds; `good` parts gave the location statistics.
+
+    `unmeasured` says why rows with location statistics are missing.
+    """
+
+    kind: Literal["evaluations"] = "evaluations"
+    dataset: str
+    category: str
+    photos: int
+    defective: int
+    good: int
+    unmeasured: str | None = None
+    cases: tuple[EvaluationsRow, ...]
+
+
+Speedless = DriftRecord | EvaluationsRecord
+
+
 def write(record: Header, path: Path) -> None:
     """Write a record aside and rename it."""
     make_folder(path.parent)
@@ -341,7 +346,7 @@ def write(record: Header, path: Path) -> None:
         file.write((json.dumps(record.dump(), allow_nan=False) + "\n").encode())
 
 
-def read(path: Path) -> Record | DriftRecord:
+def read(path: Path) -> Record | Speedless:
     """A record of this schema.
 
     Raises:
@@ -355,4 +360,6 @@ def read(path: Path) -> Record | DriftRecord:
         )
     if data.get("kind") == "drift":
         return parse(DriftRecord, data, str(path))
+    if data.get("kind") == "evaluations":
+        return parse(EvaluationsRecord, data, str(path))
     return parse(Record, data, str(path))

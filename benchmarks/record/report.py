@@ -1,19 +1,32 @@
 """A record as a table for people: on the terminal, and as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from flowad_fast.benchmarks.record import paper
+from flowad_fast.benchmarks.record import accuracy, evaluations, paper
 from flowad_fast.benchmarks.record.compare import Change
-from flowad_fast.benchmarks.record.record import DriftRecord, Header, Record, Row, read
+from flowad_fast.benchmarks.record.lines import table_lines
+from flowad_fast.benchmarks.record.record import (
+    DriftRecord,
+    EvaluationsRecord,
+    Header,
+    Pair,
+    Record,
+    Row,
+    Speedless,
+    read,
+)
 
+HERE = Path(__file__).resolve().parents[1]
+RESULTS, README = HERE / "results", HERE / "README.md"
 COLUMNS = (
     "scorer", "engine", "precision", "batch", "NFE", "K", "FPS", "p50 ms", "p99 ms", "device ms", "memory MB",
     "× speed", "× memory", "paper FPS", "paper GB", "map error", "rank corr.", "of GEMM roof", "÷ predicted",
 )  # fmt: skip
+PAIRS = ("in turn", "× speed", "goal", "met", "× memory", "rows")
 WHAT, SPEED, TRUST = range(6), range(6, 15), range(15, len(COLUMNS))
 
 
@@ -83,13 +96,31 @@ def tables(record: Record) -> list[Table]:
         for row, line in zip(grid.rows, grid.cells, strict=True):
             table.add_row(*line, style=None if row.measured else "dim")
         result.append(table)
+    if record.pairs:
+        table = Table(*PAIRS, title="rows in turn with each other", title_justify="left")
+        for pair in record.pairs:
+            table.add_row(*pair_cells(pair))
+        result.append(table)
     return result
 
 
 def markdown(record: Record) -> str:
     """The record's rows as a Markdown table with its remarks."""
     lines = table_lines(COLUMNS, [cells(row) for row in record.cases])
-    return "\n".join([*lines, "", *(f"- {remark}" for remark in remarks(record)), ""])
+    pairs = [*table_lines(PAIRS, map(pair_cells, record.pairs)), ""] if record.pairs else []
+    return "\n".join([*pairs, *lines, "", *(f"- {remark}" for remark in remarks(record)), ""])
+
+
+def pair_cells(pair: Pair) -> list[str]:
+    """A pair's cells, in the order of `PAIRS`."""
+    goal = "" if pair.goal is None else f"≥ {pair.goal:g}"
+    ratio = pair.ratio
+    if ratio is None:
+        return [pair.what, "not measured", goal, "", "", f"{pair.fast}, {pair.slow}: {pair.reason}"]
+    met = "" if pair.goal is None else "yes" if ratio.speed >= pair.goal else "no"
+    memory = "" if ratio.memory is None else f"{ratio.memory:.2f}"
+    speed = f"{ratio.speed:.2f} ({ratio.low:.2f}–{ratio.high:.2f}, {ratio.pairs} pairs)"
+    return [pair.what, speed, goal, met, memory, f"{pair.fast}, {pair.slow}"]
 
 
 def remarks(record: Record) -> list[str]:
@@ -125,11 +156,6 @@ def where(record: Header) -> str:
     return f"{e.gpu or f'{e.cpu}, {e.threads} threads'}, torch {e.packages['torch']}, commit {e.commit}"
 
 
-def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> list[str]:
-    """A Markdown table; `align` is the rule under every column but the first."""
-    return ["| " + " | ".join(line) + " |" for line in (head, ["---", *[align] * (len(head) - 1)], *rows)]
-
-
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
@@ -143,19 +169,17 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-HERE = Path(__file__).resolve().parents[1]
-RESULTS, README = HERE / "results", HERE / "README.md"
-
-
 def readme(folder: Path = RESULTS) -> str:
     """`benchmarks/README.md` from the records in `folder`: no figure in it is typed by hand."""
     records = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
-    parts = [(HERE / "README.head.md").read_text(encoding="utf-8"), _table1(records)]
+    parts = [(HERE / "README.head.md").read_text(encoding="utf-8"), _table1(records, folder)]
     for name, record in records.items():
         title = isinstance(record, Record) and record.title or f"{name}: {record.preset}"
         parts.append(f"### {title}\n\n{_machine(record)}\n")
         if isinstance(record, DriftRecord):
             parts.append(drift_markdown(record))
+        elif isinstance(record, EvaluationsRecord):
+            parts.append(evaluations.markdown(record))
         elif record.kind == "peers":
             parts.append(peers_markdown(record))
         else:
@@ -180,25 +204,29 @@ def _machine(record: Header) -> str:
     return "  \n".join(lines)
 
 
-def _table1(records: Mapping[str, Record | DriftRecord]) -> str:
+def _table1(records: Mapping[str, Record | Speedless], folder: Path = RESULTS) -> str:
     """Table 1's efficiency columns, as reported and as measured, for every method in it."""
     heads = (
         "method", "FPS, paper, reported (H100)", "GB, paper, reported", "FPS, this machine, measured",
-        "GB, this machine, measured", "how", "machine", "note",
+        "GB, this machine, measured", "p50 ms", "NFE", "× reference path", "how", "machine", "note",
     )  # fmt: skip
     rows = []
     for method in paper.METHODS.values():
-        found = _best(method, records)
-        measured = ["not run", "", "", ""] if found is None else found
         reported = [_text(method.fps), "–" if method.memory_gb is None else _text(method.memory_gb)]
-        rows.append([method.name, *reported, *measured, method.note])
-    counted = "Measured GB include the weights: the allocator's peak on a GPU, the whole process's on a CPU."
+        rows.append([method.name, *reported, *_best(method, records), method.note])
+    for ours in paper.OURS:
+        note = accuracy.condition(ours.scorer or "", ours.evaluations, folder / "demo" / "summary.json")
+        rows.append([ours.name, "–", "–", *_best(ours, records), note])
+    counted = (
+        "Measured GB include the weights: the allocator's peak on a GPU, the whole process's on a CPU. × reference "
+        "path is in turn with the reference path of the same scorer and evaluations, in the same run."
+    )
     table = table_lines(heads, rows)
     return "\n".join(["## The paper's efficiency columns", "", *table, "", f"{counted} {paper.CONFLICT}", ""])
 
 
-def _best(method: paper.Reported, records: Mapping[str, Record | DriftRecord]) -> list[str] | None:
-    """The fastest row that a record has for a method: FPS, GB, how, machine; a GPU's before a CPU's."""
+def _best(method: paper.Reported, records: Mapping[str, Record | Speedless]) -> list[str]:
+    """The fastest row that a record has for a method: FPS, GB, p50, NFE, ratio, how, machine; GPUs' first."""
     rows = [
         (record.environment.gpu is not None, row.measured.fps, row.measured.memory_mb.whole, row, record)
         for record in records.values()
@@ -209,18 +237,22 @@ def _best(method: paper.Reported, records: Mapping[str, Record | DriftRecord]) -
         and (row.method == method.name if record.kind == "peers" else _is_paper_row(row, method))
     ]
     if not rows:
-        return None
+        return ["not run", *[""] * 6]
     _, fps, memory, row, record = max(rows, key=lambda found: found[:2])
     how = f"{row.engine} {row.precision}, batch {row.batch}"
-    return [_number(fps), "" if memory is None else f"{memory / 1e3:.2f}", how, where(record)]
+    found, ratio = row.measured, row.ratio_to_reference
+    times = f"{ratio.speed:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio and ratio.pairs else ""
+    p50 = "" if found is None else _number(found.latency_ms.p50)
+    return [
+        _number(fps), "" if memory is None else f"{memory / 1e3:.2f}", p50, _text(row.nfe), times, how, where(record)
+    ]  # fmt: skip
 
 
 def _is_paper_row(row: Row, method: paper.Reported) -> bool:
-    """The paper's own setting: its preset and scorer, 3 evaluations, and for density 10 probes."""
+    """The method's own setting: its preset, scorer and evaluations, and for density 10 probes."""
+    wanted = (method.preset, method.scorer, method.evaluations, "offline")
     return (
-        method.preset is not None
-        and (row.preset, row.scorer, row.nfe, row.mode) == (method.preset, method.scorer, 3, "offline")
-        and row.probes in (None, 10)
+        method.preset is not None and (row.preset, row.scorer, row.nfe, row.mode) == wanted and row.probes in (None, 10)
     )
 
 

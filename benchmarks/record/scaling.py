@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flowad_fast.benchmarks.record import report
-from flowad_fast.benchmarks.record.record import DriftRecord, read
+from flowad_fast.benchmarks.record import fewer, report
+from flowad_fast.benchmarks.record.lines import table_lines
+from flowad_fast.benchmarks.record.record import Record, read
 from flowad_fast.config import Precision
 from flowad_fast.kernels.account import H100, VelocityShape, account, predicted_seconds
 
@@ -20,7 +21,7 @@ def page(folder: Path = report.RESULTS) -> str:
     """The page, from the account and the records in `folder`."""
     parts = [
         "# How the cost scales",
-        "This page is written by `flowad-bench report`. The first five tables are **predicted, not measured**: the "
+        "This page is written by `flowad-bench report`. All tables but the last are **predicted, not measured**: the "
         f"account of bytes and operations in `kernels/account.py`, at the roofs of one {H100.name} ({H100.source}), in "
         f"{PRECISION}. The account leaves out backbone, launches and caches: it is a limit. The paper's sizes hold "
         "unless a table varies them (DiT 2048x16, 256 tokens, 3 function evaluations).",
@@ -30,6 +31,7 @@ def page(folder: Path = report.RESULTS) -> str:
         "## Function evaluations",
         "Cost is proportional to them.",
         _predicted("NFE", [(str(n), PAPER, 32, n) for n in (1, 2, 3, 5, 10)]),
+        *fewer.section(),
         "## Probes of density",
         "K probes cost 1 + K evaluations per step; inversion is K = 0.",
         _probes((0, 1, 2, 4, 10)),
@@ -60,7 +62,7 @@ def _predicted(axis: str, points: Sequence[tuple[str, VelocityShape, int, int]])
     for label, shape, batch, nfe in points:
         seconds = [predicted_seconds(account(shape, batch, nfe, k, PRECISION), H100) for k in (0, 1, 10)]
         rows.append([label, f"{seconds[0] * 1e3:.2f}", *(f"{batch / s:.0f}" for s in seconds)])
-    return "\n".join(report.table_lines(head, rows, "---:"))
+    return "\n".join(table_lines(head, rows, "---:"))
 
 
 def _probes(counts: Sequence[int]) -> str:
@@ -68,7 +70,7 @@ def _probes(counts: Sequence[int]) -> str:
     for k in counts:
         seconds = predicted_seconds(account(PAPER, 32, 3, k, PRECISION), H100)
         rows.append([str(k), f"{seconds * 1e3:.1f}", f"{32 / seconds:.0f}"])
-    return "\n".join(report.table_lines(("K", "ms per call of 32 frames", "frames/s, at most"), rows, "---:"))
+    return "\n".join(table_lines(("K", "ms per call of 32 frames", "frames/s, at most"), rows, "---:"))
 
 
 def _measured(folder: Path) -> str:
@@ -77,7 +79,7 @@ def _measured(folder: Path) -> str:
     found = []
     for path in sorted(folder.glob("*.json")):
         record = read(path)
-        if isinstance(record, DriftRecord):
+        if not isinstance(record, Record):
             continue
         machine = record.environment.gpu or record.environment.cpu
         for row in record.cases:
@@ -92,4 +94,4 @@ def _measured(folder: Path) -> str:
             found.append(((machine, shape.hidden, row.name), [str(cell) for cell in cells]))
     if not found:
         return "No record has been committed yet."
-    return "\n".join(report.table_lines(head, [cells for _, cells in sorted(found, key=lambda one: one[0])]))
+    return "\n".join(table_lines(head, [cells for _, cells in sorted(found, key=lambda one: one[0])]))

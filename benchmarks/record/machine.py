@@ -1,0 +1,57 @@
+"""What every record says of the machine that it was made on, typed."""
+
+from typing import Any, Self
+
+from flowad_fast.config import Frozen
+
+
+class Part(Frozen):
+    """A part of a record."""
+
+    def but(self, **changes: Any) -> Self:
+        """The same with other values."""
+        return self.model_copy(update=changes)
+
+
+class Gpu(Part):
+    """What the driver says about a GPU at a moment."""
+
+    name: str | None
+    driver: str | None
+    power_w: float | None
+    power_cap_w: float | None
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    temperature_c: int | None
+    throttle_reasons: tuple[str, ...] | None
+
+
+class Moment(Part):
+    """What may disturb a measurement."""
+
+    load_average: tuple[float, ...]
+    gpu: Gpu | None
+
+
+class Environment(Part):
+    """The machine and the versions that a record holds for, and what was going on before and after."""
+
+    project: str
+    commit: str | None
+    python: str
+    packages: dict[str, str | None]
+    platform: str
+    cpu: str
+    cpu_capability: str
+    cores: int | None
+    threads: int
+    memory_gb: float
+    gpu: str | None
+    gpu_count: int
+    cuda: str | None
+    compute_capability: tuple[int, int] | None
+    command: str
+    before: Moment
+    after: Moment
+    seconds: float | None = None
+    anomalib: str | None = None
