@@ -25,7 +25,7 @@ from flowad_fast.stages.scorers import Inversion, Mismatch
 
 ONE, TWO, THREE = Mismatch(), Inversion(steps=2), Inversion(steps=3)
 OURS_GOAL, REFERENCE_GOAL = 2.6, 3.5
-"""One evaluation against three on the same engine, and against the reference path's three, at the preset `small`, batch 1."""
+"""One evaluation against three on the same engine, and against the reference path's; at the preset `small`, batch 1."""
 
 
 @dataclass(frozen=True)
