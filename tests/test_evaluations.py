@@ -196,6 +196,9 @@ def test_pairs_take_turns_and_finished_ones_are_kept(tmp_path: Path, monkeypatch
     }  # fmt: skip
     for row in rows.values():
         assert row.status == "ok" and row.parity.passed and row.measured.memory_mb.peak > 0
+    pair = whole.pairs[2]  # the first in which its fast row is measured
+    slow = rows[pair.slow].measured.memory_mb.peak
+    assert pair.ratio.memory == pytest.approx(slow / rows[pair.fast].measured.memory_mb.peak, rel=0.05)
     text = report.markdown(whole)
     assert "| one evaluation against our own three |" in text
 

@@ -236,7 +236,8 @@ class Header(Part):
 class Pair(Part):
     """Two rows of a record that took turns with each other: `fast` is `ratio.speed` times as fast as `slow`.
 
-    `ratio` is None where one of the two has no speed, with the reason why. `goal` is the speed that is asked for.
+    `ratio` is None where one of the two has no speed, with the reason why; its memory is of `Memory.whole`. `goal` is
+    the speed that is asked for.
     """
 
     fast: str

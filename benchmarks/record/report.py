@@ -26,7 +26,7 @@ COLUMNS = (
     "scorer", "engine", "precision", "batch", "NFE", "K", "FPS", "p50 ms", "p99 ms", "device ms", "memory MB",
     "× speed", "× memory", "paper FPS", "paper GB", "map error", "rank corr.", "of GEMM roof", "÷ predicted",
 )  # fmt: skip
-PAIRS = ("in turn", "× speed", "goal", "met", "× memory", "rows")
+PAIRS = ("in turn", "× speed", "goal", "met", "× memory, weights included", "rows")
 WHAT, SPEED, TRUST = range(6), range(6, 15), range(15, len(COLUMNS))
 
 

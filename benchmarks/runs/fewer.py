@@ -158,7 +158,7 @@ def _measure(match: Match, effort: Effort) -> tuple[Pair, Sequence[Row]]:
             return _pair(match, f"{row.name}: {row.status}: {row.reason}"), [r for r in rows if r.measured or r is row]
     ours, its = (row.measured for row in rows)
     assert ours is not None and its is not None, "both rows are ok"
-    mine, slow = ours.memory_mb.footprint, its.memory_mb.footprint
+    mine, slow = ours.memory_mb.whole, its.memory_mb.whole  # what is left free at the first call is chance
     memory = None if mine is None or slow is None else round(slow / max(mine, 1.0), 3)
     return _pair(match, "").but(ratio=paired(turns).but(memory=memory), reason=None), rows
 
