@@ -179,17 +179,16 @@ def fewer(
     earlier = None
     if output is not None and output.is_file():
         found = records.read(output)
-        other = (
-            fewer_run.resumable(found, like) if isinstance(found, records.Record) else f"a record of kind {found.kind}"
-        )
+        other = fewer_run.resumable(found, like)
         if other is not None:
             raise ConfigError(f"{output}: {other}, which this run cannot go on with; move it, or name another --output")
+        assert isinstance(found, records.FewerRecord), "only such a record can be gone on with"
         earlier = found
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished pairs are kept
     with common.status("measuring") as tell:
         record = fewer_run.run(like, replace(Effort(), seconds=seconds), tell, _keep(output), earlier)  # type: ignore[arg-type]
     _show(record, output, markdown, None, json)
-    if any(pair.reason == "interrupted" for pair in record.pairs or ()):
+    if any(pair.reason == "interrupted" for pair in record.pairs):
         raise typer.Exit(common.EXIT_INTERRUPTED)
 
 

@@ -264,7 +264,7 @@ def test_the_papers_table_has_ours_with_their_accuracy(tmp_path: Path) -> None:
 def test_ours_are_rows_of_the_papers_model_with_so_many_evaluations() -> None:
     found = fewer_run.run(like(), EFFORT, lambda line: None)
     rows = tuple(row.but(preset="paper") for row in found.cases)
-    lines = report._table1({"x": found.but(kind="bench", cases=rows)}).splitlines()
+    lines = report._table1({"x": found.but(cases=rows)}).splitlines()
     for ours, nfe in zip(paper.OURS, (1, 2), strict=True):
         cells = next(line for line in lines if line.startswith(f"| {ours.name}")).split(" | ")
         assert cells[6] == str(nfe) and "eager fp32, batch 1" in cells

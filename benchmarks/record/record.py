@@ -249,13 +249,19 @@ class Pair(Part):
 
 
 class Record(Header):
-    """Rows with speeds, of a run of cases or of several of them; `pairs` only where rows took turns with each other."""
+    """Rows with speeds, of a run of cases or of several of them."""
 
     kind: Literal["bench", "ladder", "peers", "gpu-check", "fewer"] = "bench"
     title: str | None = None
     cases: tuple[Row, ...]
     parts: tuple[CheckPart, ...] | None = None
-    pairs: tuple[Pair, ...] | None = None
+
+
+class FewerRecord(Record):
+    """Rows that took turns with each other."""
+
+    kind: Literal["fewer"] = "fewer"
+    pairs: tuple[Pair, ...]
 
 
 class Interval(Part):
@@ -363,4 +369,4 @@ def read(path: Path) -> Record | Speedless:
         return parse(DriftRecord, data, str(path))
     if data.get("kind") == "evaluations":
         return parse(EvaluationsRecord, data, str(path))
-    return parse(Record, data, str(path))
+    return parse(FewerRecord if data.get("kind") == "fewer" else Record, data, str(path))

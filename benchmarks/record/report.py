@@ -12,6 +12,7 @@ from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.benchmarks.record.record import (
     DriftRecord,
     EvaluationsRecord,
+    FewerRecord,
     Header,
     Pair,
     Record,
@@ -96,7 +97,7 @@ def tables(record: Record) -> list[Table]:
         for row, line in zip(grid.rows, grid.cells, strict=True):
             table.add_row(*line, style=None if row.measured else "dim")
         result.append(table)
-    if record.pairs:
+    if isinstance(record, FewerRecord):
         table = Table(*PAIRS, title="rows in turn with each other", title_justify="left")
         for pair in record.pairs:
             table.add_row(*pair_cells(pair))
@@ -107,7 +108,7 @@ def tables(record: Record) -> list[Table]:
 def markdown(record: Record) -> str:
     """The record's rows as a Markdown table with its remarks."""
     lines = table_lines(COLUMNS, [cells(row) for row in record.cases])
-    pairs = [*table_lines(PAIRS, map(pair_cells, record.pairs)), ""] if record.pairs else []
+    pairs = [*table_lines(PAIRS, map(pair_cells, record.pairs)), ""] if isinstance(record, FewerRecord) else []
     return "\n".join([*pairs, *lines, "", *(f"- {remark}" for remark in remarks(record)), ""])
 
 

@@ -19,7 +19,7 @@ from flowad_fast.benchmarks.measure.processes import Process, started
 from flowad_fast.benchmarks.measure.turns import Effort, measured, paired, take_turns
 from flowad_fast.benchmarks.measure.worker import Worker, WorkerError
 from flowad_fast.benchmarks.record.machine import Environment
-from flowad_fast.benchmarks.record.record import Pair, Record, Roofs, Row
+from flowad_fast.benchmarks.record.record import FewerRecord, Header, Pair, Roofs, Row
 from flowad_fast.errors import ConfigError, EngineUnavailableError
 from flowad_fast.stages.scorers import Inversion, Mismatch
 
@@ -56,8 +56,8 @@ def run(
     effort: Effort,
     tell: harness.Tell,
     keep: harness.Keep = lambda record: None,
-    earlier: Record | None = None,
-) -> Record:
+    earlier: FewerRecord | None = None,
+) -> FewerRecord:
     """Measure every match that `earlier` has not; a record whose `pairs` are the matches and whose rows are theirs.
 
     Args:
@@ -74,12 +74,12 @@ def run(
         raise ConfigError(f"{like.preset}: a bundle has one scorer; give a preset or a checkpoint")
     before = moment()
     rows = {} if earlier is None else {row.name: row for row in earlier.cases}
-    pairs = {} if earlier is None else {p.what: p for p in earlier.pairs or () if p.ratio is not None}
+    pairs = {} if earlier is None else {p.what: p for p in earlier.pairs if p.ratio is not None}
     wanted = matches(like)
 
-    def record() -> Record:
-        return Record(
-            kind="fewer", preset=like.preset, environment=environment(before), cases=tuple(rows.values()),
+    def record() -> FewerRecord:
+        return FewerRecord(
+            preset=like.preset, environment=environment(before), cases=tuple(rows.values()),
             pairs=tuple(pairs[m.what] for m in wanted if m.what in pairs), roofs=Roofs(reason="not measured here"),
         )  # fmt: skip
 
@@ -103,9 +103,9 @@ def run(
     return record()
 
 
-def resumable(earlier: Record, like: Case) -> str | None:
+def resumable(earlier: Header, like: Case) -> str | None:
     """Why a record cannot be gone on with: another work, machine or version; None where it can."""
-    if earlier.kind != "fewer":
+    if not isinstance(earlier, FewerRecord):
         return f"a record of kind {earlier.kind}"
     now = environment(moment())
 
