@@ -111,6 +111,8 @@ def ladder(
     steps: Annotated[str, typer.Option(help=STEPS)] = "",
     evaluations: Annotated[str, typer.Option(help=EVALUATIONS)] = "",
     probes: Annotated[str, typer.Option(help="Density: probes. [default: 10]")] = "",
+    config: Annotated[Path | None, typer.Option(help="Training YAML of a .pth checkpoint.")] = None,
+    backbone_weights: Annotated[Path | None, typer.Option(help="The backbone's weight file.")] = None,
     weights: Chosen = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 15.0,
@@ -132,8 +134,10 @@ def ladder(
         raise ConfigError("a ladder is of one scorer; give one number for --steps, --evaluations or --probes")
     check_weights(weights, preset)
     like = Case(
-        preset, scorers[0], "eager", batch=batch, device=device, parity_frames=axes.parity_frames, weights=weights
-    )
+        preset, scorers[0], "eager", batch=batch, device=device, parity_frames=axes.parity_frames, weights=weights,
+        config=None if config is None else str(config),
+        backbone_weights=None if backbone_weights is None else str(backbone_weights),
+    )  # fmt: skip
     effort = QUICK if quick else replace(Effort(), seconds=seconds)
     with common.status("measuring") as tell:
         record = rungs.run(like, effort, tell, keep=_keep(output))
