@@ -99,6 +99,25 @@ def test_location_statistics_are_of_the_good_parts_alone(model: FlowModel, photo
     assert "location statistics of 4 training parts" in tables.remark(found)
 
 
+def test_a_category_of_cells_is_a_class_of_the_model(model: FlowModel, tmp_path: Path) -> None:
+    lines = [
+        f"images/{kind}{i:02d}.png {'0.0' if i < 20 else '1.0'} {kind}" for kind in ("mono", "poly") for i in range(23)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    velocity = model.spec.velocity.model_copy(update={"num_classes": 2, "use_class_labels": True})
+    spec = model.spec.model_copy(update={"velocity": velocity, "class_names": ("mono", "poly")})
+    both = random_model(spec, torch.device("cpu"))
+    found = evaluations.read(both, "elpv", tmp_path, None, "poly", 5)
+    assert found.index == 1 and len(found.good) == 5 and [sample.label for sample in found.test] == [0] * 4 + [1] * 3
+    assert all(sample.path.name.startswith("poly") for sample in found.every)
+    assert {sample.split for sample in found.good} == {"train"}
+    assert evaluations.read(model, "elpv", tmp_path, None, "mono", 50).index is None
+    with pytest.raises(ConfigError, match="valid: mono, poly"):
+        evaluations.read(model, "elpv", tmp_path, None, "cells", 5)
+    with pytest.raises(ConfigError, match="expected at least 2"):
+        evaluations.read(model, "elpv", tmp_path, None, "poly", 1)
+
+
 def test_a_run_goes_on_from_what_was_kept(
     model: FlowModel, photos: evaluations.Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
