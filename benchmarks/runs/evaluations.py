@@ -189,7 +189,7 @@ def run(
     rows.sort(key=lambda row: (row.evaluations, order[row.scorer], row.located, AGGREGATES.index(row.aggregate)))
     return EvaluationsRecord(
         preset=name, dataset=photos.dataset, category=photos.category, photos=len(labels), defective=int(labels.sum()),
-        good=len(photos.good), unmeasured=None if locate else "location statistics were not asked for",
+        good=len(photos.good), unmeasured=None if locate else "location statistics not measured",
         environment=environment(before), cases=tuple(rows), roofs=Roofs(reason="nothing was timed"),
     )  # fmt: skip
 
