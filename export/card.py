@@ -65,11 +65,12 @@ def model_card(manifest: Manifest) -> str:
         lines += [
             f"Accepted false-reject rate: {manifest.calibration.alpha:g}.",
             "",
-            "| class | threshold | good parts |",
+            "| class | threshold | good parts | pixel threshold of regions |",
         ]
-        lines.append("| --- | --- | --- |")
+        lines.append("| --- | --- | --- | --- |")
         for name, c in manifest.calibration.classes.items():
-            lines.append(f"| {name or 'all'} | {c.threshold:.6g} | {c.parts} |")
+            pixels = "none" if c.pixels is None else f"{c.pixels.threshold:.6g}"
+            lines.append(f"| {name or 'all'} | {c.threshold:.6g} | {c.parts} | {pixels} |")
     lines += [
         "",
         "## Use",

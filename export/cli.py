@@ -22,7 +22,7 @@ from flowad_fast.cli.authors import choose
 from flowad_fast.cli.scorer_options import with_scorer_options
 from flowad_fast.config import Precision, Weights
 from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
-from flowad_fast.export.calibration import recalibrate
+from flowad_fast.export.calibration import parse_severity, recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
 from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
@@ -221,18 +221,29 @@ def calibrate(
     alpha: Alpha = 0.01,
     device: Device = "auto",
     threads: common.Threads = None,
+    min_area: Annotated[
+        float | None, typer.Option(min=0, help="Smallest region, pixels of the frame. [default: as before, or 0]")
+    ] = None,
+    severity: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Class of regions, NAME[:area=PIXELS][,peak=VALUE]: those that reach either; repeat, the gravest last."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Fit a bundle's thresholds on good parts, and store them in its manifest; engine files stay as they are.
 
-    Example: `flowad-export calibrate bundles/demo-inversion parts/good --alpha 0.01`.
+    Examples: `flowad-export calibrate bundles/demo-inversion parts/good --alpha 0.01`,
+    `flowad-export calibrate bundles/cells parts/good --min-area 20 --severity minor --severity major:area=400,peak=12`.
     """
+    severities = None if severity is None else [parse_severity(one) for one in severity]
     _, manifest = bundle.read(path, verify=False)
     with common.err.status("calibrating"):
         parts = good_parts(good, manifest.model.classes.labels)
         for line in parts.left_out:
             common.note(line)
-        manifest = recalibrate(path, parts, alpha, device)
+        manifest = recalibrate(path, parts, alpha, device, min_area, severities)
     if json:
         left_out = list(parts.left_out)
         common.print_json({"bundle": str(path), "manifest": manifest.model_dump(mode="json"), "left_out": left_out})
@@ -420,6 +431,19 @@ def _print_calibration(manifest: Manifest) -> None:
             f"calibration: {name or 'all'}: threshold {one.threshold:.6g} from {one.parts} good parts, "
             f"false-reject rate at most {manifest.calibration.alpha:g}"
         )
+        if one.pixels is None:
+            common.say(f"regions: {name or 'all'}: none, no pixel threshold; calibrate again to have them")
+        else:
+            common.say(
+                f"regions: {name or 'all'}: map above {one.pixels.threshold:.6g}, in at most "
+                f"{manifest.calibration.alpha:g} of good parts"
+            )
+    settings = manifest.calibration.regions
+    if settings.min_area:
+        common.say(f"regions: of at least {settings.min_area:g} pixels")
+    for severity in settings.severities:
+        limits = [f"{key} {v:g}" for key, v in (("area", severity.area), ("peak", severity.peak)) if v is not None]
+        common.say(f"severity: {severity.name}: {' or '.join(limits) or 'all others'}")
 
 
 for command in (with_scorer_options(make, {"probes": "auto: by their noise"}), show, verify, calibrate):

@@ -11,7 +11,7 @@ from flowad_fast.data.images import no_images, read_frame
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.walk import find_photos, folders, left_out
 from flowad_fast.errors import CalibrationError, FrameError
-from flowad_fast.evaluation.inspection import FrameFiles
+from flowad_fast.evaluation.scanning import FrameFiles
 
 DEMO = "demo"
 """Names the demo's data set (ELPV, monocrystalline) wherever a folder of frames is expected."""

@@ -31,6 +31,7 @@ from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, s
 from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
 from flowad_fast.stages.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine
 from flowad_fast.stages.frames import FrozenFrames, check_frames, invalid_frames
+from flowad_fast.stages.regions import Region, RegionSettings, find_regions, marked
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
@@ -58,6 +59,7 @@ class Detection:
         classes: class name of each frame, "" for unconditional models.
         invalid: why a frame cannot be judged, None for valid frames.
         engine: what ran, e.g. "onnxruntime on cpu", or "cudagraph on cuda:0 (bf16, fused)".
+        frame_size: height and width of the frames, pixels; None: that of the map.
     """
 
     map: np.ndarray
@@ -66,6 +68,7 @@ class Detection:
     invalid: tuple[str | None, ...]
     engine: str
     calibration: Calibration | None = field(repr=False, default=None)
+    frame_size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.map)
@@ -95,6 +98,46 @@ class Detection:
         return tuple(
             Verdict.INVALID if reason else Verdict.ANOMALOUS if score > self._of(name).threshold else Verdict.GOOD
             for score, name, reason in zip(self.score, self.classes, self.invalid, strict=True)
+        )
+
+    @cached_property
+    def regions(self) -> tuple[tuple[Region, ...], ...]:
+        """For each frame, where its map is above the pixel threshold, in pixels of the frame; highest peak first.
+
+        They are searched for when first asked for. A frame of which `no_regions` says why has none.
+        """
+        return tuple(() if reason else find_regions(*self._limits(i)) for i, reason in enumerate(self.no_regions))
+
+    @cached_property
+    def no_regions(self) -> tuple[str | None, ...]:
+        """For each frame, why regions cannot be told (invalid, no pixel threshold), or None: they were looked for."""
+        return tuple(
+            reason or self._no_threshold(name) for reason, name in zip(self.invalid, self.classes, strict=True)
+        )
+
+    def marked(self, index: int) -> np.ndarray:
+        """The cells (S, S) of one frame's map that are in its regions, int32: 0 outside, one number per region."""
+        if self.no_regions[index]:
+            return np.zeros(self.map.shape[1:], np.int32)
+        return marked(*self._limits(index))
+
+    def _limits(self, index: int) -> tuple[np.ndarray, float, tuple[int, int], RegionSettings]:
+        """The arguments of `find_regions` for a frame whose class has a pixel threshold."""
+        assert self.calibration is not None
+        pixels = self.calibration.classes[self.classes[index]].pixels
+        assert pixels is not None
+        rows, columns = self.map.shape[1:]
+        return self.map[index], pixels.threshold, self.frame_size or (rows, columns), self.calibration.regions
+
+    def _no_threshold(self, name: str) -> str | None:
+        try:
+            if self._of(name).pixels is not None:
+                return None
+        except CalibrationError as error:
+            return str(error)
+        return (
+            "the bundle was calibrated without a pixel threshold, so there are no regions; calibrate it again: "
+            "flowad-export calibrate BUNDLE GOOD_FOLDER"
         )
 
     def _of(self, name: str) -> ClassCalibration:
@@ -323,7 +366,8 @@ class Detector:
             maps, raw = np.zeros((0, self.image_size, self.image_size), np.float32), np.zeros(0, np.float32)
         doubts.append(_not_finite(maps, raw))
         invalid = tuple(next((reason for reason in all if reason), None) for all in zip(*doubts, strict=True))
-        return Detection(maps, raw, self.classes.of(y, len(batch)), invalid, self.engine, self.calibration)
+        size = (batch.shape[1], batch.shape[2])
+        return Detection(maps, raw, self.classes.of(y, len(batch)), invalid, self.engine, self.calibration, size)
 
 
 class Camera:

@@ -21,6 +21,8 @@ from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, terms
 from flowad_fast.stages.scorers import SCORERS
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from flowad_fast.detector import Detector
     from flowad_fast.evaluation.evaluate import Report
 
@@ -233,8 +235,24 @@ def _print_table(report: "Report") -> None:
         cells = (values[key] for key in (*METRICS, "mean_ad"))
         table.add_row(common.plain(name), *("–" if value is None else f"{100 * value:.1f}" for value in cells))
     common.out.print(table)
+    if report.regions:
+        common.out.print(_region_table(report))
     for remark in report.remarks:
         common.say(f"note: {remark}")
+
+
+def _region_table(report: "Report") -> "Table":
+    from rich.table import Table
+
+    table = Table("category", title="regions", title_justify="left")
+    for column in ("defects", "touched", "good parts", "with a region", "false per good part", "false on defective"):
+        table.add_column(column, justify="right")
+    for name, one in report.regions.items():
+        rate = "–" if one.false_per_good_part is None else f"{one.false_per_good_part:.3f}"
+        defects = (str(one.defects), str(one.touched)) if one.defective_parts else ("–", "–")
+        stray = str(one.false_on_defective) if one.defective_parts else "–"
+        table.add_row(common.plain(name), *defects, str(one.good_parts), str(one.good_with_regions), rate, stray)
+    return table
 
 
 main = common.command(with_scorer_options(evaluate, prefix="Checkpoint only: "))

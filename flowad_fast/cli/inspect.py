@@ -17,15 +17,8 @@ from flowad_fast.data.images import no_images
 from flowad_fast.data.walk import Photos, find_photos
 from flowad_fast.engines import backend
 from flowad_fast.errors import BundleError, ConfigError, FlowADError, nearest
-from flowad_fast.evaluation.inspection import (
-    FORMATS,
-    STATUSES,
-    OverlayFolder,
-    Result,
-    ResultFile,
-    bundle_identity,
-    inspect_files,
-)
+from flowad_fast.evaluation.inspection import OverlayFolder, inspect_files, without_regions
+from flowad_fast.evaluation.results import FORMATS, STATUSES, Result, ResultFile, bundle_identity
 
 
 def inspect(
@@ -89,6 +82,8 @@ def inspect(
         if bundle_identity(bundle) != file.bundle:
             raise BundleError(f"{bundle}: the bundle was replaced while it was being loaded; run again")
         file.engine = detector.engine
+        if lacking := without_regions(detector):
+            common.note(f"no regions: {lacking}")
         began = time.perf_counter()
         counts, closed = Counter(done.values()), 0
         left = {path: name for path, name in files.items() if path not in done}

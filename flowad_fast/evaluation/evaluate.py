@@ -1,30 +1,32 @@
-"""A detector over the test set of a data set: metrics, per-image scores, and figures of what it got wrong."""
+"""A detector over the test set of a data set: metrics and per-image scores."""
 
-import dataclasses
-import json
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowad_fast.data.images import read_frame, read_mask
+from flowad_fast.data.images import read_mask
 from flowad_fast.data.samples import Dataset, Sample
+from flowad_fast.detector import Detection
 from flowad_fast.errors import ConfigError, FlowADError, FrameError, nearest
-from flowad_fast.evaluation.inspection import Frame, FrameFiles, Scanned, scan
-from flowad_fast.evaluation.metrics import METRICS, image_metrics, mean, mean_ad, pixel_metrics
-from flowad_fast.evaluation.overlay import overlay
+from flowad_fast.evaluation.figures import plot_report as plot_report
+from flowad_fast.evaluation.figures import save_mistakes as save_mistakes
+from flowad_fast.evaluation.figures import worst_mistakes as worst_mistakes
+from flowad_fast.evaluation.metrics import (
+    METRICS,
+    RegionCounts,
+    image_metrics,
+    mean,
+    mean_ad,
+    pixel_metrics,
+    region_counts,
+)
+from flowad_fast.evaluation.report import MEAN_AD, ImageRow, Metrics, Report, Scored, class_names
+from flowad_fast.evaluation.report import DetectorLike as DetectorLike
+from flowad_fast.evaluation.scanning import FrameFiles, Scanned, scan
 from flowad_fast.stages.aggregates import AGGREGATES, Aggregate
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-MEAN_AD = "mean_ad"
-"""Key of the mean of the seven metrics (mAD)."""
 TEST_SET_SCORE = "diff+sum (test-set normalised)"
 """`Report.image_score` of FlowAD's evaluation: the ranges of its terms came from the evaluated test set itself."""
 PUBLISHED = (
@@ -32,84 +34,6 @@ PUBLISHED = (
     "F1max, pixel AUROC and AUPRO; the metrics here are exact"
 )
 """What a comparison with published numbers must know."""
-_SCHEMA = 1
-
-Metrics = dict[str, float | None]
-
-
-class Scored(Protocol):
-    """What a detector returns for B frames: `map` (B, h, w) and `score` (B,), float32.
-
-    Where it exists, `invalid` (B,) is also read: why a frame cannot be judged, or None.
-    """
-
-    @property
-    def map(self) -> NDArray[np.float32]:
-        """Anomaly maps (B, h, w), higher = more anomalous."""
-
-    @property
-    def score(self) -> NDArray[np.float32]:
-        """Image scores (B,), higher = more anomalous."""
-
-
-DetectorLike = Callable[[Frame, list[str] | None], Scored]
-"""From uint8 frames (B, H, W, 3) and class names (None without classes) to their maps and scores, in their order.
-
-Attributes that are read where they exist: `class_names`, empty for a detector without classes; `engine` and
-`aggregate`, for the report. A FrameError makes error rows of the frames of the call.
-"""
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One test image: its score, or the `error` that left it without one; `unmarked` says why it has no mask to use."""
-
-    path: str
-    category: str
-    defect: str
-    label: int
-    score: float | None = None
-    error: str | None = None
-    unmarked: str | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an evaluation found; metrics are fractions in [0, 1], None where they cannot be computed.
-
-    `metrics` has one entry per category and `mean` their mean, each with the seven `METRICS` and `mean_ad`. A metric is
-    None in the mean when it is None in any category. `detector` says what ran (the engine), `image_score` how scores
-    were made, `pixel_images` how many images of a category the pixel metrics cover, and `remarks` what a reader of the
-    numbers must know.
-    """
-
-    dataset: str
-    detector: str
-    image_score: str
-    metrics: dict[str, Metrics]
-    mean: Metrics
-    images: tuple[ImageRow, ...]
-    pixel_images: dict[str, int] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-    schema: int = _SCHEMA
-
-    @property
-    def errors(self) -> tuple[ImageRow, ...]:
-        """The images without a score; the metrics leave them out."""
-        return tuple(row for row in self.images if row.error is not None)
-
-    @property
-    def unmarked(self) -> tuple[ImageRow, ...]:
-        """The defective images whose mask marks nothing; the pixel metrics leave them out."""
-        return tuple(row for row in self.images if row.unmarked is not None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values; no NaN."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def select_tests(dataset: Dataset, categories: Iterable[str] | None = None) -> dict[str, tuple[Sample, ...]]:
@@ -163,12 +87,13 @@ def evaluate(
     """
     scaled: Aggregate | None = "diff+sum" if test_set_normalisation is True else test_set_normalisation or None
     chosen = select_tests(dataset, categories)
-    names = _class_names(detector)
+    names = class_names(detector)
     for category in chosen:
         if names and category not in names:
             raise ConfigError(f"the detector has no class {category!r}; {nearest(category, names)}")
     found: dict[str, list[_Scored | str]] = {}
     pixels: dict[str, tuple[int, Metrics]] = {}
+    regions: dict[str, RegionCounts] = {}
     for category, samples in chosen.items():
         results: list[_Scored | str] = []
         frames, classes = FrameFiles([s.path for s in samples]), [category] * len(samples) if names else None
@@ -177,8 +102,12 @@ def evaluate(
             progress(1)
         if dataset.has_masks:
             pixels[category] = _pixel_metrics([result for result in results if not isinstance(result, str)])
+        if (counts := _region_counts(results)) is not None:
+            regions[category] = counts
         # Maps fill memory, and only scores are compared across categories.
-        found[category] = [one if isinstance(one, str) else replace(one, map=None, mask=None) for one in results]
+        found[category] = [
+            one if isinstance(one, str) else replace(one, map=None, mask=None, regions=None) for one in results
+        ]
     scores = _scores(found, scaled)
     metrics: dict[str, Metrics] = {}
     rows: list[ImageRow] = []
@@ -199,131 +128,22 @@ def evaluate(
         images=tuple(rows),
         pixel_images={category: count for category, (count, _) in pixels.items()},
         remarks=(*remarks, *([_over(scaled, len(chosen))] if scaled else []), PUBLISHED),
+        regions=regions,
     )
-
-
-def plot_report(report: Report, path: str | Path) -> None:
-    """Write a figure with the metrics of each category as bars and, below, a histogram of scores per category."""
-    from matplotlib.figure import Figure
-
-    categories = list(report.metrics)
-    columns = min(4, len(categories))
-    grid_rows = math.ceil(len(categories) / columns)
-    figure = Figure(figsize=(max(8, 3 * columns), 3.5 + 2.2 * grid_rows), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.5, 2.2 * grid_rows]).ravel()
-
-    _bars(upper.subplots(), report)
-    cells = lower.subplots(grid_rows, columns, squeeze=False).ravel()
-    for cell, category in zip(cells[: len(categories)], categories, strict=True):
-        _histogram(cell, report, category)
-    cells[0].legend(fontsize="small")
-    for cell in cells[len(categories) :]:
-        cell.set_axis_off()
-    figure.savefig(path, dpi=120)
-
-
-def _bars(axes: "Axes", report: Report) -> None:
-    categories, values = list(report.metrics), list(report.metrics.values())
-    shown = [name for name in METRICS if any(one[name] is not None for one in values)]
-    places = np.arange(len(categories))
-    width = 0.8 / max(1, len(shown))
-    for i, name in enumerate(shown):
-        heights = [np.nan if (value := one[name]) is None else 100 * value for one in values]
-        axes.bar(places + (i - (len(shown) - 1) / 2) * width, heights, width, label=name)
-    axes.set_xticks(places, map(_caption, categories), rotation=30 if len(categories) > 4 else 0, parse_math=False)
-    axes.set(ylabel="%", ylim=(0, 100))
-    title = f"{report.dataset}: {report.detector}, image score {report.image_score}"
-    axes.set_title(_caption(title), parse_math=False)
-    if shown:
-        axes.legend(fontsize="small", ncols=len(METRICS), loc="upper center", bbox_to_anchor=(0.5, -0.15))
-
-
-def _histogram(axes: "Axes", report: Report, category: str) -> None:
-    scores = [(row.label, row.score) for row in report.images if row.category == category and row.score is not None]
-    edges = list(np.histogram_bin_edges([score for _, score in scores], bins=30))
-    for label, name in enumerate(("good", "defective")):
-        axes.hist([score for of, score in scores if of == label], bins=edges, alpha=0.6, label=name)
-    axes.set_title(_caption(category), fontsize="medium", parse_math=False)
-    axes.tick_params(labelsize="small")
-
-
-def worst_mistakes(report: Report, n: int = 12) -> list[tuple[ImageRow, float]]:
-    """Up to n images that are ranked worst, half good and half defective, each with its share of wrong comparisons.
-
-    That share is the part of the category's images of the other label whose score is on the wrong side: scale-free,
-    so that categories compare, and 1 - AUROC on average. Ties are ordered by score: high for good, low for defective.
-    """
-    scored = [(row, row.score) for row in report.images if row.score is not None]
-    scores: dict[tuple[str, int], list[float]] = {}
-    for row, score in scored:
-        scores.setdefault((row.category, row.label), []).append(score)
-    ranked: dict[int, list[tuple[float, float, ImageRow]]] = {0: [], 1: []}
-    for row, score in scored:
-        sign = -1 if row.label else 1
-        others = np.array(scores.get((row.category, 1 - row.label), []))
-        wrong = float(np.mean(sign * score >= sign * others)) if others.size else 0.0
-        ranked[row.label].append((wrong, sign * score, row))
-    good, defective = (sorted(ranked[label], key=lambda one: one[:2], reverse=True) for label in (0, 1))
-    return [(row, wrong) for wrong, _, row in good[: n - n // 2] + defective[: n // 2]]
-
-
-def save_mistakes(report: Report, detector: DetectorLike, folder: str | Path, n: int = 12) -> list[Path]:
-    """Run the detector again on `worst_mistakes` and write each frame beside its heat map, with a caption, as PNG.
-
-    All share one colour scale. Returns the files in the order of `worst_mistakes`; the folder is made if needed.
-
-    Raises:
-        FrameError: an image cannot be read any more.
-    """
-    from matplotlib.figure import Figure
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mistakes = worst_mistakes(report, n)
-    names = _class_names(detector)
-    frames = [read_frame(row.path) for row, _ in mistakes]
-    maps = [
-        np.asarray(detector(frame[None], [row.category] if names else None).map)[0]
-        for frame, (row, _) in zip(frames, mistakes, strict=True)
-    ]
-    low, high = min((map.min() for map in maps), default=0.0), max((map.max() for map in maps), default=0.0)
-    if high == low:  # constant maps: nothing to show, but the frames still are
-        high = low + 1
-    files = []
-    for i, (frame, map, (row, wrong)) in enumerate(zip(frames, maps, mistakes, strict=True), start=1):
-        figure = Figure(figsize=(8, 4.6), layout="constrained")
-        for axes, picture in zip(figure.subplots(1, 2), (frame, overlay(frame, map, low, high)), strict=True):
-            axes.imshow(picture)
-            axes.set_axis_off()
-        opposite = "defective images score no higher" if row.label == 0 else "good images score no lower"
-        caption = f"{row.category}, {'defective: ' + row.defect if row.label else 'good'}, {Path(row.path).name}"
-        text = f"{_caption(caption)}\nscore {row.score:.4g}; {wrong:.1%} of the {opposite}"
-        figure.suptitle(text, fontsize="medium", parse_math=False)
-        name = f"{i:02d}_{'defective' if row.label else 'good'}_{row.category}_{Path(row.path).stem}"
-        file = folder / f"{_file_name(name)}.png"
-        figure.savefig(file, dpi=110)
-        files.append(file)
-    return files
-
-
-def _caption(text: str) -> str:
-    """`text` for a figure, on one line: what no font can draw as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def _file_name(text: str) -> str:
-    """`text` as a file's name that every system takes; a class name may hold separators."""
-    return re.sub(r"[^\w.()+ -]", "_", text)[:120]
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """`score` is one number, or the terms that are to be normalised; map and mask are None once they were compared."""
+    """`score` is one number, or the terms that are to be normalised; pictures are None once they were compared.
+
+    `regions` are the cells (H, W) int32 of `Detection.marked`, None where they cannot be told.
+    """
 
     label: int
     mask: NDArray[np.bool_] | None
     map: NDArray[np.float32] | None
     score: NDArray[np.float64]
+    regions: NDArray[np.int32] | None = None
     unmarked: str | None = None
 
 
@@ -348,14 +168,23 @@ def _result(
     score = _terms(one, map, scaled)
     if not np.isfinite(map).all() or not np.isfinite(score).all():
         return "the map or the score is not finite"
+    regions = _regions(one)
     if sample.mask is None:
-        return _Scored(sample.label, np.zeros(map.shape, bool), map, score)
+        return _Scored(sample.label, np.zeros(map.shape, bool), map, score, regions)
     try:
         mask = read_mask(sample.mask, mask_size, one.frame.shape)
     except FrameError as error:
         return str(error)
     empty = f"{sample.mask}: marks no defect at {mask_size}x{mask_size} pixels, its image is called {sample.defect}"
-    return _Scored(sample.label, mask, map, score, None if mask.any() else empty)
+    return _Scored(sample.label, mask, map, score, regions, None if mask.any() else empty)
+
+
+def _regions(one: Scanned[Scored]) -> NDArray[np.int32] | None:
+    """The cells of an image's regions, None where the detector is none of ours, or they cannot be told."""
+    detection, place = one.detection, one.place
+    if not isinstance(detection, Detection) or detection.no_regions[place]:
+        return None
+    return detection.marked(place)
 
 
 def _terms(one: Scanned[Scored], map: NDArray[np.float32], scaled: Aggregate | None) -> NDArray[np.float64]:
@@ -402,10 +231,6 @@ def _over(scaled: Aggregate, categories: int) -> str:
     return f"the terms of {scaled} were normalised over the test images {over}, defective ones included"
 
 
-def _class_names(detector: DetectorLike) -> tuple[str, ...]:
-    return tuple(getattr(detector, "class_names", ()))
-
-
 def _pixel_metrics(scored: Sequence[_Scored]) -> tuple[int, Metrics]:
     """How many images have a mask to compare with, and their pixel metrics; none where a label is missing."""
     masks = [one.mask for one in scored if one.unmarked is None and one.mask is not None]
@@ -413,6 +238,17 @@ def _pixel_metrics(scored: Sequence[_Scored]) -> tuple[int, Metrics]:
     if not any(mask.any() for mask in masks) or {one.label for one in scored} != {0, 1}:
         return len(masks), {}
     return len(masks), {**pixel_metrics(np.stack(masks), np.stack(maps))}
+
+
+def _region_counts(results: Sequence["_Scored | str"]) -> RegionCounts | None:
+    """The counts of one category; None where the regions of an image cannot be told."""
+    found = [
+        (one.mask if one.label else None, one.regions)
+        for one in results
+        if not isinstance(one, str) and (one.label == 0 or (one.mask is not None and one.mask.any()))
+    ]
+    known = [(mask, regions) for mask, regions in found if regions is not None]
+    return region_counts(known) if known and len(known) == len(found) else None
 
 
 def _metrics(labels: Sequence[int], scores: NDArray[np.float64], pixels: Metrics) -> Metrics:

@@ -1,6 +1,7 @@
 """Image and pixel metrics of anomaly detection (the columns of the paper's Table 1), as fractions in [0, 1]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +37,64 @@ def pixel_metrics(masks: NDArray[np.bool_], maps: NDArray[np.float32]) -> dict[s
         raise ValueError(f"got masks {masks.shape} and maps {maps.shape}, expected two arrays of one shape (n, H, W)")
     values = (*_ranking(masks.ravel(), maps.ravel(), "pixels"), _aupro(masks, maps))
     return dict(zip(PIXEL_METRICS, values, strict=True))
+
+
+@dataclass(frozen=True)
+class RegionCounts:
+    """What the regions of test images touched, in cells of the map (masks are resized to it).
+
+    A defect is an 8-connected component of a mask. It is touched if a cell of it is in a region. Every region on a good
+    part is false; on a defective part, one is false that touches no defect.
+
+    Attributes:
+        defects: of images with a mask.
+        touched: of these, by at least one region.
+        good_parts: images of good parts.
+        good_with_regions: of these, with at least one region.
+        false_on_good: regions on good parts.
+        defective_parts: images of defective parts with a mask.
+        false_on_defective: regions on them that touch no defect.
+    """
+
+    defects: int
+    touched: int
+    good_parts: int
+    good_with_regions: int
+    false_on_good: int
+    defective_parts: int
+    false_on_defective: int
+
+    @property
+    def false_per_good_part(self) -> float | None:
+        """False regions per good part; None without good parts."""
+        return self.false_on_good / self.good_parts if self.good_parts else None
+
+
+def region_counts(images: Iterable[tuple[NDArray[np.bool_] | None, NDArray[np.int32]]]) -> RegionCounts:
+    """Count over images: the mask (H, W) of a defective one, None for a good part, and its regions' cells (H, W).
+
+    Regions are numbered from 1, 0 is outside, as `Detection.marked` gives them.
+
+    Raises:
+        ValueError: a mask of another shape than the regions, or one that marks nothing.
+    """
+    defects = touched = good = good_with = on_good = defective = on_defective = 0
+    for mask, regions in images:
+        numbers = np.unique(regions[regions > 0])
+        if mask is None:
+            good += 1
+            good_with += len(numbers) > 0
+            on_good += len(numbers)
+            continue
+        if mask.shape != regions.shape or not mask.any():
+            raise ValueError(f"got a mask {mask.shape} of {mask.sum()} and regions {regions.shape}, expected one shape")
+        components, count = label(mask, structure=np.ones((3, 3), bool))
+        both = mask & (regions > 0)
+        defective += 1
+        defects += count
+        touched += len(np.unique(components[both]))
+        on_defective += len(numbers) - len(np.unique(regions[both]))
+    return RegionCounts(defects, touched, good, good_with, on_good, defective, on_defective)
 
 
 def mean_ad(metrics: Mapping[str, float | None]) -> float | None:

@@ -1,8 +1,12 @@
 """Anomaly maps drawn over their frames."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
+
+from flowad_fast.stages.regions import Region
 
 _COLOURS = np.frombuffer(
     bytes.fromhex(
@@ -15,6 +19,8 @@ _OPACITY = 0.65
 """Share of the heat colour where the heat is greatest; the part stays recognisable below it."""
 _STRIP = 1 << 18
 """Pixels that are drawn at once."""
+_LINE = 1 / 400
+"""Width of a contour's line, of the frame's shorter side."""
 
 
 def heat_range(maps: NDArray[np.float32], threshold: float | None = None) -> tuple[float, float]:
@@ -28,10 +34,13 @@ def heat_range(maps: NDArray[np.float32], threshold: float | None = None) -> tup
     return (low, high) if high > low else (low, low + 1)  # constant maps: nothing to show
 
 
-def overlay(frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vmax: float) -> NDArray[np.uint8]:
+def overlay(
+    frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vmax: float, regions: Sequence[Region] = ()
+) -> NDArray[np.uint8]:
     """The RGB frame (H, W, 3) uint8 with the map (h, w) as heat: none at `vmin` and below, most at `vmax` and above.
 
     Images that are to be compared need the same `vmin` and `vmax`. The map is resized bilinearly to the frame.
+    The contours of `regions` are drawn white on black.
 
     Raises:
         ValueError: `vmax` is not above `vmin`.
@@ -50,4 +59,18 @@ def overlay(frame: NDArray[np.uint8], map: NDArray[np.float32], vmin: float, vma
         colour = np.stack([np.interp(heat, places, channel) for channel in _COLOURS.T], axis=-1)
         opacity = _OPACITY * heat[..., None]
         drawn[strip] = np.rint(frame[strip] * (1 - opacity) + colour * opacity)
-    return drawn
+    return contours(drawn, regions) if regions else drawn
+
+
+def contours(frame: NDArray[np.uint8], regions: Sequence[Region]) -> NDArray[np.uint8]:
+    """The RGB frame (H, W, 3) uint8 with the regions' contours as white lines on black ones."""
+    height, width, _ = frame.shape
+    image = Image.fromarray(frame)
+    draw = ImageDraw.Draw(image)
+    line = max(1, round(_LINE * min(height, width)))
+    for colour, thickness in (("black", 3 * line), ("white", line)):
+        for region in regions:
+            # Contours run between pixels; the one at the frame's end has no pixel behind it.
+            corners = [(min(x, width - 1), min(y, height - 1)) for x, y in region.contour]
+            draw.line([*corners, *corners[:1]], fill=colour, width=thickness)
+    return np.array(image)

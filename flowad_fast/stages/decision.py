@@ -14,6 +14,7 @@ from flowad_fast.errors import CalibrationError
 from flowad_fast.stages.aggregates import AGGREGATES as AGGREGATES
 from flowad_fast.stages.aggregates import Aggregate as Aggregate
 from flowad_fast.stages.aggregates import terms, with_ranges
+from flowad_fast.stages.regions import RegionSettings
 
 OUTLIER_MADS = 8.0
 """A good part whose score is this many scaled median absolute deviations above the median is reported."""
@@ -34,12 +35,21 @@ class Range(Frozen):
     high: float
 
 
+class PixelThreshold(Frozen):
+    """Where the map of a good part is greater at all, it is a region, in at most a share alpha of good parts."""
+
+    threshold: float
+    parts: int = Field(gt=0)
+
+
 class ClassCalibration(Frozen):
     """What good parts of one class said: the threshold, how many parts it rests on, and the ranges of several terms."""
 
     threshold: float
     parts: int = Field(gt=0)
     ranges: tuple[Range, ...] | None = None
+    pixels: PixelThreshold | None = None
+    """None in bundles of before, which have no regions."""
 
 
 class Calibration(Frozen):
@@ -60,6 +70,7 @@ class Calibration(Frozen):
     alpha: float = Field(gt=0, lt=1)
     classes: dict[str, ClassCalibration]
     """By class name; the single key "" for unconditional models."""
+    regions: RegionSettings = RegionSettings()
 
 
 def parts_needed(alpha: float) -> int:
@@ -153,9 +164,50 @@ def calibrate(
             ranges = tuple(Range(low=a, high=b) for a, b in zip(low, high, strict=True))
         scores = np.sort(combine(raw[rest], ranges))
         _warn_outliers(combine(raw[index], ranges), index, labels, name)
-        rank = math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9)
-        fitted[name] = ClassCalibration(threshold=float(scores[rank - 1]), parts=len(scores), ranges=ranges)
+        fitted[name] = ClassCalibration(threshold=_quantile(scores, alpha), parts=len(scores), ranges=ranges)
     return Calibration(alpha=alpha, classes=fitted)
+
+
+def with_regions(
+    calibration: Calibration,
+    maxima: np.ndarray,
+    classes: Sequence[str] | None = None,
+    settings: RegionSettings | None = None,
+) -> Calibration:
+    """The calibration with pixel thresholds: at most a share alpha of good parts has any region.
+
+    A part has a region exactly when the maximum of its map is above the pixel threshold, so the threshold is the
+    conformal quantile of these maxima. A smallest area only takes regions away.
+
+    Args:
+        calibration: fitted on the same parts; its alpha holds.
+        maxima: the maximum over the map of each good part, (n,).
+        classes: the class of each part for conditional models.
+        settings: smallest area and severities.
+
+    Raises:
+        CalibrationError: too few parts in a class, a class without any, or a maximum that is not finite.
+    """
+    maxima = np.asarray(maxima)
+    names = np.asarray(classes if classes is not None else [""] * len(maxima), dtype=object)
+    _require(names.tolist(), calibration.alpha, False)
+    if not np.isfinite(maxima).all():
+        raise CalibrationError(
+            f"the maps of {np.count_nonzero(~np.isfinite(maxima))} good parts are not finite; remove those frames"
+        )
+    fitted = {}
+    for name, one in calibration.classes.items():
+        own = np.sort(maxima[names == name])
+        if not len(own):
+            raise CalibrationError(f"class {name!r} has no good parts to fit regions on; calibrate all classes at once")
+        pixels = PixelThreshold(threshold=_quantile(own, calibration.alpha), parts=len(own))
+        fitted[name] = one.model_copy(update={"pixels": pixels})
+    return calibration.model_copy(update={"classes": fitted, "regions": settings or RegionSettings()})
+
+
+def _quantile(ordered: np.ndarray, alpha: float) -> float:
+    """The ceil((n + 1)(1 - alpha))-th smallest of n values in ascending order."""
+    return float(ordered[math.ceil((len(ordered) + 1) * (1 - alpha) - 1e-9) - 1])
 
 
 def _warn_outliers(scores: np.ndarray, index: np.ndarray, labels: Sequence[str] | None, name: str) -> None:
