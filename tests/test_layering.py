@@ -23,7 +23,7 @@ FLOORS = (
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     ("line.outcome",),
-    ("line.policy", "line.event", "line.journal"),
+    ("line.policy", "line.event", "line.journal", "line.feeder"),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -56,7 +56,7 @@ FLOORS = (
 LIGHT = (
     *(
         f"flowad_fast.{name}"
-        for floor in FLOORS[: FLOORS.index(("line.policy", "line.event", "line.journal")) + 1]
+        for floor in FLOORS[: FLOORS.index(("line.policy", "line.event", "line.journal", "line.feeder")) + 1]
         for name in floor
     ),
     *(

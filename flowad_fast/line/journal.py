@@ -51,6 +51,7 @@ class Journal:
             raise ValueError(
                 f"{self.folder}: another line runs with this journal; stop it, or give this line a folder of its own"
             ) from None
+        self._file = -1
         self._torn = False  # the last append was cut off, so the next one must not continue its line
         self._open = self._read()
         self.lost = tuple(self._open.values())
@@ -110,7 +111,7 @@ class Journal:
         data = "".join(map(_begun, self._open.values())).encode()
         fresh.write_bytes(data)
         os.replace(fresh, self.path)
-        if getattr(self, "_file", -1) >= 0:
+        if self._file >= 0:
             os.close(self._file)
         self._file, self._size = os.open(self.path, os.O_WRONLY | os.O_APPEND), len(data)
         self._torn = False
