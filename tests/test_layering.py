@@ -23,7 +23,8 @@ FLOORS = (
     ("engines.start", "engines.onnxruntime"),
     ("detector",),
     ("line.outcome",),
-    ("line.policy", "line.event"),
+    ("line.policy", "line.event", "line.journal"),
+    ("line.feeder",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -55,7 +56,7 @@ FLOORS = (
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
-    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy", "line.event")) + 1] for name in floor),
+    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.feeder",)) + 1] for name in floor),
     *(
         f"flowad_fast.{name}"
         for name in (
