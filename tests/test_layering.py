@@ -24,6 +24,7 @@ FLOORS = (
     ("detector",),
     ("line.outcome",),
     ("line.policy", "line.event"),
+    ("line.sinks.rows",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -54,7 +55,7 @@ FLOORS = (
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
-    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.policy", "line.event")) + 1] for name in floor),
+    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.sinks.rows",)) + 1] for name in floor),
     *(
         f"flowad_fast.{name}"
         for name in (
