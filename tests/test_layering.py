@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ FLOORS = (
     ("detector",),
     ("line.outcome",),
     ("line.policy", "line.event", "line.journal"),
-    ("line.feeder",),
+    ("line.feeder", "line.sinks.rows"),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -56,7 +57,11 @@ FLOORS = (
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
-    *(f"flowad_fast.{name}" for floor in FLOORS[: FLOORS.index(("line.feeder",)) + 1] for name in floor),
+    *(
+        f"flowad_fast.{name}"
+        for floor in itertools.takewhile(lambda it: "stages.arithmetic" not in it, FLOORS)
+        for name in floor
+    ),
     *(
         f"flowad_fast.{name}"
         for name in (

@@ -1,0 +1,1 @@
+"""Where records and alarms go; `rows` turns them into JSON and back."""
