@@ -246,6 +246,16 @@ def test_without_a_compiler(model: FlowModel, tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_a_folder_that_cannot_be_compiled_in_is_one_line_at_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(EngineUnavailableError, match=r"cannot write .*/file/cache.* set TORCHINDUCTOR_CACHE_DIR"):
+        Detector.from_model(make_model(Means(), False), Inversion(), engine="compile", device="cpu")
+
+
+@needs_compiler
 def test_compile_engine_agrees_with_torch() -> None:
     from torch._dynamo.utils import counters
 

@@ -248,3 +248,25 @@ def test_nothing_leaves_the_machine(onnx_bundle: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "AF_INET" not in trace.read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are made unwritable the POSIX way")
+def test_no_folder_for_temporary_files_is_one_line_and_the_traceback_is_there_for_who_asks(tmp_path: Path) -> None:
+    app = (
+        "import tempfile, typer; from flowad_fast.cli import common\n"
+        "app = typer.Typer(pretty_exceptions_enable=False)\n"
+        "@app.command()\n"
+        "def work():\n"
+        "    tempfile._candidate_tempdir_list = lambda: ['/nowhere']\n"
+        "    tempfile.mkdtemp()\n"
+        "common.run(app)"
+    )
+    for variable in ({}, {"FLOWAD_FAST_TRACEBACK": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-c", app], capture_output=True, text=True, timeout=100,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variable,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "No usable temporary directory found" in done.stderr
+        assert ("Traceback" in done.stderr) is bool(variable)
+        assert (len(done.stderr.splitlines()) == 1) is not bool(variable), done.stderr

@@ -49,6 +49,7 @@ Threads = Annotated[
 ]
 """An option that needs no passing on: it counts for the process, whatever the engine."""
 
+_TRACEBACK = "FLOWAD_FAST_TRACEBACK"
 EXIT_ERROR = 1
 """The work was tried and failed (bad file, failed parity, no engine)."""
 EXIT_INTERRUPTED = 130
@@ -59,7 +60,7 @@ _MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 def run(app: typer.Typer) -> None:
     """Run `app`; warnings and expected errors become one line on standard error each.
 
-    An error gives exit code 1, a wrong use of options 2, Ctrl-C 130.
+    An error gives exit code 1, the operating system's included, a wrong use of options 2, Ctrl-C 130.
     """
     warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
     warnings.showwarning = _warn  # type: ignore[assignment]
@@ -76,6 +77,13 @@ def run(app: typer.Typer) -> None:
     except FlowADError as error:
         err.print("[bold red]error:[/] ", end="")
         note(f"{type(error).__name__}: {error}")
+        sys.exit(EXIT_ERROR)
+    except OSError as error:
+        # A full disk, a folder that cannot be written, a missing folder for temporary files: the machine's, not ours.
+        if os.environ.get(_TRACEBACK):
+            raise
+        err.print("[bold red]error:[/] ", end="")
+        note(f"{type(error).__name__}: {error}; what was finished is kept ({_TRACEBACK}=1 shows where it happened)")
         sys.exit(EXIT_ERROR)
 
 

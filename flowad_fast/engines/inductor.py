@@ -1,7 +1,9 @@
 """The Inductor engines: the pipeline compiled in this process, or a package compiled ahead of time (`.pt2`)."""
 
+import os
 import platform
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Literal
@@ -47,6 +49,7 @@ class InductorEngine(Engine):
         check_precision(pipeline.precision, self._device)
         if self._device.type == "cpu":
             cpp_compiler()
+        check_cache()
         self.device = str(self._device)
         self.pipeline = pipeline.on(self._device)
         self._compiled = torch.compile(self.pipeline, dynamic=True, fullgraph=True, mode=mode)
@@ -144,6 +147,26 @@ def target(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         facts["gpu"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return facts
+
+
+def check_cache() -> None:
+    """Make the folder that Inductor compiles in.
+
+    Raises:
+        EngineUnavailableError: it cannot be written.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        folder = cache_dir()
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EngineUnavailableError(
+            f"Inductor cannot write the folder that it compiles in ({error}); set TORCHINDUCTOR_CACHE_DIR to one that "
+            "this user can write"
+        ) from None
 
 
 def cpp_compiler() -> str:

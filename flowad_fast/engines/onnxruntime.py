@@ -19,6 +19,9 @@ from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":  # for callers who imported it before `environment.settle` ran
+    onnxruntime.disable_telemetry_events()
+
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
