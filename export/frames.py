@@ -16,6 +16,8 @@ from flowad_fast.evaluation.scanning import FrameFiles
 DEMO = "demo"
 """Names the demo's data set (ELPV, monocrystalline) wherever a folder of frames is expected."""
 PARITY_FRAMES = 16
+PARITY_BYTES = 512 * 2**20
+"""Of parity frames: large photos are fewer, at least two of each label."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class GoodParts:
 def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> ParityFrames:
     """`count` frames of one size, spread evenly over a folder; the demo's labelled test cells when `source` is None.
 
-    A folder with a sub-folder `good` beside others (`bottle/test` of MVTec AD) gives labelled frames.
+    They are fewer where they would take more than `PARITY_BYTES`. A folder with a sub-folder `good` beside others
+    (`bottle/test` of MVTec AD) gives labelled frames.
 
     Raises:
         FrameError: no images, or a folder or image that cannot be read.
@@ -69,6 +72,7 @@ def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> Pari
         by_label = [good, bad] if good and bad else [paths]
         described = f"{'labelled ' if good and bad else ''}frames of the folder {root.name}"
     first = read_frame(by_label[0][0])
+    count = min(count, max(2 * len(by_label), PARITY_BYTES // first.nbytes))
     frames: list[np.ndarray] = []
     labels: list[int] = []
     for label, paths in enumerate(by_label):

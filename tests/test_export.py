@@ -610,3 +610,14 @@ def test_a_low_precision_is_recorded_run_and_held_to_its_tolerance(
     assert result.ok and artefact.precision == precision and artefact.parity is not None
     assert artefact.parity.tolerance == TOLERANCES[precision].max
     assert artefact.parity.max_error > 1e-5  # it really ran in that precision
+
+
+def test_large_parity_frames_are_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in ("good", "scratch"):
+        (tmp_path / label).mkdir()
+        for i in range(9):
+            Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / label / f"{i}.png")
+    for budget, count in ((512 * 2**20, 16), (30 * 40 * 3 * 6, 6), (1, 4)):
+        monkeypatch.setattr("flowad_fast.export.frames.PARITY_BYTES", budget)
+        given = parity_frames(tmp_path)
+        assert given.labels is not None and sorted(given.labels) == [0] * (count // 2) + [1] * (count // 2)

@@ -370,6 +370,7 @@ def test_presets_are_the_published_sizes() -> None:
         config, lines = settings([Layer("preset", PRESETS[f"flowad-{name}"]), Layer("options", {"layout": "elpv"})])
         assert (config.hidden_size, config.depth, config.num_heads) == size
         assert (config.epochs, config.warmup_epochs, config.ema_decay, config.normalise_features) == (300, 40, 0, False)
+        assert config.class_dropout == 0.1
         assert lines[0].startswith("from preset: hidden_size") and lines[1] == "from options: layout elpv"
 
 

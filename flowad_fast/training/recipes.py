@@ -11,7 +11,7 @@ from flowad_fast.training.config import TrainConfig
 
 _PUBLISHED: dict[str, Any] = {
     "normalise_features": False, "batch_size": 8, "epochs": 300, "start_lr": 1e-6, "lr": 5e-5, "min_lr": 5e-6,
-    "warmup_epochs": 40, "weight_decay": 0.0, "ema_decay": 0.0, "grad_clip": 1.0,
+    "warmup_epochs": 40, "weight_decay": 0.0, "ema_decay": 0.0, "grad_clip": 1.0, "class_dropout": 0.1,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     f"flowad-{name}": {"hidden_size": width, "depth": depth, "num_heads": heads} | _PUBLISHED
