@@ -27,7 +27,11 @@ def write(request: Request, folder: Path) -> Built:
     chosen, precision = torch.device(request.device), request.precision
     check_precision(precision, chosen)
     edge = boundary(request)
-    edge = replace(edge, module=edge.module.on(chosen), example=tuple(tensor.to(chosen) for tensor in edge.example))
+    edge = replace(
+        edge,
+        module=edge.module.on(chosen),
+        example=tuple(None if one is None else one.to(chosen) for one in edge.example),
+    )
     facts = target(chosen)
     size = "any" if request.frame_size is None else "x".join(map(str, request.frame_size))
     inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(request.model.config.num_classes)}

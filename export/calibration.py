@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from flowad_fast import bundle
-from flowad_fast.bundle import Manifest
+from flowad_fast.bundle import CONSTANT_LOCATION, Manifest
 from flowad_fast.config import parse
 from flowad_fast.detector import Detector, load
-from flowad_fast.errors import ConfigError, FlowADError, FrameError
+from flowad_fast.engines.start import choose_engine, start_engine
+from flowad_fast.errors import CalibrationError, ConfigError, FlowADError, FrameError
 from flowad_fast.evaluation.scanning import scan
 from flowad_fast.export.card import write_card
 from flowad_fast.export.frames import GoodParts
+from flowad_fast.export.location import StatisticsParts, check_parts, described, fit_location, refuse_overlap, split
 from flowad_fast.stages.decision import Aggregate, Calibration, calibrate, require_parts, with_regions
 from flowad_fast.stages.frames import invalid_frames
+from flowad_fast.stages.location import identity
 from flowad_fast.stages.regions import RegionSettings, Severity
 
 
@@ -56,10 +59,12 @@ def recalibrate(
     device: str = "auto",
     min_area: float | None = None,
     severities: Sequence[Severity] | None = None,
+    location: StatisticsParts | None = None,
 ) -> Manifest:
     """Fit thresholds on good parts and store them in an existing bundle's manifest; engine files stay untouched.
 
-    What is None of the settings of regions stays as the bundle has it.
+    A bundle with location statistics has them fitted anew too: on the parts of `location`, or on half of the good
+    parts, the threshold then on the others. What is None of the settings of regions stays as the bundle has it.
 
     Raises:
         BundleError: no bundle, an altered one, or one that is being written or cannot be.
@@ -70,12 +75,65 @@ def recalibrate(
     bundle.read(path, verify=False)  # before anything is created beside a mistyped path
     with bundle.editing(path):
         folder, manifest = bundle.read(path, verify=False)  # `load` verifies
-        check_good(good, alpha, manifest.aggregate)
-        detector = load(path, device=device)
         settings = _settings(manifest, min_area, severities)
+        if manifest.location is None:
+            if location is not None:
+                raise CalibrationError(
+                    f"{folder}: the bundle was exported without location statistics; export it with --location"
+                )
+            check_good(good, alpha, manifest.aggregate)
+            detector = load(path, device=device)
+            manifest = manifest.model_copy(update={"calibration": fit(detector, good, alpha, settings)})
+            bundle.write_manifest(folder, manifest)
+        else:
+            manifest = _relocate(folder, good, alpha, device, settings, location)
+        write_card(folder, manifest)
+    return manifest
+
+
+def _relocate(
+    folder: Path,
+    good: GoodParts,
+    alpha: float,
+    device: str,
+    settings: RegionSettings,
+    location: StatisticsParts | None,
+) -> Manifest:
+    """Fit location statistics and thresholds; the manifest takes both in one step, the old table goes afterwards."""
+    _, manifest = bundle.read(folder)
+    before = manifest.location
+    assert before is not None
+    fixed = [name for name, one in manifest.artefacts.items() if CONSTANT_LOCATION in one.details]
+    if fixed:
+        raise CalibrationError(
+            f"{folder}: the format {fixed[0]} holds the location statistics as constants, which would differ from new "
+            "ones; export the bundle again with --location"
+        )
+    if location is None:
+        location, good = split(good, alpha, manifest.aggregate)
+    else:
+        refuse_overlap(location.good, good)
+    check_good(good, alpha, manifest.aggregate)
+    check_parts(location.good)
+    velocity = manifest.model.velocity
+    neutral = identity(manifest.model.classes.rows, velocity.height, velocity.width)
+    name = choose_engine({one.engine for one in manifest.artefacts.values()}, device)
+    plain = Detector.from_manifest(start_engine(folder, manifest, name, device, location=neutral), manifest)
+    statistics = fit_location(plain, location.good, manifest.model)
+    plain.close()
+    written = bundle.write_location(folder, statistics.table)
+    try:
+        told = described(statistics, written, manifest.model, location.source)
+        manifest = manifest.model_copy(update={"location": told})
+        detector = Detector.from_manifest(start_engine(folder, manifest, name, device), manifest)
         manifest = manifest.model_copy(update={"calibration": fit(detector, good, alpha, settings)})
         bundle.write_manifest(folder, manifest)
-        write_card(folder, manifest)
+    except BaseException:
+        if written[0] != before.file:
+            (folder / written[0]).unlink(missing_ok=True)
+        raise
+    if written[0] != before.file:
+        (folder / before.file).unlink(missing_ok=True)
     return manifest
 
 

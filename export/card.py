@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flowad_fast.bundle import Artefact, Manifest
+from flowad_fast.export.location import in_words
 from flowad_fast.files import replacing
 from flowad_fast.stages.aggregates import AGGREGATES
 
@@ -58,6 +59,8 @@ def model_card(manifest: Manifest) -> str:
     ]
     for name, a in manifest.artefacts.items():
         lines.append(f"| {name} | {a.engine} | {a.precision} | {' | '.join(_certificate(a))} |")
+    if manifest.location is not None:
+        lines += ["", "## Location statistics", "", *(f"- {line.strip()}" for line in in_words(manifest.location))]
     lines += ["", "## Calibration", ""]
     if manifest.calibration is None:
         lines.append("None: scores are available, verdicts are not. `flowad-export calibrate BUNDLE GOOD_FOLDER`.")

@@ -25,10 +25,11 @@ from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, near
 from flowad_fast.export.calibration import parse_severity, recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
-from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size
+from flowad_fast.export.frames import DEMO, GoodParts, good_parts, parity_frames, parse_size, training_parts
+from flowad_fast.export.location import StatisticsParts, in_words, split
 from flowad_fast.export.verify import Outcome, ParityFrames
 from flowad_fast.files import sha256
-from flowad_fast.stages.decision import AGGREGATES, require_parts
+from flowad_fast.stages.decision import AGGREGATES, Aggregate, require_parts
 from flowad_fast.stages.scorers import SCORERS, Density
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ app = typer.Typer(
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
 Data = Annotated[str | None, typer.Option(help="Folder of real frames for the parity check.")]
 Alpha = Annotated[float, typer.Option(help="Accepted false-reject rate of the calibration.")]
+LocationParts = Annotated[
+    str | None,
+    typer.Option(
+        help="Good parts for location statistics, none of them among those of the threshold. [default: half of those]"
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
 
@@ -95,6 +102,10 @@ def make(
     data: Data = None,
     calibrate: Annotated[str | None, typer.Option(help="Folder of good parts, to calibrate at once.")] = None,
     alpha: Alpha = 0.01,
+    location: Annotated[
+        bool, typer.Option("--location", help="Put maps in units of what good parts have at each place of the map.")
+    ] = False,
+    location_parts: LocationParts = None,
     output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/NAME-SCORER]")] = None,
     threads: common.Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate everything, write nothing.")] = False,
@@ -120,7 +131,8 @@ def make(
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
     arithmetic = _one_of("precision", precision, get_args(Precision))
     require("model", *MODEL, "onnx", "onnxscript", by="flowad-export make")
-    from flowad_fast.checkpoints.load import DEMO, load_checkpoint
+    from flowad_fast.checkpoints.load import DEMO as DEMO_FILE
+    from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.engines.device import torch_device
 
     torch_device(device)  # refuses what this machine does not have
@@ -135,6 +147,9 @@ def make(
         good = None if calibrate is None else good_parts(calibrate, model.spec.classes.labels)
         for line in (*frames.left_out, *(good.left_out if good else ())):
             common.note(line)
+        places = None
+        if location or location_parts is not None:
+            places, good = _parts_for_location(location_parts, good, model.spec.classes.labels, alpha, score)
         if good is not None:
             require_parts(good.classes, alpha, score)
         choice = None
@@ -154,16 +169,17 @@ def make(
             "device": device,
             "parity_frames": frames.source,
             "good_parts": None if good is None else len(good),
+            "location": None if places is None else places.source,
             "left_out": [*frames.left_out, *(good.left_out if good else ())],
         }
         common.print_json(plan) if json else common.out.print(plan)
         return
-    file = DEMO if checkpoint == "demo" else Path(checkpoint)
+    file = DEMO_FILE if checkpoint == DEMO else Path(checkpoint)
     with common.status("exporting") as tell:
         result = export_bundle(
             model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
             frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
-            probe_choice=None if choice is None else choice.record(),
+            location=places, probe_choice=None if choice is None else choice.record(),
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
             tell=tell,
         )  # fmt: skip
@@ -230,9 +246,12 @@ def calibrate(
             help="Class of regions, NAME[:area=PIXELS][,peak=VALUE]: those that reach either; repeat, the gravest last."
         ),
     ] = None,
+    location_parts: LocationParts = None,
     json: Json = False,
 ) -> None:
     """Fit a bundle's thresholds on good parts, and store them in its manifest; engine files stay as they are.
+
+    A bundle with location statistics has them fitted anew too, on parts that the threshold is not fitted on.
 
     Examples: `flowad-export calibrate bundles/demo-inversion parts/good --alpha 0.01`,
     `flowad-export calibrate bundles/cells parts/good --min-area 20 --severity minor --severity major:area=400,peak=12`.
@@ -243,7 +262,9 @@ def calibrate(
         parts = good_parts(good, manifest.model.classes.labels)
         for line in parts.left_out:
             common.note(line)
-        manifest = recalibrate(path, parts, alpha, device, min_area, severities)
+        labels = manifest.model.classes.labels
+        places = None if location_parts is None else _given_parts(location_parts, labels)
+        manifest = recalibrate(path, parts, alpha, device, min_area, severities, places)
     if json:
         left_out = list(parts.left_out)
         common.print_json({"bundle": str(path), "manifest": manifest.model_dump(mode="json"), "left_out": left_out})
@@ -286,6 +307,27 @@ def _of_before() -> Any:
     parameters = [one.replace(kind=one.KEYWORD_ONLY) for one in (*rest, *options)]
     _before.__signature__ = inspection.Signature([source, *parameters])  # type: ignore[attr-defined]
     return _before
+
+
+def _parts_for_location(
+    folder: str | None, good: GoodParts | None, labels: Sequence[str], alpha: float, aggregate: Aggregate
+) -> tuple[StatisticsParts, GoodParts | None]:
+    """The good parts for location statistics, and those that are left for the threshold."""
+    if folder is not None:
+        return _given_parts(folder, labels), good
+    if good is None:
+        raise ConfigError(
+            "--location needs good parts: give --calibrate GOOD_FOLDER, of which it takes half, or --location-parts"
+        )
+    return split(good, alpha, aggregate)
+
+
+def _given_parts(folder: str, labels: Sequence[str]) -> StatisticsParts:
+    parts = training_parts() if folder == DEMO else good_parts(folder, labels)
+    for line in parts.left_out:
+        common.note(line)
+    where = "the demo's training cells" if folder == DEMO else f"the folder {Path(folder).name}"
+    return StatisticsParts(parts, f"{len(parts)} good parts of {where}")
 
 
 def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
@@ -423,6 +465,8 @@ def _print_reasons(outcomes: dict[str, Outcome]) -> None:
 
 
 def _print_calibration(manifest: Manifest) -> None:
+    for line in in_words(manifest.location) if manifest.location else ():
+        common.say(line)
     if manifest.calibration is None:
         common.out.print("calibration: none, so no verdicts; flowad-export calibrate BUNDLE GOOD_FOLDER")
         return

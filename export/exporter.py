@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,14 @@ from flowad_fast.export.calibration import check_good, fit
 from flowad_fast.export.card import write_card
 from flowad_fast.export.formats import BATCH, FORMATS, OPSET, WORKSPACE_MIB, Request
 from flowad_fast.export.frames import GoodParts, ParityFrames
+from flowad_fast.export.location import (
+    StatisticsParts,
+    check_parts,
+    described,
+    fit_location,
+    in_words,
+    refuse_overlap,
+)
 from flowad_fast.export.verify import (
     FAILED,
     NOT_AVAILABLE,
@@ -36,6 +44,7 @@ from flowad_fast.export.verify import (
     one_line,
 )
 from flowad_fast.files import sha256
+from flowad_fast.stages.aggregates import check_located
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
 
@@ -127,6 +136,7 @@ class Export:
                 build_seconds=round(time.perf_counter() - start, 2),
                 details=dict(built.details),
             )
+            self._locate(folder)
             self.say(f"{name}: checking against the reference")
             return self.reference.measure(name, artefact, folder, self.manifest, self.device)
         except EngineUnavailableError as error:
@@ -134,6 +144,11 @@ class Export:
         except Exception as error:  # whatever an exporter's libraries raise must not lose the other formats
             (self.failing / f"{name}.error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             return Outcome(FAILED, one_line(error))
+
+    def _locate(self, folder: Path) -> None:
+        """Put the location statistics, where there are some, beside what is written."""
+        if self.request.location is not None:
+            bundle.write_location(folder, self.request.location)
 
     def conclude(self, target: str | Path, good: GoodParts | None, alpha: float) -> ExportResult:
         """Publish what passed at `target`, calibrated on good parts where there are some; keep the rest as rejected."""
@@ -145,11 +160,13 @@ class Export:
                 _move(artefact, self.passed, self.failing)
             ok, bad = {}, ok | bad
         published = self.manifest.model_copy(update={"artefacts": ok})
+        self._locate(self.passed)
         if publish and good is not None:
             self.say(f"calibration: {len(good)} good parts, alpha {alpha:g}")
             published = published.model_copy(update={"calibration": self._calibrated(published, good, alpha)})
         refused, kept = self.manifest.model_copy(update={"artefacts": bad}), None
         if any(self.failing.iterdir()):
+            self._locate(self.failing)
             bundle.write_manifest(self.failing, refused)
             status = "\n".join(f"- {name}: {outcome}" for name, outcome in self.outcomes.items())
             write_card(self.failing, refused, f"# Rejected export\n\n{status}\n\n")
@@ -189,6 +206,7 @@ def export_bundle(
     workspace: int = WORKSPACE_MIB,
     good: GoodParts | None = None,
     alpha: float = 0.01,
+    location: StatisticsParts | None = None,
     probe_choice: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
     quiet: bool = False,
@@ -215,6 +233,7 @@ def export_bundle(
         workspace: memory that an engine builder may use, MiB.
         good: good parts (see `frames.good_parts`); thresholds go into the manifest.
         alpha: accepted false-reject rate of the calibration.
+        location: good parts that location statistics are fitted on, see `location.split`; None for none.
         probe_choice: how the scorer's probes were chosen, for the manifest.
         source: where the model comes from, for the manifest; its provenance by default.
         quiet: tell nothing.
@@ -238,6 +257,15 @@ def export_bundle(
     if good is not None:
         say(f"good parts: checking {len(good)} frames")
         check_good(good, alpha, aggregate)
+    statistics = None
+    if location is not None:
+        check_located(aggregate)
+        check_parts(location.good)
+        if good is not None:
+            refuse_overlap(location.good, good)
+        say(f"location statistics: {len(location.good)} good parts")
+        statistics = fit_location(Detector.from_model(model, scorer, device="cpu"), location.good, model.spec)
+        request = replace(request, location=statistics.table)
     manifest = Manifest(
         project_version=flowad_fast.__version__,
         created=bundle.now(),
@@ -250,8 +278,15 @@ def export_bundle(
         probe_choice=probe_choice,
     )
     with bundle.writing(target) as folder:
+        if location is not None and statistics is not None:
+            written = bundle.write_location(folder, statistics.table)
+            (folder / written[0]).unlink()  # it goes beside what passes
+            told = described(statistics, written, model.spec, location.source)
+            manifest = manifest.model_copy(update={"location": told})
+            for line in in_words(told):
+                say(line)
         say(f"reference: {len(given.frames)} frames, fp32")
-        reference = Reference.of(model, scorer, aggregate, given)
+        reference = Reference.of(model, scorer, aggregate, given, request.location)
         export = Export(request, manifest, reference, device, folder, say)
         for name in formats:
             export.write(name)
@@ -267,7 +302,8 @@ def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, dev
     """
     folder, manifest = bundle.read(path)
     check_size(frames, manifest.frame_size)
-    reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames)
+    table = None if manifest.location is None else bundle.location_table(folder, manifest)
+    reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames, table)
     return {
         name: reference.measure(name, artefact, folder, manifest, device)
         for name, artefact in manifest.artefacts.items()

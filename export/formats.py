@@ -51,6 +51,9 @@ class Request:
     device: str = "cpu"
     workspace: int = WORKSPACE_MIB
     frames: tuple[np.ndarray, np.ndarray | None] | None = None
+    location: np.ndarray | None = None
+    """Location statistics (classes, 2, h, w): an input of the graph, or, where a format's clients cannot give them,
+    constants in it."""
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,12 @@ def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> GoodParts
     )
 
 
+def training_parts() -> GoodParts:
+    """The demo's training split, which no threshold is fitted on."""
+    paths = [s.path for s in read_dataset("elpv", None).select("train")]
+    return GoodParts(FrameFiles(paths), [""] * len(paths), [path.name for path in paths])
+
+
 def _photos(folder: Path, others: Counter[str]) -> list[Path]:
     """As `images.find_images`; what is left out is added to `others`."""
     photos = find_photos(folder)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
+from flowad_fast.bundle import LOCATION
 from flowad_fast.errors import ExportError
 from flowad_fast.kernels.reference import FP8_MAX
 from flowad_fast.stages.linear import FP8_MULTIPLE
@@ -73,7 +74,9 @@ def quantise(model: onnx_ir.Model, chosen: list[Product], ranges: list[float]) -
         product.node.replace_input_with(1, wide.outputs[0])
 
 
-def measure_ranges(path: Path, chosen: list[Product], frames: np.ndarray, y: np.ndarray | None) -> list[float]:
+def measure_ranges(
+    path: Path, chosen: list[Product], frames: np.ndarray, y: np.ndarray | None, location: np.ndarray | None = None
+) -> list[float]:
     """Largest absolute activation of each product over the frames, one at a time, by ONNX Runtime on the CPU.
 
     Args:
@@ -81,6 +84,7 @@ def measure_ranges(path: Path, chosen: list[Product], frames: np.ndarray, y: np.
         chosen: products of the graph.
         frames: uint8 (n, H, W, 3).
         y: class indices (n,) or None.
+        location: location statistics, for a graph that takes them.
 
     Raises:
         ExportError: a range is not finite.
@@ -101,9 +105,11 @@ def measure_ranges(path: Path, chosen: list[Product], frames: np.ndarray, y: np.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
+    inputs = {node.name for node in session.get_inputs()}
     largest = np.zeros(len(chosen))
     for i in range(len(frames)):
         feed = {"frames": frames[i : i + 1]} | ({} if y is None else {"classes": y[i : i + 1]})
+        feed |= {} if location is None or LOCATION not in inputs else {LOCATION: location}
         got = session.run([f"{name}.range" for name in activations], feed)
         largest = np.maximum(largest, np.array(got, np.float64))
     probe.unlink()

@@ -29,8 +29,8 @@ def write(request: Request, folder: Path) -> Built:
     return Built(tuple(files), versions_of(*PACKAGES), {"opset": request.opset, "nodes": nodes})
 
 
-def write_graph(request: Request, path: Path) -> int:
-    """Write the whole boundary to `path`; returns the number of nodes. See `write_boundary`.
+def write_graph(request: Request, path: Path, constant_location: bool = False) -> int:
+    """Write the whole boundary to `path`; returns the number of nodes. See `write_boundary` and `boundary`.
 
     The backbone, the state and the statistics are float32 in every precision; fp16 and bf16 are those of the velocity
     field's products. fp8 is fp16 with its products quantised, for which the request has real frames.
@@ -40,15 +40,15 @@ def write_graph(request: Request, path: Path) -> int:
     """
     opset = request.opset
     if request.precision != "fp8":
-        return write_boundary(path, boundary(request), opset)
+        return write_boundary(path, boundary(request, constant_location), opset)
     if request.frames is None:
         raise ConfigError("fp8 needs real frames, from which it takes the activations' ranges; give --data")
     if opset < onnx_fp8.OPSET:
         raise ConfigError(f"fp8 needs opset {onnx_fp8.OPSET} or later, got {opset}")
-    graph = _graph(boundary(replace(request, precision="fp16")), opset)
+    graph = _graph(boundary(replace(request, precision="fp16"), constant_location), opset)
     _save(graph, path)
     chosen = onnx_fp8.products(graph, request.model.config.keep_bf16)
-    onnx_fp8.quantise(graph, chosen, onnx_fp8.measure_ranges(path, chosen, *request.frames))
+    onnx_fp8.quantise(graph, chosen, onnx_fp8.measure_ranges(path, chosen, *request.frames, request.location))
     passes.RemoveUnusedNodesPass()(graph)
     path.with_name(path.name + ".data").unlink(missing_ok=True)
     return _save(graph, path)
@@ -113,7 +113,7 @@ def _simplify(model: onnx_ir.Model) -> None:
 def _name_axes(model: onnx_ir.Model, edge: Boundary) -> None:
     """Give dynamic axes the boundary's names instead of the tracer's symbols, wherever they stand alone."""
     names: dict[str, str] = {}
-    for value, axes in zip(model.graph.inputs, edge.dynamic_shapes, strict=True):
+    for value, axes in zip(model.graph.inputs, [one for one in edge.dynamic_shapes if one is not None], strict=True):
         for axis, dim in axes.items():
             names[str(value.shape[axis].value)] = dim.__name__  # type: ignore[index, union-attr]
     values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]

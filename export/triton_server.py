@@ -3,13 +3,15 @@
     tritonserver --model-repository BUNDLE/triton-server
 
 Clients send `frames` (uint8, B x H x W x 3) and, for conditional models, `classes` (int64, B x 1), and get `map` and
-the raw `score`; thresholds are in the bundle's manifest. Frames of one request have one size.
+the raw `score`; thresholds are in the bundle's manifest. Location statistics are constants of the graph here, since
+clients should not have to send them. Frames of one request have one size.
 """
 
 from pathlib import Path
 
 import onnx
 
+from flowad_fast.bundle import CONSTANT_LOCATION
 from flowad_fast.errors import ConfigError
 from flowad_fast.export.formats import Built, Request, versions_of
 from flowad_fast.export.onnx_graph import PACKAGES, write_graph
@@ -39,13 +41,16 @@ def write(request: Request, folder: Path) -> Built:
     version = folder / REPOSITORY / MODEL / "1"
     version.mkdir(parents=True)
     graph = version / "model.onnx"
-    write_graph(request, graph)
+    write_graph(request, graph, constant_location=True)
     size = request.frame_size or (request.model.spec.image.size,) * 2
     text = config(onnx.load(str(graph), load_external_data=False), size, request.batch, request.device)
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     files = sorted(path for path in (folder / REPOSITORY).rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in sorted(files, key=lambda path: path != graph))
-    return Built(tuple(names), versions_of(*PACKAGES), {"opset": request.opset})
+    details: dict[str, int | str] = {"opset": request.opset}
+    if request.location is not None:
+        details[CONSTANT_LOCATION] = 1
+    return Built(tuple(names), versions_of(*PACKAGES), details)
 
 
 def config(graph: onnx.ModelProto, size: tuple[int, int], batch: tuple[int, int, int], device: str) -> str:

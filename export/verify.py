@@ -13,6 +13,7 @@ from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import ConfigError, EngineUnavailableError, FlowADError, ParityError
 from flowad_fast.export.frames import ParityFrames
 from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, Spread, norm_power
+from flowad_fast.stages.location import apply as located
 from flowad_fast.stages.scorers import Scorer
 
 if TYPE_CHECKING:
@@ -80,10 +81,17 @@ class Reference:
     expected: Outputs
 
     @classmethod
-    def of(cls, model: "FlowModel", scorer: Scorer, aggregate: Aggregate, frames: ParityFrames) -> "Reference":
+    def of(
+        cls,
+        model: "FlowModel",
+        scorer: Scorer,
+        aggregate: Aggregate,
+        frames: ParityFrames,
+        location: np.ndarray | None = None,
+    ) -> "Reference":
         """Compute it, with classes in turn where a conditional model's frames have none."""
         y = class_indices(model, frames)
-        return cls(frames, y, reference_outputs(model, scorer, aggregate, frames.frames, y))
+        return cls(frames, y, reference_outputs(model, scorer, aggregate, frames.frames, y, location))
 
     def measure(self, name: str, artefact: Artefact, folder: Path, manifest: Manifest, device: str) -> Outcome:
         """The outcome of an artefact that lies in `folder`, by running it; what cannot run here is openly unmeasured.
@@ -145,9 +153,14 @@ def one_line(error: Exception) -> str:
 
 
 def reference_outputs(
-    model: "FlowModel", scorer: Scorer, aggregate: Aggregate, frames: np.ndarray, y: np.ndarray | None
+    model: "FlowModel",
+    scorer: Scorer,
+    aggregate: Aggregate,
+    frames: np.ndarray,
+    y: np.ndarray | None,
+    location: np.ndarray | None = None,
 ) -> Outputs:
-    """Map (n, S, S) and raw score of the fp32 reference.
+    """Map (n, S, S) and raw score of the fp32 reference; `location` is a table of location statistics.
 
     See `Scorer.expected`: the training form, adaLN computed at every evaluation.
     """
@@ -163,6 +176,8 @@ def reference_outputs(
         x1 = model.features(frames[i : i + 1])
         maps.append(scorer.expected(model, x1, y1))
     cells = torch.cat(maps)
+    if location is not None:
+        cells = torch.from_numpy(located(location, cells.numpy(), y))
     upsampled = ops.upsample(cells, model.spec.image.size)
     return upsampled.numpy(), image_score(upsampled, aggregate, cells, norm_power(scorer)).numpy()
 

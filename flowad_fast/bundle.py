@@ -6,6 +6,7 @@ old one as it was. Every file is listed with its SHA-256 and is verified before 
 
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import filelock
+import numpy as np
 from pydantic import Field
 
 from flowad_fast.config import Frozen, ModelConfig, Precision, parse, read_mapping
@@ -30,6 +32,10 @@ MANIFEST, REJECTED, LOCK = "manifest.json", "rejected.json", ".lock"
 ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")
 """A plain relative path: no empty, hidden, `.` or `..` component, so nothing outside the folder can be named."""
 
+LOCATION = "location"
+"""The input of an exported graph that takes location statistics."""
+CONSTANT_LOCATION = "constant_location"
+"""Detail of an artefact whose graph holds the location statistics, which cannot be fitted anew without an export."""
 EngineName = Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"]
 
 
@@ -70,6 +76,21 @@ class Artefact(Frozen):
     details: dict[str, Any] = {}
 
 
+class Location(Frozen):
+    """Location statistics of a bundle, see `stages.location`; engines are given them, so they can be fitted anew.
+
+    `file` holds the table (classes, 2, h, w), float32, little-endian. By class name: how many good parts they rest on,
+    and how far a cell's own mean and std are believed. `source` says which parts those were.
+    """
+
+    file: str
+    sha256: str
+    parts: dict[str, int]
+    mean_weight: dict[str, float]
+    std_weight: dict[str, float]
+    source: str
+
+
 class Manifest(Frozen):
     """Everything that a production line must know about a bundle, and nothing that it must guess."""
 
@@ -84,6 +105,7 @@ class Manifest(Frozen):
     """Height and width of the frames, None when any size is accepted (and resized as in training)."""
     artefacts: dict[str, Artefact]
     calibration: Calibration | None = None
+    location: Location | None = None
     probe_choice: dict[str, Any] | None = None
     """How the number of density probes was chosen, when it was chosen by measured error."""
 
@@ -120,7 +142,35 @@ def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
         for name, expected in artefact.files.items():
             if verify:
                 verify_file(folder, name, expected)
+    if manifest.location is not None and verify:
+        verify_file(folder, manifest.location.file, manifest.location.sha256)
     return folder, manifest
+
+
+def location_table(folder: Path, manifest: Manifest) -> np.ndarray:
+    """The location statistics of a bundle that has some, (classes, 2, h, w) float32; the hash is checked.
+
+    Raises:
+        BundleError: the file is missing, altered, or of another size.
+    """
+    assert manifest.location is not None
+    path = verify_file(folder, manifest.location.file, manifest.location.sha256)
+    velocity = manifest.model.velocity
+    shape = (manifest.model.classes.rows, 2, velocity.height, velocity.width)
+    table = np.fromfile(path, "<f4")
+    if table.size != np.prod(shape) or not np.isfinite(table).all():
+        raise BundleError(f"{path}: {table.size} numbers, expected {np.prod(shape)}, all finite; calibrate it again")
+    return table.astype(np.float32).reshape(shape)
+
+
+def write_location(folder: Path, table: np.ndarray) -> tuple[str, str]:
+    """Write a table of location statistics beside those that are there; returns its file's name and SHA-256."""
+    data = np.ascontiguousarray(table, "<f4").tobytes()
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{LOCATION}-{digest[:12]}.f32"
+    with replacing(folder / name) as file:
+        file.write(data)
+    return name, digest
 
 
 def verify_file(folder: Path, name: str, expected: str) -> Path:

@@ -77,6 +77,11 @@ class Classes:
             return ()
         return self.names or tuple(str(i) for i in range(self.count))
 
+    @property
+    def rows(self) -> int:
+        """How many classes frames are told apart by; 1 for an unconditional model."""
+        return self.count if self.conditional else 1
+
     def label(self, text: str) -> str | int:
         """A class that a person named, as `indices` takes it: a number where the model has no names."""
         return int(text) if not self.names and text.isdecimal() else text

@@ -16,7 +16,7 @@ FLOORS = (
     # What a runtime without torch is made of.
     ("errors", "environment", "moved"),
     ("config", "files"),
-    ("stages.schedule", "stages.aggregates", "stages.frames", "stages.regions"),
+    ("stages.schedule", "stages.aggregates", "stages.frames", "stages.regions", "stages.location"),
     ("stages.decision",),
     ("stages.scorers",),
     ("bundle", "checkpoints.defaults"),
@@ -80,6 +80,7 @@ LIGHT = (
             "cli.train",
             "export.cli",
             "export.calibration",
+            "export.location",
             "export.card",
             "export.frames",
             "export.formats",

@@ -52,6 +52,16 @@ class Engine(ABC):
         """Do ahead of time what the first frames of this size would wait for: compile, capture, allocate."""
         return
 
+    def locate(self, table: np.ndarray) -> None:
+        """Take a bundle's location statistics, (classes, 2, h, w) float32 of `stages.location`.
+
+        Raises:
+            EngineUnavailableError: the artefact was made without them.
+        """
+        raise EngineUnavailableError(
+            f"the engine {self.name} has no place for location statistics; export the bundle again"
+        )
+
     @classmethod
     def from_artefact(cls, path: Path, artefact: "Artefact", device: str, threads: int | None = None) -> "Engine":
         """Start on a bundle's artefact, whose first file is `path`.

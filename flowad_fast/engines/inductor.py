@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowad_fast.bundle import Artefact
+from flowad_fast.bundle import LOCATION, Artefact
 from flowad_fast.engines import Engine
 from flowad_fast.engines.cores import bind_torch
 from flowad_fast.engines.device import torch_device
@@ -105,12 +105,20 @@ class AotInductorEngine(Engine):
         except RuntimeError as error:
             why = str(error).splitlines()[0][:300]
             raise BundleError(f"{path}: torch {torch.__version__} refuses the package: {why}") from None
+        self._takes = self._package.get_metadata().get("flowad.inputs", "")
+        self._location: tuple[Tensor, ...] = ()
+
+    def locate(self, table: np.ndarray) -> None:
+        """See `Engine`."""
+        if LOCATION not in self._takes.split(","):
+            super().locate(table)
+        self._location = (torch.from_numpy(table).to(self._device),)
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
         bind_torch(self._threads)
         with self._lock, torch.inference_mode(), arithmetic(self._precision, self._device):
-            maps, scores = self._package.boxed_run(list(_inputs(frames, y, self._device)))
+            maps, scores = self._package.boxed_run([*_inputs(frames, y, self._device), *self._location])
         return maps.cpu().numpy(), scores.cpu().numpy()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from flowad_fast.bundle import Artefact
+from flowad_fast.bundle import LOCATION, Artefact
 from flowad_fast.engines import Engine
 from flowad_fast.engines.cores import limit
 from flowad_fast.engines.onnx_file import external_tensors
@@ -103,6 +103,7 @@ class OnnxRuntimeEngine(Engine):
         self._memory = f"cuda:{index or 0}" if kind in ("cuda", "tensorrt") else "cpu"
         self.inputs = {node.name: node.type for node in self.session.get_inputs()}
         self.outputs = {node.name: node for node in self.session.get_outputs()}
+        self._location: dict[str, np.ndarray] = {}
 
     def _check_placement(self, provider: str, kind: str) -> None:
         """Refuse a session that would run the expensive operators somewhere else than asked."""
@@ -124,11 +125,16 @@ class OnnxRuntimeEngine(Engine):
         """See `Engine`; external data may lie in the artefact's own files only."""
         return cls(path, device, threads, artefact.files)
 
+    def locate(self, table: np.ndarray) -> None:
+        """See `Engine`."""
+        if LOCATION not in self.inputs:
+            super().locate(table)
+        self._location = {LOCATION: table}
+
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        maps, scores = self.session.run(
-            ["map", "score"], {"frames": frames} if y is None else {"frames": frames, "classes": y}
-        )
+        given = {"frames": frames} if y is None else {"frames": frames, "classes": y}
+        maps, scores = self.session.run(["map", "score"], given | self._location)
         return maps, scores
 
     def run_bound(self, inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -139,6 +145,7 @@ class OnnxRuntimeEngine(Engine):
         """
         import torch
 
+        inputs |= {name: torch.from_numpy(table).to(self._memory) for name, table in self._location.items()}
         if set(inputs) != set(self.inputs):
             raise FrameError(f"inputs are {', '.join(self.inputs)}, got {', '.join(inputs)}")
         device = torch.device(self._memory)
@@ -149,7 +156,7 @@ class OnnxRuntimeEngine(Engine):
                 raise FrameError(
                     f"{name} must be contiguous {wanted} on {device}, got {tensor.dtype} on {tensor.device}"
                 )
-        batch = len(next(iter(inputs.values())))
+        batch = len(inputs["frames"])
         results = {
             name: torch.empty((batch, *node.shape[1:]), dtype=types[node.type], device=device)
             for name, node in self.outputs.items()

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from flowad_fast.bundle import Artefact, Manifest
+import numpy as np
+
+from flowad_fast.bundle import CONSTANT_LOCATION, Artefact, Manifest, location_table
 from flowad_fast.config import Precision
 from flowad_fast.engines import ENGINES, Engine, backend
 from flowad_fast.environment import has_gpu_driver
@@ -92,6 +94,7 @@ def start_engine(
     precision: Precision | None = None,
     ops: str | None = None,
     threads: int | None = None,
+    location: np.ndarray | None = None,
 ) -> Engine:
     """Start an engine on one of a bundle's artefacts; the files' hashes have been checked by `bundle.read`.
 
@@ -104,6 +107,7 @@ def start_engine(
         precision: see `flowad_fast.load`.
         ops: see `flowad_fast.load`.
         threads: see `flowad_fast.load`.
+        location: location statistics in place of the bundle's, where it has some.
 
     Raises:
         EngineUnavailableError: the engine cannot run here, or a precision that the artefact was not built for.
@@ -120,7 +124,10 @@ def start_engine(
             )
         if ops is not None:
             raise EngineUnavailableError(f"{path}: the engine {engine} has its operators fixed; leave ops={ops!r} out")
-        return chosen.engine().from_artefact(path, artefact, device, threads)
+        started = chosen.engine().from_artefact(path, artefact, device, threads)
+        if manifest.location is not None and CONSTANT_LOCATION not in artefact.details:
+            started.locate(location_table(folder, manifest) if location is None else location)
+        return started
     chosen.engine().with_threads(engine, threads)  # says what is missing before the weights are read
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.pipeline import ScoringPipeline
@@ -133,7 +140,10 @@ def start_engine(
         manifest.scorer,
         manifest.aggregate,
         arithmetic(engine, precision or artefact.precision, ops),
+        located=manifest.location is not None,
     )
+    if manifest.location is not None:
+        pipeline.locate(location_table(folder, manifest) if location is None else location)
     return start_from_model(engine, pipeline, device, threads)
 
 

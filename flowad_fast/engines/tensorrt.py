@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowad_fast.bundle import Artefact
+from flowad_fast.bundle import LOCATION, Artefact
 from flowad_fast.engines import Engine
 from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
@@ -240,6 +240,13 @@ class TensorRTEngine(Engine):
         )  # fmt: skip
         self.name, self.device = flavour.name, str(self._device)
         self.session = Session(path, library, self._device)
+        self._location: dict[str, Tensor] = {}
+
+    def locate(self, table: np.ndarray) -> None:
+        """See `Engine`."""
+        if LOCATION not in self.session.inputs:
+            super().locate(table)
+        self._location = {LOCATION: torch.from_numpy(table).to(self._device)}
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
@@ -251,7 +258,8 @@ class TensorRTEngine(Engine):
                 arrays["classes"] = y[i : i + largest]
             n = len(arrays["frames"])
             with torch.inference_mode():
-                outputs = self.session({name: self._tensor(a, smallest) for name, a in arrays.items()})
+                given = {name: self._tensor(a, smallest) for name, a in arrays.items()}
+                outputs = self.session(given | self._location)
                 maps.append(outputs["map"][:n].cpu().numpy())
                 scores.append(outputs["score"][:n].cpu().numpy())
         return np.concatenate(maps), np.concatenate(scores)

@@ -160,6 +160,20 @@ def norm_power(scorer: object) -> int:
     return int(getattr(scorer, "power", 2))
 
 
+def check_located(aggregate: Aggregate) -> None:
+    """Refuse an aggregate that has no meaning for maps in units of location statistics.
+
+    Raises:
+        ConfigError: names those that have.
+    """
+    if AGGREGATES[aggregate].scorers is not None:
+        fitting = ", ".join(name for name, rule in AGGREGATES.items() if rule.scorers is None)
+        raise ConfigError(
+            f"the aggregate {aggregate} is made of the latent itself and has no meaning with location statistics; "
+            f"choose one of {fitting}, or leave location statistics out"
+        )
+
+
 def check_scorer(aggregate: Aggregate, kind: str) -> None:
     """Refuse an aggregate that has no meaning for the maps of a kind of scorer.
 
