@@ -91,12 +91,17 @@ def by_onnx(message: object) -> Iterator[tuple[str, dict[str, str]]]:
     """Every external tensor at any depth of a protobuf message, by reflection."""
     if isinstance(message, TensorProto):
         if message.data_location == TensorProto.EXTERNAL:
-            yield message.name, {entry.key: entry.value for entry in message.external_data}
+            yield _text(message.name), {_text(entry.key): _text(entry.value) for entry in message.external_data}
         return
     for descriptor, value in message.ListFields():  # type: ignore[attr-defined]
         if descriptor.message_type is not None:
             for one in value if descriptor.is_repeated else [value]:
                 yield from by_onnx(one)
+
+
+def _text(value: str | bytes) -> str:
+    """Protobuf gives bytes for a damaged text that is no UTF-8."""
+    return value if isinstance(value, str) else value.decode("utf-8", "surrogateescape")
 
 
 def by_us(folder: Path, content: bytes) -> list[tuple[str, dict[str, str]]]:
