@@ -25,7 +25,9 @@ FLOORS = (
     ("detector",),
     ("line.outcome",),
     ("line.policy", "line.event", "line.journal"),
-    ("line.feeder", "line.sinks.rows"),
+    ("line.feeder", "line.sinks.rows", "line.sinks.base"),
+    ("line.sinks.jsonl",),
+    ("line.sinks",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -90,7 +92,8 @@ LIGHT = (
 )
 """What imports with the base dependencies alone: the runtime, and every command up to where it needs more."""
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
-          "matplotlib", "jinja2", "psutil", "accelerate")  # fmt: skip
+          "matplotlib", "jinja2", "psutil", "accelerate",
+          "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""

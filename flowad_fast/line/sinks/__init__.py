@@ -1,1 +1,10 @@
-"""Where records and alarms go; `rows` turns them into JSON and back."""
+"""Where records and alarms go: one file per sink, each with its settings; `rows` turns events into JSON and back.
+
+`SinkSettings` is the union of all settings, told apart by `kind`. A sink's library is imported when it is opened.
+"""
+
+from flowad_fast.line.sinks.base import SinkBase as SinkBase
+from flowad_fast.line.sinks.jsonl import JsonLinesSettings
+
+SinkSettings = JsonLinesSettings
+"""Settings of any sink, for fields of other settings."""
