@@ -45,6 +45,10 @@ class OutputError(FlowADError, OSError):
     """What a command prints cannot be written: standard output is closed, or its disk is full."""
 
 
+class DeliveryError(FlowADError, OSError):
+    """A sink did not take what it was given; nothing is lost by giving it again."""
+
+
 class MissingExtraError(FlowADError, ImportError):
     """What was asked for needs packages that are not installed; the message names the extra that has them."""
 

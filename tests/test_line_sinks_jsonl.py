@@ -6,19 +6,14 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
+from line_servers import NOW, record
 
-from flowad_fast.errors import ConfigError
+from flowad_fast.errors import ConfigError, DeliveryError
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.sinks.jsonl import JsonLines, JsonLinesSettings
 from flowad_fast.line.sinks.rows import from_row
-from flowad_fast.stages.decision import Verdict
 
-NOW = datetime(2026, 1, 2, 3, 4, 5, 6, UTC)
 DAY = date(2026, 1, 2)
-
-
-def record(part: str) -> Record:
-    return Record(part, "c", Verdict.GOOD, "pass", NOW, 0.1)
 
 
 def parts(path: Path) -> list[str]:
@@ -95,7 +90,7 @@ def test_a_full_disk_leaves_no_half_batch_and_the_batch_can_be_given_again(
         return real(file, data[:100])
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left on device.*; free space on its disk"):
+    with pytest.raises(DeliveryError, match="No space left on device.*; free space on its disk"):
         sink.publish([record("b"), record("c")])
     monkeypatch.undo()
     assert parts(path) == ["a"]

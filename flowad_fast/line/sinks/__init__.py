@@ -3,8 +3,13 @@
 `SinkSettings` is the union of all settings, told apart by `kind`. A sink's library is imported when it is opened.
 """
 
+from typing import Annotated
+
+from pydantic import Field
+
 from flowad_fast.line.sinks.base import SinkBase as SinkBase
+from flowad_fast.line.sinks.database import DatabaseSettings
 from flowad_fast.line.sinks.jsonl import JsonLinesSettings
 
-SinkSettings = JsonLinesSettings
+SinkSettings = Annotated[JsonLinesSettings | DatabaseSettings, Field(discriminator="kind")]
 """Settings of any sink, for fields of other settings."""

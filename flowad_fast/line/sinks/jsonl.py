@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from flowad_fast.errors import ConfigError
+from flowad_fast.errors import ConfigError, DeliveryError
 from flowad_fast.files import make_folder
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.sinks.base import SinkBase
@@ -82,7 +82,7 @@ class JsonLines:
                 self._append(b"\n")
 
     def publish(self, events: list[Record | Alarm]) -> None:
-        """Append the events; OSError on failure, after which the file is as before."""
+        """Append the events; DeliveryError on failure, after which the file is as before."""
         data = b"".join(json.dumps(to_row(event), allow_nan=False).encode() + b"\n" for event in events)
         self.connect()
         full = self._size + len(data) > self._settings.largest
@@ -108,7 +108,7 @@ class JsonLines:
         except OSError as error:
             os.ftruncate(self._file, self._size)
             reason = f"cannot be written ({error.strerror}); free space on its disk"
-            raise OSError(error.errno, reason, str(self._settings.path)) from None
+            raise DeliveryError(f"{self._settings.path}: {reason}") from None
         self._size += len(data)
 
     def _rotate(self) -> None:
