@@ -10,6 +10,7 @@ from pydantic import Field
 from flowad_fast.line.sinks.base import SinkBase as SinkBase
 from flowad_fast.line.sinks.database import DatabaseSettings
 from flowad_fast.line.sinks.jsonl import JsonLinesSettings
+from flowad_fast.line.sinks.modbus import ModbusSettings
 
-SinkSettings = Annotated[JsonLinesSettings | DatabaseSettings, Field(discriminator="kind")]
+SinkSettings = Annotated[JsonLinesSettings | DatabaseSettings | ModbusSettings, Field(discriminator="kind")]
 """Settings of any sink, for fields of other settings."""
