@@ -11,6 +11,9 @@ from flowad_fast.line.sinks.base import SinkBase as SinkBase
 from flowad_fast.line.sinks.database import DatabaseSettings
 from flowad_fast.line.sinks.jsonl import JsonLinesSettings
 from flowad_fast.line.sinks.modbus import ModbusSettings
+from flowad_fast.line.sinks.mqtt import MqttSettings
 
-SinkSettings = Annotated[JsonLinesSettings | DatabaseSettings | ModbusSettings, Field(discriminator="kind")]
+SinkSettings = Annotated[
+    JsonLinesSettings | DatabaseSettings | ModbusSettings | MqttSettings, Field(discriminator="kind")
+]
 """Settings of any sink, for fields of other settings."""
