@@ -12,8 +12,9 @@ from flowad_fast.line.sinks.database import DatabaseSettings
 from flowad_fast.line.sinks.jsonl import JsonLinesSettings
 from flowad_fast.line.sinks.modbus import ModbusSettings
 from flowad_fast.line.sinks.mqtt import MqttSettings
+from flowad_fast.line.sinks.pictures import PicturesSettings
 
 SinkSettings = Annotated[
-    JsonLinesSettings | DatabaseSettings | ModbusSettings | MqttSettings, Field(discriminator="kind")
+    JsonLinesSettings | DatabaseSettings | ModbusSettings | MqttSettings | PicturesSettings, Field(discriminator="kind")
 ]
 """Settings of any sink, for fields of other settings."""
