@@ -26,7 +26,14 @@ FLOORS = (
     ("line.outcome",),
     ("line.policy", "line.event", "line.journal"),
     ("line.feeder", "line.sinks.rows", "line.sinks.base"),
-    ("line.sinks.jsonl", "line.sinks.database", "line.sinks.modbus", "line.sinks.mqtt", "line.sinks.pictures"),
+    (
+        "line.sinks.jsonl",
+        "line.sinks.database",
+        "line.sinks.modbus",
+        "line.sinks.mqtt",
+        "line.sinks.pictures",
+        "line.sinks.webhook",
+    ),
     ("line.sinks",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),

@@ -13,8 +13,10 @@ from flowad_fast.line.sinks.jsonl import JsonLinesSettings
 from flowad_fast.line.sinks.modbus import ModbusSettings
 from flowad_fast.line.sinks.mqtt import MqttSettings
 from flowad_fast.line.sinks.pictures import PicturesSettings
+from flowad_fast.line.sinks.webhook import WebhookSettings
 
 SinkSettings = Annotated[
-    JsonLinesSettings | DatabaseSettings | ModbusSettings | MqttSettings | PicturesSettings, Field(discriminator="kind")
+    JsonLinesSettings | DatabaseSettings | ModbusSettings | MqttSettings | PicturesSettings | WebhookSettings,
+    Field(discriminator="kind"),
 ]
 """Settings of any sink, for fields of other settings."""

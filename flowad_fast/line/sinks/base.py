@@ -1,6 +1,7 @@
 """What the settings of all sinks share."""
 
 import os
+import ssl
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -62,3 +63,29 @@ class Secret(Frozen):
         if not value:
             raise ConfigError(f"{self.file} is empty, expected the password or key")
         return value
+
+
+class Tls(Frozen):
+    """Encryption: the authority that signed the server's certificate, and this client's own certificate."""
+
+    authority: Path | None = None
+    """PEM file; None: the authorities that this computer trusts."""
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _pair(self) -> "Tls":
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("got one of certificate and key, expected both or none")
+        return self
+
+    def context(self) -> ssl.SSLContext:
+        """Settings of the connection; ConfigError where a file is missing or no PEM."""
+        try:
+            context = ssl.create_default_context(cafile=self.authority)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:
+            files = ", ".join(str(one) for one in (self.authority, self.certificate, self.key) if one is not None)
+            raise ConfigError(f"{files}: cannot be used ({error}); expected readable PEM files") from None
+        return context

@@ -1,7 +1,5 @@
 """Every outcome and alarm in a database: SQLite by default, or PostgreSQL."""
 
-import hashlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -12,7 +10,7 @@ from flowad_fast.errors import ConfigError, DeliveryError, require
 from flowad_fast.files import make_folder
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.sinks.base import Secret, SinkBase
-from flowad_fast.line.sinks.rows import Json, from_row, to_row
+from flowad_fast.line.sinks.rows import Json, digest, from_row, to_row
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -256,7 +254,6 @@ def _clean(value: Json) -> Json:
 
 def _columns(event: Record | Alarm) -> dict[str, Any]:
     row = to_row(event)
-    digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
     columns: dict[str, Any] = {key: _clean(value) for key, value in row.items() if key != "event"}
     if isinstance(event, Record):
         times: dict[str, datetime] = {"arrived": event.arrived}
@@ -264,7 +261,7 @@ def _columns(event: Record | Alarm) -> dict[str, Any]:
         columns |= {key: float(columns[key]) for key in ("score", "threshold") if columns[key] is not None}
     else:
         times = {"at": event.at}
-    return columns | {key: when.astimezone(UTC) for key, when in times.items()} | {"digest": digest}
+    return columns | {key: when.astimezone(UTC) for key, when in times.items()} | {"digest": digest(row)}
 
 
 def _record(found: "sa.RowMapping") -> Record:

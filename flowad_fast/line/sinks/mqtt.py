@@ -2,51 +2,22 @@
 
 import json
 import socket
-import ssl
 import string
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flowad_fast.config import Frozen
-from flowad_fast.errors import ConfigError, DeliveryError, require
+from flowad_fast.errors import DeliveryError, require
 from flowad_fast.line.event import Alarm, Record
-from flowad_fast.line.sinks.base import Secret, SinkBase
+from flowad_fast.line.sinks.base import Secret, SinkBase, Tls
 from flowad_fast.line.sinks.rows import text, to_row
 
 if TYPE_CHECKING:
     from paho.mqtt.client import Client, MQTTMessageInfo
 
 _REMEDY = "check address and port, and that the broker runs"
-
-
-class Tls(Frozen):
-    """Encryption: the authority that signed the broker's certificate, and this client's own certificate."""
-
-    authority: Path | None = None
-    """PEM file; None: the authorities that this computer trusts."""
-    certificate: Path | None = None
-    key: Path | None = None
-
-    @model_validator(mode="after")
-    def _pair(self) -> "Tls":
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("got one of certificate and key, expected both or none")
-        return self
-
-    def context(self) -> ssl.SSLContext:
-        """Settings of the connection; ConfigError where a file is missing or no PEM."""
-        try:
-            context = ssl.create_default_context(cafile=self.authority)
-            if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:
-            files = ", ".join(str(one) for one in (self.authority, self.certificate, self.key) if one is not None)
-            raise ConfigError(f"{files}: cannot be used ({error}); expected readable PEM files") from None
-        return context
 
 
 class MqttSettings(SinkBase):

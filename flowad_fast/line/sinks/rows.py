@@ -1,5 +1,7 @@
 """Records and alarms as JSON dictionaries and back, for every sink and for the spool; pictures are left out."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -29,6 +31,11 @@ def to_row(event: Record | Alarm) -> dict[str, Json]:
     """
     row: dict[str, Json] = {"event": "alarm" if isinstance(event, Alarm) else "record"}
     return row | {key: _plain(value) for key, value in vars(event).items() if key not in PICTURES}
+
+
+def digest(row: Mapping[str, Json]) -> str:
+    """SHA-256 of a row, hexadecimal: tells whether an event was given before."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def text(value: str) -> str:
