@@ -31,6 +31,7 @@ FLOORS = (
         "line.sinks.database",
         "line.sinks.modbus",
         "line.sinks.mqtt",
+        "line.sinks.opcua",
         "line.sinks.pictures",
         "line.sinks.webhook",
     ),

@@ -12,11 +12,18 @@ from flowad_fast.line.sinks.database import DatabaseSettings
 from flowad_fast.line.sinks.jsonl import JsonLinesSettings
 from flowad_fast.line.sinks.modbus import ModbusSettings
 from flowad_fast.line.sinks.mqtt import MqttSettings
+from flowad_fast.line.sinks.opcua import OpcUaSettings
 from flowad_fast.line.sinks.pictures import PicturesSettings
 from flowad_fast.line.sinks.webhook import WebhookSettings
 
 SinkSettings = Annotated[
-    JsonLinesSettings | DatabaseSettings | ModbusSettings | MqttSettings | PicturesSettings | WebhookSettings,
+    JsonLinesSettings
+    | DatabaseSettings
+    | ModbusSettings
+    | MqttSettings
+    | OpcUaSettings
+    | PicturesSettings
+    | WebhookSettings,
     Field(discriminator="kind"),
 ]
 """Settings of any sink, for fields of other settings."""

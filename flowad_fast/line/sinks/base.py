@@ -11,6 +11,13 @@ from pydantic import Field, model_validator
 from flowad_fast.config import Frozen
 from flowad_fast.errors import ConfigError
 from flowad_fast.line.event import Sink
+from flowad_fast.line.outcome import NoResult
+from flowad_fast.stages.decision import Verdict
+
+
+def code(result: Verdict | NoResult) -> int:
+    """A result as a number for controllers: 1 good, 2 anomalous, 3 invalid, 4 no result."""
+    return 4 if isinstance(result, NoResult) else list(Verdict).index(result) + 1
 
 
 class SinkBase(Frozen, ABC):

@@ -12,18 +12,13 @@ from pydantic import Field, model_validator
 
 from flowad_fast.errors import DeliveryError, require
 from flowad_fast.line.event import Alarm, Record
-from flowad_fast.line.outcome import NoResult
-from flowad_fast.line.sinks.base import SinkBase
-from flowad_fast.stages.decision import Verdict
+from flowad_fast.line.sinks.base import SinkBase, code
 
 if TYPE_CHECKING:
     from pymodbus.client import ModbusTcpClient
     from pymodbus.pdu import ModbusPDU
 
 _log = logging.getLogger(__name__)
-CODES = {Verdict.GOOD: 1, Verdict.ANOMALOUS: 2, Verdict.INVALID: 3}
-"""Values of the outcome register; NO_RESULT for all else, 0 before the first outcome."""
-NO_RESULT = 4
 _Address = Field(ge=0, le=65535)
 
 
@@ -52,7 +47,7 @@ class ModbusSettings(SinkBase):
     """Seconds from a part's arrival until its outcome is too late for the gate. It is then never written: it would
     move the gate for another part."""
     outcome: int | None = Field(default=None, ge=0, le=65535)
-    """Holding register of the last outcome: 1 good, 2 anomalous, 3 invalid, 4 no result."""
+    """Holding register of the last outcome: 1 good, 2 anomalous, 3 invalid, 4 no result; 0 before the first."""
     number: int | None = Field(default=None, ge=0, le=65535)
     """Holding register that counts outcomes, 1 to 65535 and again from 1."""
     heartbeat: int | None = Field(default=None, ge=0, le=65535)
@@ -122,9 +117,9 @@ class _Device:
             self.close()
             raise DeliveryError(f"{where}: {doing} failed ({error}); check that the device runs") from None
         if answer.isError():
-            code = getattr(answer, "exception_code", "?")
+            number = getattr(answer, "exception_code", "?")
             raise DeliveryError(
-                f"{where}: {doing} was refused with exception {code}; check the address and the unit identifier"
+                f"{where}: {doing} was refused with exception {number}; check the address and the unit identifier"
             )
 
     def close(self) -> None:
@@ -221,8 +216,7 @@ class Modbus:
             self._off_at = self._clock() + settings.pulse
             self._change.set()
         if settings.outcome is not None:
-            code = NO_RESULT if isinstance(record.result, NoResult) else CODES[record.result]
-            self._register(settings.outcome, code)
+            self._register(settings.outcome, code(record.result))
         if settings.number is not None:
             self._register(settings.number, self._number % 65535 + 1)
         self._number += 1
