@@ -185,11 +185,15 @@ def test_check_sends_no_events_and_says_what_would_fail(receiver: Receiver, monk
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match="NO_SUCH_KEY is not set"):
         receiver.settings(secret=Secret(env="NO_SUCH_KEY")).check()
+    monkeypatch.setenv("A_KEY", "two\nlines")
+    with pytest.raises(ConfigError, match="characters that no header holds") as caught:
+        receiver.settings(bearer=Secret(env="A_KEY")).check()
+    assert "two" not in str(caught.value)
     with pytest.raises(DeliveryError, match="cannot be reached .*check address and server"):
         WebhookSettings(kind="webhook", url=f"http://127.0.0.1:{free_port()}/").check()
 
 
-@pytest.mark.parametrize("url", ["ftp://a/b", "http://", "a", "https://line:secret@host/"])
+@pytest.mark.parametrize("url", ["ftp://a/b", "http://", "a", "https://line:secret@host/", "http://a:99999"])
 def test_other_addresses_are_refused(url: str) -> None:
-    with pytest.raises(ValidationError, match="expected (http|an address without user and password)"):
+    with pytest.raises(ValidationError, match="expected (http|an address without user and password)|out of range"):
         WebhookSettings(kind="webhook", url=url)

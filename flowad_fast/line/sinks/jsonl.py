@@ -84,12 +84,16 @@ class JsonLines:
     def publish(self, events: list[Record | Alarm]) -> None:
         """Append the events; DeliveryError on failure, after which the file is as before."""
         data = b"".join(json.dumps(to_row(event), allow_nan=False).encode() + b"\n" for event in events)
-        self.connect()
-        full = self._size + len(data) > self._settings.largest
-        if self._size and (full or self._settings.daily and self._today() != self._day):
-            self._rotate()
+        try:
             self.connect()
-        self._append(data)
+            full = self._size + len(data) > self._settings.largest
+            if self._size and (full or self._settings.daily and self._today() != self._day):
+                self._rotate()
+                self.connect()
+            self._append(data)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); free space on its disk, or choose another path"
+            raise DeliveryError(f"{self._settings.path}: {reason}") from None
         self._day = self._today()
 
     def close(self) -> None:
@@ -105,10 +109,9 @@ class JsonLines:
             while written < len(data):
                 written += os.write(self._file, data[written:])
             os.fsync(self._file)
-        except OSError as error:
+        except OSError:
             os.ftruncate(self._file, self._size)
-            reason = f"cannot be written ({error.strerror}); free space on its disk"
-            raise DeliveryError(f"{self._settings.path}: {reason}") from None
+            raise
         self._size += len(data)
 
     def _rotate(self) -> None:

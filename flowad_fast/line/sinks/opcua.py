@@ -35,7 +35,10 @@ Name = Literal[
 
 
 class Security(Frozen):
-    """Signed or encrypted messages, with this client's certificate and key (PEM or DER files)."""
+    """Signed or encrypted messages, with this client's certificate and key (PEM or DER files).
+
+    The certificate's alternative names need the URI `urn:flowad-fast:line`, and the server has to trust it.
+    """
 
     policy: Literal["Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] = "Basic256Sha256"
     mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
@@ -142,6 +145,7 @@ class OpcUa:
         # Its own limit is for every request; the wrapper's is for all requests of connecting together.
         client = Client(settings.url, timeout=settings.timeout, sync_wrapper_timeout=4 * settings.timeout)
         self._client = client
+        client.application_uri = "urn:flowad-fast:line"
         client.aio_obj.name = client.aio_obj.description = "flowad-line"
         with self._failures("cannot be reached", "check address and that the server runs"):
             if settings.username is not None:
