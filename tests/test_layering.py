@@ -17,7 +17,7 @@ FLOORS = (
     ("errors", "environment", "moved"),
     ("config", "files"),
     ("stages.schedule", "stages.aggregates", "stages.frames", "stages.regions", "stages.location"),
-    ("stages.decision",),
+    ("stages.decision", "evaluation.overlay"),
     ("stages.scorers",),
     ("bundle", "checkpoints.defaults"),
     ("engines", "engines.onnx_file", "engines.cores"),
@@ -25,7 +25,17 @@ FLOORS = (
     ("detector",),
     ("line.outcome",),
     ("line.policy", "line.event", "line.journal"),
-    ("line.feeder", "line.sinks.rows"),
+    ("line.feeder", "line.sinks.rows", "line.sinks.base"),
+    (
+        "line.sinks.jsonl",
+        "line.sinks.database",
+        "line.sinks.modbus",
+        "line.sinks.mqtt",
+        "line.sinks.opcua",
+        "line.sinks.pictures",
+        "line.sinks.webhook",
+    ),
+    ("line.sinks",),
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
@@ -44,7 +54,7 @@ FLOORS = (
     ("data.samples", "data.walk"),
     ("data.images",),
     ("data.layouts",),
-    ("evaluation.metrics", "evaluation.overlay", "evaluation.probes", "evaluation.scanning"),
+    ("evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
     ("evaluation.results", "evaluation.report"),
     ("evaluation.inspection", "evaluation.figures"),
     ("evaluation.evaluate",),
@@ -69,7 +79,6 @@ LIGHT = (
             "data.samples",
             "data.layouts",
             "evaluation.inspection",
-            "evaluation.overlay",
             "evaluation.results",
             "evaluation.scanning",
             "training.config",
@@ -91,7 +100,8 @@ LIGHT = (
 )
 """What imports with the base dependencies alone: the runtime, and every command up to where it needs more."""
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
-          "matplotlib", "jinja2", "psutil", "accelerate")  # fmt: skip
+          "matplotlib", "jinja2", "psutil", "accelerate",
+          "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""
