@@ -39,12 +39,15 @@ class CanaryCheck:
 
         Raises:
             EngineUnavailableError: the score is not finite, or not the remembered one.
+            CalibrationError: the model was not calibrated.
             FrameError, HangError, EngineLostError: see `Scoring`.
         """
         side = scoring.image_size
         frame = pattern(*(scoring.size or (side, side))) if self._frame is None else self._frame
         classes = ((scoring.classes.names or (0,))[0],) if scoring.classes.conditional else None
-        score = np.atleast_1d(scoring(frame[None], classes, limit).raw_score[0]).astype(float)
+        found = scoring(frame[None], classes, limit)
+        _ = found.verdict  # a model without thresholds can judge nothing
+        score = np.atleast_1d(found.raw_score[0]).astype(float)
         if not np.isfinite(score).all():
             raise EngineUnavailableError(f"the canary frame's score is {score.tolist()}, expected finite numbers")
         key = f"{scoring.bundle or id(scoring)} {hashlib.sha256(frame.tobytes()).hexdigest()[:12]}"

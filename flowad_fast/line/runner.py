@@ -16,20 +16,20 @@ from types import TracebackType
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flowad_fast.detector import Detection
 from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.line.acquisition import Acquisition
 from flowad_fast.line.canary import CanaryCheck
-from flowad_fast.line.event import Action, Alarm, Record, Sink
+from flowad_fast.line.event import Alarm, Record, Sink
 from flowad_fast.line.feeder import Feeder
 from flowad_fast.line.health import Counts, Health, SinkState
 from flowad_fast.line.journal import Journal
-from flowad_fast.line.outcome import Judgement, NoResult, Outcome, Part
+from flowad_fast.line.outcome import Judgement, Outcome, Part
 from flowad_fast.line.policy import Batch, Policy
+from flowad_fast.line.records import Item, Judged, lost_record, make_record
 from flowad_fast.line.scoring import Call, EngineLostError, HangError, InProcess, InThread, Scoring, Start
 from flowad_fast.line.settings import Canary, Limits, LineSettings, sink_names
-from flowad_fast.line.sources import EndOfSource, Shot, Source
+from flowad_fast.line.sources import Shot, Source
 from flowad_fast.line.spool import Spool, SpoolFeeder
 from flowad_fast.stages.decision import Verdict
 from flowad_fast.stages.frames import FrozenFrames, check_frames
@@ -39,20 +39,6 @@ _log = logging.getLogger(__name__)
 
 class LineStoppedError(FlowADError, RuntimeError):
     """The line has stopped because it could not go on: the engine failed too often, or a part demanded it."""
-
-
-@dataclass
-class _Item:
-    """What the line knows of a part on its way, beside what the policy knows."""
-
-    camera: str
-    arrived: datetime
-    frame: NDArray[np.uint8] | None
-    detection: Detection | None = None
-    index: int = 0
-    bundle: str = ""
-    taken: float = 0.0
-    scored: float = 0.0
 
 
 class Line:
@@ -92,8 +78,13 @@ class Line:
             sinks: by name.
             promising: names of sinks for which what they missed is kept in the journal's folder.
             classes: product that each camera sees, for conditional models.
-            on_no_result, capacity, largest_batch, limits, canary, spool: see `LineSettings`.
+            on_no_result: what becomes of a part without a verdict.
+            capacity: parts that may wait.
+            largest_batch: parts that are judged in one call, at most.
+            limits: see there.
+            canary: see there.
             journal: folder of this line alone; None: a kill loses the parts in flight, and what sinks missed.
+            spool: bytes on disk for each promising sink.
         """
         self._scoring: Scoring = scoring if isinstance(scoring, InProcess | InThread) else _scoring(scoring)
         self._sources, self._classes = dict(sources), dict(classes or {})
@@ -106,13 +97,12 @@ class Line:
         self._idle = threading.Condition(self._lock)
         self._stopping, self._wake = threading.Event(), threading.Event()
         self._over = False
-        self._items: dict[str, _Item] = {}
+        self._items: dict[str, Item] = {}
         self._batch: Batch | None = None
         self._beyond = float("inf")  # monotonic: when the call that runs is beyond its limit
         self._watched = float("inf")  # the deadline that the clock's thread waits for
         self._counts = Counts()
         self._shown = {camera: FrozenFrames() for camera in self._sources}
-        self._troubles = dict.fromkeys(self._sources, "")
         self._failed: deque[float] = deque()
         self._loud = ""
         self._ready = "the line was not started"
@@ -123,7 +113,8 @@ class Line:
         self._opened, self._promising, self._spool = dict(sinks or {}), promising, spool
         self._feeders: dict[str, Feeder] = {}
         self._listeners: list[Callable[[Record | Alarm], None]] = []
-        self._cameras: list[threading.Thread] = []
+        self._cameras: dict[str, Acquisition] = {}
+        self._left = 0
         self._threads: list[threading.Thread] = []
 
     @classmethod
@@ -175,14 +166,15 @@ class Line:
         self._name_lost()
         for name, target in (("scoring", self._score), ("deadlines", self._watch)):
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+        shared = {"stopping": self._stopping, "arrive": self._arrive, "tell": self.tell, "ended": self._ended}
         for camera, source in self._sources.items():
-            thread = threading.Thread(target=self._acquire, args=(camera, source), name=f"source {camera}", daemon=True)
-            self._cameras.append(thread)
-        for thread in (*self._threads, *self._cameras):
+            self._cameras[camera] = Acquisition(camera, source, **shared)  # type: ignore[arg-type]
+        self._left = len(self._cameras)
+        for thread in (*self._threads, *self._cameras.values()):
             thread.start()
 
     def stop(self, reason: str = "") -> None:
-        """Wish the end; `run` and `wait` return after it. With a reason, the end is an error. Safe in signal handlers."""
+        """Wish the end: `wait` returns. With a reason, the end is an error of `run`. Safe in signal handlers."""
         self._loud = self._loud or reason
         self._stopping.set()
         self._wake.set()
@@ -197,7 +189,7 @@ class Line:
             return
         end = time.monotonic() + self._limits.drain
         self._stopping.set()
-        for thread in self._cameras:
+        for thread in self._cameras.values():
             thread.join(max(0.0, end - self._limits.drain * 0.7 - time.monotonic()))
         with self._lock:
             while self._policy.pending and (left := end - self._limits.drain * 0.4 - time.monotonic()) > 0:
@@ -226,9 +218,13 @@ class Line:
         """
         with self:
             self.wait()
+        self.raise_if_stopped()
+        return self.health()
+
+    def raise_if_stopped(self) -> None:
+        """LineStoppedError where the line has stopped because it could not go on."""
         if self._loud:
             raise LineStoppedError(self._loud)
-        return self.health()
 
     def __enter__(self) -> "Line":
         self.start()
@@ -275,7 +271,7 @@ class Line:
                 actions=dict(self._counts.actions),
                 failures=self._counts.failures,
                 latency=self._counts.latency(),
-                sources=dict(self._troubles),
+                sources={camera: one.trouble for camera, one in self._cameras.items()},
                 sinks={
                     name: SinkState(one.delivered, one.waiting, one.missed, one.failures, one.trouble)
                     for name, one in self._feeders.items()
@@ -286,38 +282,11 @@ class Line:
 
     # Sources
 
-    def _acquire(self, camera: str, source: Source) -> None:
-        pause = 0.1
-        try:
-            while not self._stopping.is_set():
-                try:
-                    shot = source.read(0.2)
-                except EndOfSource:
-                    return
-                except Exception as error:
-                    self._camera_lost(camera, f"{type(error).__name__}: {error}")
-                    self._stopping.wait(pause)
-                    pause = min(2 * pause, 10.0)
-                    continue
-                if shot is not None:
-                    pause = 0.1
-                    self._camera_lost(camera, "")
-                    self._arrive(camera, shot)
-        finally:
-            try:
-                source.close()
-            except Exception as error:
-                _log.warning("camera %s: closing failed: %s", camera, error)
-            with self._lock:
-                self._cameras_left = sum(one.is_alive() for one in self._cameras) - 1
-            if self._cameras_left <= 0:
+    def _ended(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if not self._left:
                 self._wake.set()
-
-    def _camera_lost(self, camera: str, trouble: str) -> None:
-        before, self._troubles[camera] = self._troubles[camera], trouble
-        if bool(before) != bool(trouble):
-            text = f"camera {camera}: {trouble}" if trouble else f"camera {camera} gives parts again"
-            self.tell(Alarm("camera lost", datetime.now(UTC), text, over=not trouble))
 
     def _arrive(self, camera: str, shot: Shot) -> None:
         now = time.monotonic()
@@ -338,7 +307,7 @@ class Line:
             if name in self._items:
                 name += f"~{self._numbers[camera]}"
             part = Part(name, camera, now - shot.age, now - shot.age + self._deadline)
-            self._items[name] = _Item(camera, arrived, frame)
+            self._items[name] = Item(camera, arrived, frame)
             self._counts.arrived += 1
             self._note(lambda journal: journal.begin(name, camera, arrived))
             if shot.begun is not None:
@@ -397,7 +366,7 @@ class Line:
             if failure is not None and not self._restart(scoring, failure):
                 return
 
-    def _judge(self, scoring: Scoring, batch: Batch, items: list[_Item]) -> tuple[Judgement, ...]:
+    def _judge(self, scoring: Scoring, batch: Batch, items: list[Item]) -> tuple[Judgement, ...]:
         """One judgement per part. Frames of one size are one call."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, item in enumerate(items):
@@ -414,10 +383,11 @@ class Line:
             frozen = [self._shown[item.camera].doubts(item.frame[None])[0] for item in members]  # type: ignore[index]
             if any(frozen):
                 found = replace(found, invalid=tuple(a or b for a, b in zip(found.invalid, frozen, strict=True)))
+            if Verdict.ANOMALOUS in found.verdict:
+                _ = found.regions  # here, where nobody waits for the lock
             now = time.monotonic()
             for place, (i, item) in enumerate(zip(group, members, strict=True)):
-                item.detection, item.index, item.bundle = found, place, scoring.bundle
-                item.taken, item.scored = batch.taken, now
+                item.judged = Judged(found, place, scoring.bundle, batch.taken, now)
                 reason = found.invalid[place] or ""
                 judgements[i] = Judgement(found.verdict[place], float(found.score[place]), reason)
         return tuple(one for one in judgements if one is not None)
@@ -472,42 +442,13 @@ class Line:
 
     def _tell(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            record = self._record(outcome, self._items.pop(outcome.part.id))
+            record = make_record(outcome, self._items.pop(outcome.part.id), self._on_no_result)
             self._give(record)
             self._note(lambda journal, part=record.part: journal.end(part))  # type: ignore[misc]
             if record.action == "stop":
                 self.stop(f"part {record.part} has no result ({record.result}: {record.reason}) and on_no_result=stop")
         if outcomes and not self._policy.pending:
             self._idle.notify_all()
-
-    def _record(self, outcome: Outcome, item: _Item) -> Record:
-        result = outcome.result
-        action: Action = "pass" if outcome.passes else "reject"
-        if isinstance(result, NoResult):
-            action = self._on_no_result
-        record = Record(
-            outcome.part.id,
-            item.camera,
-            result,
-            action,
-            item.arrived,
-            outcome.seconds,
-            reason=outcome.reason,
-            frame=item.frame,
-        )
-        if outcome.judgement is None or (found := item.detection) is None:
-            return record
-        limits = found.calibration.classes.get(found.classes[item.index]) if found.calibration else None
-        waiting, scoring = item.taken - outcome.part.arrived, item.scored - item.taken
-        return replace(
-            record,
-            score=outcome.judgement.score,
-            threshold=None if limits is None else limits.threshold,
-            bundle=item.bundle,
-            timings={"waiting": waiting, "scoring": scoring, "ordering": outcome.told - item.scored},
-            regions=found.regions[item.index] if result is Verdict.ANOMALOUS else (),
-            heat=found.map[item.index],
-        )
 
     def _give(self, record: Record) -> None:
         self._counts.add(record)
@@ -531,14 +472,8 @@ class Line:
         """Parts that an earlier run had in flight when it was killed."""
         if self._journal is None:
             return
-        reason = "the line was killed, or its computer lost power, while this part was in flight"
-        action: Action = "pass" if self._on_no_result == "pass" else "reject"
         for part in self._journal.lost:
-            seconds = (datetime.now(UTC) - part.arrived).total_seconds()
-            record = Record(
-                part.part, part.camera, NoResult.SHUTTING_DOWN, action, part.arrived, seconds, reason=reason
-            )
-            self._give(record)
+            self._give(lost_record(part, self._on_no_result))
             self._journal.end(part.part)
 
     def _feeder(self, name: str, sink: Sink) -> Feeder:
@@ -566,4 +501,4 @@ class _Listening:
 
 
 def _scoring(given: Scoring | Call) -> Scoring:
-    return given if hasattr(given, "start") else InThread(given)  # type: ignore[return-value,arg-type]
+    return given if hasattr(given, "start") else InThread(given)  # type: ignore[return-value]

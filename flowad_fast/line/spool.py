@@ -39,8 +39,8 @@ class Spool:
         self.dropped = 0
 
     @property
-    def bytes(self) -> int:
-        """On disk."""
+    def size(self) -> int:
+        """Bytes on disk."""
         return sum(self._sizes.values())
 
     def put(self, line: bytes) -> None:
@@ -61,7 +61,7 @@ class Spool:
             raise OSError(f"{self._folder}: cannot be written; free space on its disk")
         self._sizes[self._last] += len(data)
         self.waiting += 1
-        while self.bytes > self._budget and len(self._sizes) > 1:
+        while self.size > self._budget and len(self._sizes) > 1:
             oldest = min(self._sizes)
             lost = self._lines(oldest)
             self.dropped += lost
@@ -76,7 +76,7 @@ class Spool:
             start = self._offset if number == self._first else 0
             with self._path(number).open("rb") as file:
                 file.seek(start)
-                lines = []
+                lines: list[bytes] = []
                 while len(lines) < count and (line := file.readline()).endswith(b"\n"):
                     lines.append(line[:-1])
                     start += len(line)
