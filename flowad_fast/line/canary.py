@@ -1,0 +1,82 @@
+"""A frame whose score is known, which tells an engine that works from one that only answers."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowad_fast.data.images import read_frame
+from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.files import replacing
+from flowad_fast.line.scoring import Scoring
+from flowad_fast.line.settings import Canary
+
+
+def pattern(height: int, width: int) -> NDArray[np.uint8]:
+    """A frame (height, width, 3) with edges, gradients and colours, the same on every machine."""
+    y, x = np.mgrid[:height, :width].astype(np.int64)
+    return np.stack([(3 * x + y) % 256, (x * y // 7) % 256, 255 * ((x // 8 + y // 8) % 2)], -1).astype(np.uint8)
+
+
+class CanaryCheck:
+    """Compares the canary's score with the remembered one; the first score of a bundle is remembered."""
+
+    def __init__(self, settings: Canary, memory: Path | None) -> None:
+        """Read the frame.
+
+        Args:
+            settings: which frame, how near.
+            memory: file of the remembered scores; None: they are forgotten with this object.
+        """
+        self._settings, self._memory = settings, memory
+        self._frame = None if settings.image is None else read_frame(settings.image)
+        self._scores = _read(memory)
+
+    def __call__(self, scoring: Scoring, limit: float) -> str:
+        """Judge the canary; what was found, in words.
+
+        Raises:
+            EngineUnavailableError: the score is not finite, or not the remembered one.
+            CalibrationError: the model was not calibrated.
+            FrameError, HangError, EngineLostError: see `Scoring`.
+        """
+        side = scoring.image_size
+        frame = pattern(*(scoring.size or (side, side))) if self._frame is None else self._frame
+        classes = ((scoring.classes.names or (0,))[0],) if scoring.classes.conditional else None
+        found = scoring(frame[None], classes, limit)
+        _ = found.verdict  # a model without thresholds can judge nothing
+        score = np.atleast_1d(found.raw_score[0]).astype(float)
+        if not np.isfinite(score).all():
+            raise EngineUnavailableError(f"the canary frame's score is {score.tolist()}, expected finite numbers")
+        key = f"{scoring.bundle or id(scoring)} {hashlib.sha256(frame.tobytes()).hexdigest()[:12]}"
+        known = self._scores.get(key)
+        if known is None or len(known) != len(score):
+            self._scores[key] = score.tolist()
+            self._write()
+            return f"its score {score.tolist()} is remembered"
+        gap = float(np.max(np.abs(score - known) / np.maximum(1, np.abs(known))))
+        if gap > self._settings.tolerance:
+            where = f"; delete {self._memory} if the change is intended" if self._memory else ""
+            raise EngineUnavailableError(
+                f"the canary frame's score is {score.tolist()}, expected {known} within {self._settings.tolerance:g}: "
+                f"{scoring.engine} does not compute what it did{where}"
+            )
+        return f"its score is within {gap:.1e} of the remembered one"
+
+    def _write(self) -> None:
+        if self._memory is not None:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._memory) as file:
+                file.write(json.dumps(self._scores).encode())
+
+
+def _read(memory: Path | None) -> dict[str, list[float]]:
+    if memory is None or not memory.exists():
+        return {}
+    try:
+        found = json.loads(memory.read_bytes())
+        return {str(key): [float(one) for one in value] for key, value in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise EngineUnavailableError(f"{memory}: no remembered scores in it; delete it") from None

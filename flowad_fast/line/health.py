@@ -1,0 +1,86 @@
+"""How a line is, for pages, probes and the last line of a command."""
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flowad_fast.line.event import Alarm, Record
+
+RECENT = 1000
+"""Records that percentiles look back on."""
+
+
+@dataclass(frozen=True)
+class SinkState:
+    """Of one sink: events delivered, waiting and missed, calls that failed, and what it raised last."""
+
+    delivered: int
+    waiting: int
+    missed: int
+    failures: int
+    trouble: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """A line at one moment.
+
+    Attributes:
+        alive: its threads run, and no call of the detector is beyond its limit.
+        ready: the canary frame gave its remembered score since the engine was last started.
+        why: why it is not alive or not ready, "" where it is both.
+        engine, bundle: what judges.
+        arrived, pending: parts that came, and those of them that have no outcome yet.
+        results: parts by verdict or reason for none, since the start.
+        actions: parts by what was done with them.
+        failures: of the engine, since the start.
+        latency: p50, p95, p99 and max, seconds from arrival until told, of the last records; empty before any.
+        sources: by camera, "" while it works, else its trouble.
+        sinks: by name.
+        last: the newest records, oldest first.
+        alarms: the newest alarms, oldest first.
+    """
+
+    alive: bool
+    ready: bool
+    why: str
+    engine: str
+    bundle: str
+    arrived: int
+    pending: int
+    results: Mapping[str, int]
+    actions: Mapping[str, int]
+    failures: int
+    latency: Mapping[str, float]
+    sources: Mapping[str, str]
+    sinks: Mapping[str, SinkState]
+    last: tuple[Record, ...] = field(repr=False, default=())
+    alarms: tuple[Alarm, ...] = field(repr=False, default=())
+
+
+class Counts:
+    """What a line counts. Its user holds a lock."""
+
+    def __init__(self) -> None:
+        self.arrived = self.failures = 0
+        self.results: Counter[str] = Counter()
+        self.actions: Counter[str] = Counter()
+        self.last: deque[Record] = deque(maxlen=32)
+        self.alarms: deque[Alarm] = deque(maxlen=64)
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+
+    def add(self, record: Record) -> None:
+        """A record was told."""
+        self.results[record.result.value] += 1
+        self.actions[record.action] += 1
+        self.last.append(record)
+        self._seconds.append(record.seconds)
+
+    def latency(self) -> dict[str, float]:
+        """See `Health.latency`."""
+        if not self._seconds:
+            return {}
+        p50, p95, p99, most = np.percentile(self._seconds, (50, 95, 99, 100))
+        return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(most)}

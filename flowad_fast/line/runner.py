@@ -1,0 +1,504 @@
+"""The line: `policy` with threads, clocks, cameras and sinks.
+
+One thread per source brings parts, one scores them, one watches their deadlines, and each sink has its own. The policy
+and everything that counts is under one lock, which nobody holds while a detector, a camera or a sink works.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+
+from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.line.acquisition import Acquisition
+from flowad_fast.line.canary import CanaryCheck
+from flowad_fast.line.event import Alarm, Record, Sink
+from flowad_fast.line.feeder import Feeder
+from flowad_fast.line.health import Counts, Health, SinkState
+from flowad_fast.line.journal import Journal
+from flowad_fast.line.outcome import Judgement, Outcome, Part
+from flowad_fast.line.policy import Batch, Policy
+from flowad_fast.line.records import Item, Judged, lost_record, make_record
+from flowad_fast.line.scoring import Call, EngineLostError, HangError, InProcess, InThread, Scoring, Start
+from flowad_fast.line.settings import Canary, Limits, LineSettings, sink_names
+from flowad_fast.line.sources import Shot, Source
+from flowad_fast.line.spool import Spool, SpoolFeeder
+from flowad_fast.stages.decision import Verdict
+from flowad_fast.stages.frames import FrozenFrames, check_frames
+
+_log = logging.getLogger(__name__)
+
+
+class LineStoppedError(FlowADError, RuntimeError):
+    """The line has stopped because it could not go on: the engine failed too often, or a part demanded it."""
+
+
+class Line:
+    """Parts in, exactly one record per part out, on time or openly not.
+
+    Example:
+        A detector with a calibration, frames from anywhere:
+
+            line = Line(detector, {"left": IteratorSource(frames)}, deadline=0.2)
+            line.listen(lambda event: print(event))
+            line.run()
+    """
+
+    def __init__(
+        self,
+        scoring: Scoring | Call,
+        sources: Mapping[str, Source],
+        *,
+        deadline: float,
+        sinks: Mapping[str, Sink] | None = None,
+        promising: Container[str] = (),
+        classes: Mapping[str, str] | None = None,
+        on_no_result: Literal["reject", "pass", "stop"] = "reject",
+        capacity: int = 64,
+        largest_batch: int = 4,
+        limits: Limits | None = None,
+        canary: Canary | None = None,
+        journal: Path | None = None,
+        spool: int = 256 << 20,
+    ) -> None:
+        """Put the line together; nothing is started yet.
+
+        Args:
+            scoring: a detector, which is called in a thread of this process; or how to call one.
+            sources: by the name of the camera.
+            deadline: seconds from a part's trigger until its outcome must be there.
+            sinks: by name.
+            promising: names of sinks for which what they missed is kept in the journal's folder.
+            classes: product that each camera sees, for conditional models.
+            on_no_result: what becomes of a part without a verdict.
+            capacity: parts that may wait.
+            largest_batch: parts that are judged in one call, at most.
+            limits: see there.
+            canary: see there.
+            journal: folder of this line alone; None: a kill loses the parts in flight, and what sinks missed.
+            spool: bytes on disk for each promising sink.
+        """
+        self._scoring: Scoring = scoring if isinstance(scoring, InProcess | InThread) else _scoring(scoring)
+        self._sources, self._classes = dict(sources), dict(classes or {})
+        self._deadline, self._on_no_result = deadline, on_no_result
+        self._limits, self._folder = limits or Limits(), journal
+        self._canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
+        self._policy = Policy(capacity, largest_batch)
+        self._lock = threading.RLock()
+        self._work, self._clock = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        self._stopping, self._wake = threading.Event(), threading.Event()
+        self._over = False
+        self._items: dict[str, Item] = {}
+        self._batch: Batch | None = None
+        self._beyond = float("inf")  # monotonic: when the call that runs is beyond its limit
+        self._watched = float("inf")  # the deadline that the clock's thread waits for
+        self._counts = Counts()
+        self._shown = {camera: FrozenFrames() for camera in self._sources}
+        self._failed: deque[float] = deque()
+        self._loud = ""
+        self._ready = "the line was not started"
+        self._stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+        self._numbers = dict.fromkeys(self._sources, 0)
+        self._journal: Journal | None = None
+        self._journal_failed = False
+        self._opened, self._promising, self._spool = dict(sinks or {}), promising, spool
+        self._feeders: dict[str, Feeder] = {}
+        self._listeners: list[Callable[[Record | Alarm], None]] = []
+        self._cameras: dict[str, Acquisition] = {}
+        self._left = 0
+        self._threads: list[threading.Thread] = []
+
+    @classmethod
+    def from_settings(cls, settings: LineSettings) -> "Line":
+        """The line of a settings file; its detector gets a process of its own."""
+        scoring = InProcess(Start(settings.bundle, settings.engine, settings.device, settings.threads))
+        names = sink_names(settings.sinks)
+        return cls(
+            scoring,
+            {name: one.open(settings.journal / f"{name}.taken") for name, one in settings.sources.items()},
+            deadline=settings.deadline,
+            sinks={name: one.open() for name, one in zip(names, settings.sinks, strict=True)},
+            promising={name for name, one in zip(names, settings.sinks, strict=True) if one.promises_delivery},
+            classes={name: one.class_name for name, one in settings.sources.items() if one.class_name is not None},
+            on_no_result=settings.on_no_result,
+            capacity=settings.capacity,
+            largest_batch=settings.largest_batch,
+            limits=settings.limits,
+            canary=settings.canary,
+            journal=settings.journal,
+            spool=settings.spool,
+        )
+
+    def listen(self, listener: Callable[[Record | Alarm], None]) -> None:
+        """Have a function called with every record and alarm, in order, from a thread of its own. Before `start`."""
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        """Start the engine, judge the canary, name parts that a killed run has left, and take parts.
+
+        Raises:
+            FlowADError: the engine does not start, or is not what it was; no calibration; another line runs here.
+        """
+        for camera in self._sources:  # a wrong class fails now, not part by part
+            self._scoring.classes.indices(self._names([camera]), 1)
+        self._journal = Journal(self._folder) if self._folder is not None else None
+        try:
+            self._scoring.start(self._limits.start)
+            self._check(self._scoring)
+        except BaseException:
+            self._scoring.close()
+            if self._journal is not None:
+                self._journal.close()
+            raise
+        for name, sink in self._opened.items():
+            self._feeders[name] = self._feeder(name, sink)
+        for number, listener in enumerate(self._listeners):
+            self._feeders[f"listener {number + 1}"] = Feeder(f"listener {number + 1}", _Listening(listener), self.tell)
+        self._name_lost()
+        for name, target in (("scoring", self._score), ("deadlines", self._watch)):
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+        shared = {"stopping": self._stopping, "arrive": self._arrive, "tell": self.tell, "ended": self._ended}
+        for camera, source in self._sources.items():
+            self._cameras[camera] = Acquisition(camera, source, **shared)  # type: ignore[arg-type]
+        self._left = len(self._cameras)
+        for thread in (*self._threads, *self._cameras.values()):
+            thread.start()
+
+    def stop(self, reason: str = "") -> None:
+        """Wish the end: `wait` returns. With a reason, the end is an error of `run`. Safe in signal handlers."""
+        self._loud = self._loud or reason
+        self._stopping.set()
+        self._wake.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until the line is to end: `stop` was called, or every source has ended. False after `seconds`."""
+        return self._wake.wait(seconds)
+
+    def close(self) -> None:
+        """Drain within the limit: sources end, waiting parts are judged, the rest is told so, sinks are served."""
+        if self._over:
+            return
+        end = time.monotonic() + self._limits.drain
+        self._stopping.set()
+        for thread in self._cameras.values():
+            thread.join(max(0.0, end - self._limits.drain * 0.7 - time.monotonic()))
+        with self._lock:
+            while self._policy.pending and (left := end - self._limits.drain * 0.4 - time.monotonic()) > 0:
+                self._idle.wait(left)
+            self._tell(self._policy.close(time.monotonic()))
+            if self._batch is not None:
+                self._tell(self._policy.fail(self._batch, "the line was stopped", time.monotonic()))
+            self._over = True
+            self._work.notify_all()
+            self._clock.notify_all()
+        self._scoring.close()
+        left = max(0.2, end - time.monotonic())
+        closing = [threading.Thread(target=one.close, args=(left,), daemon=True) for one in self._feeders.values()]
+        for one in closing:
+            one.start()
+        for one in closing:
+            one.join(left + 0.5)
+        if self._journal is not None:
+            self._journal.close()
+
+    def run(self) -> Health:
+        """Start, wait, close; the last state.
+
+        Raises:
+            LineStoppedError: the line could not go on; every part has its outcome nevertheless.
+        """
+        with self:
+            self.wait()
+        self.raise_if_stopped()
+        return self.health()
+
+    def raise_if_stopped(self) -> None:
+        """LineStoppedError where the line has stopped because it could not go on."""
+        if self._loud:
+            raise LineStoppedError(self._loud)
+
+    def __enter__(self) -> "Line":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def swap(self, scoring: Scoring | Call) -> Scoring:
+        """Judge with another detector from the next batch on; the one before, which still runs, for going back.
+
+        Whether it may replace the running one is for the caller to check. A `Scoring` must have been started.
+        """
+        if not isinstance(scoring, InProcess | InThread):
+            scoring = _scoring(scoring)
+            scoring.start(self._limits.start)
+        with self._lock:
+            before, self._scoring = self._scoring, scoring
+        return before
+
+    def tell(self, alarm: Alarm) -> None:
+        """Give an alarm to every sink and listener."""
+        _log.warning("%s: %s", alarm.kind, alarm.text)
+        with self._lock:
+            self._counts.alarms.append(alarm)
+        for feeder in list(self._feeders.values()):
+            feeder.give(alarm)
+
+    def health(self) -> Health:
+        """How the line is now."""
+        with self._lock:
+            hangs = time.monotonic() > self._beyond + 1
+            alive = not self._over and all(one.is_alive() for one in self._threads) and not hangs
+            why = self._loud or ("a call of the detector hangs" if hangs else "" if alive else "the line does not run")
+            return Health(
+                alive=alive,
+                ready=alive and not self._ready,
+                why=why or self._ready,
+                engine=self._scoring.engine,
+                bundle=self._scoring.bundle,
+                arrived=self._counts.arrived,
+                pending=self._policy.pending,
+                results=dict(self._counts.results),
+                actions=dict(self._counts.actions),
+                failures=self._counts.failures,
+                latency=self._counts.latency(),
+                sources={camera: one.trouble for camera, one in self._cameras.items()},
+                sinks={
+                    name: SinkState(one.delivered, one.waiting, one.missed, one.failures, one.trouble)
+                    for name, one in self._feeders.items()
+                },
+                last=tuple(self._counts.last),
+                alarms=tuple(self._counts.alarms),
+            )
+
+    # Sources
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._wake.set()
+
+    def _arrive(self, camera: str, shot: Shot) -> None:
+        now = time.monotonic()
+        frame, lost = shot.frame, shot.lost
+        if frame is not None and not lost:
+            try:
+                frame = check_frames(frame, self._scoring.size)[0]
+            except FrameError as error:
+                lost = str(error)
+        elif not lost:
+            lost = "the source gave no frame"
+        arrived = datetime.now(UTC) - timedelta(seconds=shot.age)
+        with self._lock:
+            if self._over:
+                return  # the source outlived the line; as it was not begun, it comes again at the next start
+            self._numbers[camera] += 1
+            name = f"{camera}/{self._stamp}/{shot.name or self._numbers[camera]}"
+            if name in self._items:
+                name += f"~{self._numbers[camera]}"
+            part = Part(name, camera, now - shot.age, now - shot.age + self._deadline)
+            self._items[name] = Item(camera, arrived, frame)
+            self._counts.arrived += 1
+            self._note(lambda journal: journal.begin(name, camera, arrived))
+            if shot.begun is not None:
+                try:
+                    shot.begun()
+                except OSError as error:
+                    _log.warning("camera %s: what was taken cannot be noted: %s", camera, error)
+            now = time.monotonic()
+            self._tell(self._policy.lose(part, now, lost) if lost else self._policy.arrive(part, now))
+            self._work.notify()
+            if part.deadline < self._watched:
+                self._clock.notify()
+
+    # Deadlines
+
+    def _watch(self) -> None:
+        with self._lock:
+            while not self._over:
+                now = time.monotonic()
+                self._tell(self._policy.expire(now))
+                until = self._policy.next_deadline()
+                self._watched = float("inf") if until is None else until
+                self._clock.wait(None if until is None else max(0.0, until - now) + 2e-4)
+
+    # Scoring
+
+    def _score(self) -> None:
+        while True:
+            with self._lock:
+                while not self._over and (batch := self._policy.take(time.monotonic())) is None:
+                    self._work.wait()
+                if self._over:
+                    return
+                assert batch is not None
+                items = [self._items[part.id] for part in batch.parts]
+                scoring, self._batch = self._scoring, batch
+                self._beyond = time.monotonic() + self._limits.call
+            failure = None
+            try:
+                judgements = self._judge(scoring, batch, items)
+            except (HangError, EngineLostError) as error:
+                failure = str(error)
+            except Exception as error:  # about these parts, not about the engine
+                with self._lock:
+                    self._batch, self._beyond = None, float("inf")
+                    reason = f"{type(error).__name__}: {error}"
+                    self._tell(self._policy.fail(batch, reason, time.monotonic()))
+                continue
+            with self._lock:
+                self._batch, self._beyond = None, float("inf")
+                now = time.monotonic()
+                if failure is None:
+                    self._tell(self._policy.finish(batch, judgements, now))
+                else:
+                    self._tell(self._policy.fail(batch, failure, now))
+            if failure is not None and not self._restart(scoring, failure):
+                return
+
+    def _judge(self, scoring: Scoring, batch: Batch, items: list[Item]) -> tuple[Judgement, ...]:
+        """One judgement per part. Frames of one size are one call."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, item in enumerate(items):
+            assert item.frame is not None
+            groups.setdefault(item.frame.shape, []).append(i)
+        end = time.monotonic() + self._limits.call
+        judgements: list[Judgement | None] = [None] * len(items)
+        for group in groups.values():
+            members = [items[i] for i in group]
+            frames = [item.frame for item in members if item.frame is not None]
+            left = max(1e-3, end - time.monotonic())
+            names = self._names([item.camera for item in members])
+            found = scoring(frames[0][None] if len(frames) == 1 else np.stack(frames), names, left)
+            frozen = [self._shown[item.camera].doubts(item.frame[None])[0] for item in members]  # type: ignore[index]
+            if any(frozen):
+                found = replace(found, invalid=tuple(a or b for a, b in zip(found.invalid, frozen, strict=True)))
+            if Verdict.ANOMALOUS in found.verdict:
+                _ = found.regions  # here, where nobody waits for the lock
+            now = time.monotonic()
+            for place, (i, item) in enumerate(zip(group, members, strict=True)):
+                item.judged = Judged(found, place, scoring.bundle, batch.taken, now)
+                reason = found.invalid[place] or ""
+                judgements[i] = Judgement(found.verdict[place], float(found.score[place]), reason)
+        return tuple(one for one in judgements if one is not None)
+
+    def _names(self, cameras: list[str]) -> list[str | int] | None:
+        return [self._classes[camera] for camera in cameras if camera in self._classes] or None
+
+    def _check(self, scoring: Scoring) -> None:
+        """Judge the canary, learn how long a call takes, and say that the line is ready; FlowADError otherwise."""
+        _log.info("canary: %s", self._canary(scoring, self._limits.start))
+        start = time.monotonic()
+        self._canary(scoring, self._limits.start)
+        with self._lock:
+            self._policy.pace.learn(1, time.monotonic() - start)
+            self._ready = ""
+
+    def _restart(self, scoring: Scoring, reason: str) -> bool:
+        """Start the engine again after a failure; False when the line stops instead."""
+        while True:
+            now = time.monotonic()
+            self._failed.append(now)
+            while self._failed[0] < now - self._limits.window:
+                self._failed.popleft()
+            with self._lock:
+                self._counts.failures += 1
+                self._ready = reason
+                if self._over:
+                    return False
+            figures = {"failures": float(len(self._failed))}
+            self.tell(Alarm("engine failed", datetime.now(UTC), reason, figures=figures))
+            if len(self._failed) > self._limits.restarts:
+                self.stop(f"the engine failed {len(self._failed)} times in {self._limits.window:g} s, last: {reason}")
+                self._abandon()
+                return False
+            try:
+                scoring.start(self._limits.start)
+                self._check(scoring)
+            except FlowADError as error:
+                reason = f"starting again failed: {error}"
+                continue
+            self.tell(Alarm("engine failed", datetime.now(UTC), f"{scoring.engine} works again", over=True))
+            return True
+
+    def _abandon(self) -> None:
+        """No engine any more: what waits, and what still comes, is told so at once."""
+        with self._lock:
+            while (batch := self._policy.take(time.monotonic())) is not None:
+                self._tell(self._policy.fail(batch, self._loud, time.monotonic()))
+            self._tell(self._policy.close(time.monotonic()))
+
+    # Outcomes, under the lock
+
+    def _tell(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            record = make_record(outcome, self._items.pop(outcome.part.id), self._on_no_result)
+            self._give(record)
+            self._note(lambda journal, part=record.part: journal.end(part))  # type: ignore[misc]
+            if record.action == "stop":
+                self.stop(f"part {record.part} has no result ({record.result}: {record.reason}) and on_no_result=stop")
+        if outcomes and not self._policy.pending:
+            self._idle.notify_all()
+
+    def _give(self, record: Record) -> None:
+        self._counts.add(record)
+        for feeder in self._feeders.values():  # those without a spool first: a gate must not wait for a disk
+            feeder.give(record)
+
+    def _note(self, write: Callable[[Journal], None]) -> None:
+        """Write to the journal; a full disk is an alarm and stops nothing."""
+        if self._journal is None:
+            return
+        try:
+            write(self._journal)
+            failed, text = False, "the journal is written again"
+        except OSError as error:
+            failed, text = True, f"{error}; a kill would lose parts that are in flight"
+        if failed != self._journal_failed:
+            self._journal_failed = failed
+            self.tell(Alarm("journal failed", datetime.now(UTC), text, over=not failed))
+
+    def _name_lost(self) -> None:
+        """Parts that an earlier run had in flight when it was killed."""
+        if self._journal is None:
+            return
+        for part in self._journal.lost:
+            self._give(lost_record(part, self._on_no_result))
+            self._journal.end(part.part)
+
+    def _feeder(self, name: str, sink: Sink) -> Feeder:
+        if self._folder is None or name not in self._promising:
+            return Feeder(name, sink, self.tell)
+        return SpoolFeeder(name, sink, self.tell, Spool(self._folder / "spool" / name, self._spool))
+
+
+@dataclass(frozen=True)
+class _Listening:
+    """A function as a sink."""
+
+    listener: Callable[[Record | Alarm], None]
+
+    def publish(self, events: list[Record | Alarm]) -> None:
+        """Call it for each; what it raises is the listener's loss, for a second call would repeat the others."""
+        for event in events:
+            try:
+                self.listener(event)
+            except Exception:
+                _log.exception("a listener of the line raised")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _scoring(given: Scoring | Call) -> Scoring:
+    return given if hasattr(given, "start") else InThread(given)  # type: ignore[return-value]

@@ -1,0 +1,279 @@
+"""Calls of a detector that may hang: behind a limit, and started again.
+
+A call that never returns cannot be ended from within a process: a thread cannot be killed, and C code that holds
+Python's lock stops every thread. So `InProcess`, which a settings file gets, runs the detector in a child that is
+killed; frames and maps travel through shared memory. `InThread` is for those who hand a detector of their own to the
+line: it abandons the thread that hangs, which helps as long as the call has let go of Python's lock.
+"""
+
+import logging
+import multiprocessing
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowad_fast import bundle as bundles
+from flowad_fast.config import Classes
+from flowad_fast.detector import Detection, Detector, load
+from flowad_fast.errors import EngineUnavailableError, FlowADError, FrameError
+from flowad_fast.files import sha256
+
+_log = logging.getLogger(__name__)
+Frames: TypeAlias = NDArray[np.uint8]
+Names: TypeAlias = Sequence[str | int] | None
+
+
+class HangError(FlowADError, RuntimeError):
+    """The detector did not answer within its limit."""
+
+
+class EngineLostError(FlowADError, RuntimeError):
+    """The process of the detector has ended, or it raised something that is not about a frame."""
+
+
+class Scoring(Protocol):
+    """What the line calls. From one thread at a time.
+
+    Attributes:
+        bundle: hash of the bundle, "" for detectors without one.
+        engine: what runs.
+        classes: the model's classes.
+        size: height and width that frames must have, None for any.
+        image_size: side of the maps, pixels.
+    """
+
+    bundle: str
+    engine: str
+    classes: Classes
+    size: tuple[int, int] | None
+    image_size: int
+
+    def start(self, limit: float) -> None:
+        """Start, or after a failure start again, within `limit` seconds; FlowADError where that fails."""
+
+    def __call__(self, frames: Frames, classes: Names, limit: float) -> Detection:
+        """Frames (B, H, W, 3) of one size; FrameError, HangError, or EngineLostError."""
+
+    def close(self) -> None:
+        """End it; calling it again does nothing."""
+
+
+class Call(Protocol):
+    """The part of `Detector` that judging needs, so that tests and embedders can bring their own."""
+
+    engine: str
+    classes: Classes
+    frame_size: tuple[int, int] | None
+    image_size: int
+
+    def __call__(self, frames: Frames, classes: Names = None) -> Detection:
+        """Judge frames (B, H, W, 3)."""
+
+
+_Job: TypeAlias = tuple[Frames, Names]
+_Answer: TypeAlias = Detection | Exception
+
+
+class InThread:
+    """A detector of the embedder's own, which is not closed with the line."""
+
+    def __init__(self, detector: Call, bundle: str = "") -> None:
+        """Nothing is started yet."""
+        self._detector, self.bundle = detector, bundle
+        self.engine, self.classes, self.size = detector.engine, detector.classes, detector.frame_size
+        self.image_size = detector.image_size
+        self._jobs: SimpleQueue[_Job | None] | None = None
+        self._answers: SimpleQueue[_Answer] = SimpleQueue()
+
+    def start(self, limit: float) -> None:
+        """A new thread; one that hangs is left behind."""
+        self.close()
+        self._jobs, self._answers = SimpleQueue(), SimpleQueue()
+        threading.Thread(target=self._work, args=(self._jobs, self._answers), name="detector", daemon=True).start()
+
+    def __call__(self, frames: Frames, classes: Names, limit: float) -> Detection:
+        """See `Scoring`."""
+        if self._jobs is None:
+            raise EngineLostError("the detector was closed")
+        self._jobs.put((frames, classes))
+        try:
+            answer = self._answers.get(timeout=limit)
+        except Empty:
+            raise HangError(f"the detector did not answer within {limit:g} s") from None
+        if isinstance(answer, FrameError):
+            raise answer
+        if isinstance(answer, Exception):
+            raise EngineLostError(f"the detector raised {type(answer).__name__}: {answer}")
+        return answer
+
+    def close(self) -> None:
+        """Let the thread end after its call."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._jobs = None
+
+    def _work(self, jobs: "SimpleQueue[_Job | None]", answers: "SimpleQueue[_Answer]") -> None:
+        while (job := jobs.get()) is not None:
+            try:
+                answers.put(self._detector(*job))
+            except Exception as error:
+                answers.put(error)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a child loads its detector."""
+
+    bundle: Path
+    engine: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A detection without its map, which lies in the shared memory."""
+
+    raw: NDArray[np.float32]
+    classes: tuple[str, ...]
+    invalid: tuple[str | None, ...]
+
+
+class InProcess:
+    """A bundle's detector in a child process, which is killed when it hangs."""
+
+    def __init__(self, start: Start, make: Callable[[Start], Call] | None = None) -> None:
+        """Read the bundle; nothing is started yet.
+
+        Args:
+            start: what the child loads.
+            make: a function of a module that makes the detector in the child; None: `flowad_fast.load`.
+        """
+        self._start, self._make = start, make
+        folder, self._manifest = bundles.read(start.bundle)
+        self.bundle = sha256(folder / bundles.MANIFEST)[:12]
+        self.engine, self.classes = "", self._manifest.model.classes
+        self.size, self.image_size = self._manifest.frame_size, self._manifest.model.image.size
+        self._child: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._memory: SharedMemory | None = None
+
+    def start(self, limit: float) -> None:
+        """Kill the child that there is, and start another."""
+        self.close()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(
+            target=serve, args=(theirs, self._start, self._make), name="flowad-line detector", daemon=True
+        )
+        self._child.start()
+        theirs.close()
+        answer = self._answer(limit)
+        if not isinstance(answer, str):
+            self.close()
+            raise EngineUnavailableError(f"the detector's process said {answer!r}, expected the name of its engine")
+        if sha256(self._start.bundle / bundles.MANIFEST)[:12] != self.bundle:
+            self.close()
+            raise EngineUnavailableError(f"{self._start.bundle}: the bundle was replaced; start the line again for it")
+        self.engine = answer
+
+    def __call__(self, frames: Frames, classes: Names, limit: float) -> Detection:
+        """See `Scoring`."""
+        if self._pipe is None:
+            raise EngineLostError("the detector's process is not running")
+        count, size = len(frames), self.image_size
+        maps = (count, size, size)
+        begin = -(-frames.nbytes // 64) * 64
+        memory = self._shared(begin + int(np.prod(maps)) * 4)
+        np.ndarray(frames.shape, np.uint8, memory.buf)[...] = frames
+        try:
+            self._pipe.send((memory.name, frames.shape, begin, classes))
+        except OSError as error:
+            raise EngineLostError(f"the detector's process has ended ({error})") from None
+        answer = self._answer(limit)
+        if not isinstance(answer, _Result):
+            raise EngineLostError(f"the detector's process said {answer!r}, expected a result")
+        heat = np.ndarray(maps, np.float32, memory.buf, begin).copy()
+        height, width = frames.shape[1:3]
+        calibration = self._manifest.calibration
+        return Detection(heat, answer.raw, answer.classes, answer.invalid, self.engine, calibration, (height, width))
+
+    def close(self) -> None:
+        """Kill the child and free the memory."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.join(5)
+            self._child = None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory.unlink()
+            self._memory = None
+
+    def _shared(self, size: int) -> SharedMemory:
+        if self._memory is None or self._memory.size < size:
+            if self._memory is not None:
+                self._memory.close()
+                self._memory.unlink()
+            self._memory = SharedMemory(create=True, size=size)
+        return self._memory
+
+    def _answer(self, limit: float) -> object:
+        assert self._pipe is not None
+        try:
+            if not self._pipe.poll(limit):
+                raise HangError(f"the detector did not answer within {limit:g} s")
+            answer: object = self._pipe.recv()
+        except (EOFError, OSError):
+            raise EngineLostError("the detector's process has ended") from None
+        if isinstance(answer, FrameError):
+            raise answer
+        if isinstance(answer, Exception):
+            raise EngineLostError(str(answer))
+        return answer
+
+
+def serve(pipe: Connection, start: Start, make: Callable[[Start], Call] | None) -> None:
+    """The child: load, say the engine's name, then answer until the pipe closes."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the line drains first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as does a service manager's stop; the pipe's end ends it
+    memory: SharedMemory | None = None
+    try:
+        try:
+            detector: Call = make(start) if make is not None else _loaded(start)
+        except Exception as error:
+            pipe.send(EngineUnavailableError(f"{type(error).__name__}: {error}"))
+            return
+        pipe.send(detector.engine)
+        while True:
+            name, shape, begin, classes = pipe.recv()
+            if memory is None or memory.name != name:
+                if memory is not None:
+                    memory.close()
+                memory = SharedMemory(name)
+            try:
+                found = detector(np.ndarray(shape, np.uint8, memory.buf), classes)
+                np.ndarray(found.map.shape, np.float32, memory.buf, begin)[...] = found.map
+                pipe.send(_Result(found.raw_score, found.classes, found.invalid))
+            except FrameError as error:
+                pipe.send(error)
+            except Exception as error:
+                pipe.send(EngineLostError(f"the detector raised {type(error).__name__}: {error}"))
+    except (EOFError, OSError):
+        return  # the line has ended or let go
+
+
+def _loaded(start: Start) -> Detector:
+    return load(start.bundle, start.engine, start.device, threads=start.threads)

@@ -1,0 +1,104 @@
+"""One file says what a line is: cameras, bundle, deadlines, limits, sinks."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, field_validator
+
+from flowad_fast.config import Frozen, parse
+from flowad_fast.errors import ConfigError
+from flowad_fast.line.sinks import SinkSettings
+from flowad_fast.line.sources import SourceSettings
+
+
+class Limits(Frozen):
+    """After how long, or how often, the line gives up; seconds."""
+
+    call: float = Field(default=2.0, gt=0, le=600)
+    """One call of the detector; beyond it its parts have no result and the engine is started again."""
+    start: float = Field(default=120.0, gt=0, le=3600)
+    """Starting the engine, with the canary frame."""
+    restarts: int = Field(default=3, ge=0)
+    """Failures of the engine within `window` that are survived; one more stops the line."""
+    window: float = Field(default=600.0, gt=0)
+    drain: float = Field(default=10.0, gt=0, le=600)
+    """From the wish to stop until the end: parts that wait are judged and sinks are served, as far as that allows."""
+
+
+class Canary(Frozen):
+    """A frame whose score is known: an engine that gives another one is not ready."""
+
+    image: Path | None = None
+    """A picture of a part; null: a generated pattern."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """How far its score may be from the remembered one, as a share of that (or absolute where that is below 1)."""
+
+
+class LineSettings(Frozen):
+    """A line. Paths are relative to the folder in which the command runs."""
+
+    bundle: Path
+    sources: dict[str, SourceSettings] = Field(min_length=1)
+    """By the name of the camera."""
+    deadline: float = Field(gt=0, le=3600)
+    """Seconds from a part's trigger until its outcome must be there."""
+    on_no_result: Literal["reject", "pass", "stop"] = "reject"
+    """What becomes of a part without a verdict. What is anomalous or invalid is always rejected."""
+    capacity: int = Field(default=64, ge=1, le=100_000)
+    """Parts that may wait."""
+    largest_batch: int = Field(default=4, ge=1, le=1024)
+    """Parts that are judged in one call, as far as their deadlines allow."""
+    engine: str = "auto"
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    sinks: tuple[SinkSettings, ...] = ()
+    journal: Path = Path("line-journal")
+    """Folder of this line alone: parts in flight, what sinks have missed, the canary's score."""
+    spool: int = Field(default=256 << 20, gt=0)
+    """Bytes that each sink which promises delivery may keep on disk while it does not work."""
+    limits: Limits = Limits()
+    canary: Canary = Canary()
+
+    @field_validator("sources")
+    @classmethod
+    def _names(cls, sources: dict[str, SourceSettings]) -> dict[str, SourceSettings]:
+        for name in sources:
+            if not name or len(name) > 64 or not all(c.isalnum() or c in "-_." for c in name) or name[0] == ".":
+                raise ValueError(f"got the camera name {name!r}, expected up to 64 letters, digits, - _ and .")
+        return sources
+
+    @field_validator("sinks")
+    @classmethod
+    def _unique(cls, sinks: tuple[SinkSettings, ...]) -> tuple[SinkSettings, ...]:
+        names = sink_names(sinks)
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"got two sinks named {name!r}; give each a name of its own")
+        return sinks
+
+
+def sink_names(sinks: Iterable[SinkSettings]) -> list[str]:
+    """What each sink is called in alarms: its name, or its kind."""
+    return [one.name or one.kind for one in sinks]
+
+
+def read_settings(path: str | Path) -> LineSettings:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or fields that are missing, unknown or wrong; each is named.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); write one: flowad-line init {path}") from None
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path}: no valid YAML ({text}); see flowad-line init") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: got {type(data).__name__}, expected fields with values; see flowad-line init")
+    return parse(LineSettings, data, str(path))
