@@ -1,7 +1,8 @@
 """`flowad-bench drift` and `flowad-bench evaluations`: accuracy on labelled photos; nothing is timed."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,9 @@ from flowad_fast.benchmarks.options import (
 )
 from flowad_fast.cli import common
 from flowad_fast.stages.scorers import SCORERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def drift(
@@ -105,7 +109,7 @@ def evaluations(
             loaded,
             photos,
             scorers,
-            locate=None,
+            locate=_located,
             kept=evaluating.Kept(cache),
             batch=batch,
             name=Path(model).name,
@@ -119,3 +123,13 @@ def evaluations(
         common.print_json(found.dump())
     else:
         console().print(tables.table(found))
+
+
+def _located(good: "Tensor") -> Callable[["Tensor"], "Tensor"]:
+    """Location statistics of maps (n, h, w) of good parts, as a function of maps."""
+    import torch
+
+    from flowad_fast.stages.location import LocationStatistics
+
+    fitted = LocationStatistics.fit(good.numpy())
+    return lambda maps: torch.from_numpy(fitted.apply(maps.numpy()))

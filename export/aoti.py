@@ -35,6 +35,8 @@ def write(request: Request, folder: Path) -> Built:
     facts = target(chosen)
     size = "any" if request.frame_size is None else "x".join(map(str, request.frame_size))
     inputs = {"inputs": ",".join(edge.inputs), "frame_size": size, "classes": str(request.model.config.num_classes)}
+    if request.location is not None:
+        inputs["location"] = ",".join(map(str, request.location.shape))
     metadata = facts | inputs | {"precision": precision, "torch": torch.__version__}
     options: dict[str, Any] = {
         # Otherwise the thread count of this machine is compiled in.

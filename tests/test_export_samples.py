@@ -21,6 +21,7 @@ from test_export import good, photos, tiny
 import flowad_fast
 from flowad_fast import bundle
 from flowad_fast.export.exporter import export_bundle
+from flowad_fast.export.location import split
 from flowad_fast.stages.frames import invalid_frames
 from flowad_fast.stages.scorers import Inversion
 
@@ -70,10 +71,12 @@ struct Session {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("samples") / "b"
-    parts = good(9, ("nut", "screw"))
+    parts = good(29, ("nut", "screw"))
+    statistics, rest = split(parts, 0.1, "max")
     result = export_bundle(
-        tiny(2), Inversion(), target, formats=("onnx",), frames=photos(3), good=parts, alpha=0.1, quiet=True
-    )
+        tiny(2), Inversion(), target, formats=("triton-server", "onnx"), frames=photos(3), good=rest, alpha=0.1,
+        location=statistics, quiet=True,
+    )  # fmt: skip
     assert result.ok
     return target
 

@@ -9,12 +9,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include <ATen/Context.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
@@ -35,6 +39,36 @@ std::string fact(const Metadata& metadata, const std::string& key) {
   return found->second;
 }
 
+bool takes(const Metadata& metadata, const std::string& input) {
+  return ("," + fact(metadata, "inputs") + ",").find("," + input + ",") != std::string::npos;
+}
+
+// The table of location statistics that lies beside a package which takes one: float32, of the shape that it says.
+at::Tensor read_location(const std::string& package, const Metadata& metadata) {
+  std::vector<int64_t> shape;
+  std::stringstream sizes(fact(metadata, "location"));
+  for (std::string size; std::getline(sizes, size, ',');) {
+    shape.push_back(std::stoll(size));
+  }
+  std::vector<std::filesystem::path> found;
+  for (const auto& file : std::filesystem::directory_iterator(std::filesystem::absolute(package).parent_path())) {
+    if (file.path().filename().string().rfind("location-", 0) == 0 && file.path().extension() == ".f32") {
+      found.push_back(file.path());
+    }
+  }
+  if (found.size() != 1) {
+    throw std::runtime_error("the package takes location statistics: expected one location-*.f32 beside it, found " +
+                             std::to_string(found.size()));
+  }
+  at::Tensor table = at::empty(shape, at::kFloat);
+  std::ifstream in(found[0], std::ios::binary);
+  const auto bytes = static_cast<std::streamsize>(table.nbytes());
+  if (!in.read(static_cast<char*>(table.data_ptr()), bytes) || in.peek() != std::ifstream::traits_type::eof()) {
+    throw std::runtime_error(found[0].string() + ": not of " + std::to_string(bytes) + " bytes");
+  }
+  return table;
+}
+
 // The package checks none of its inputs, so everything is checked here.
 void check(const Metadata& metadata, const Image& image, bool has_class) {
   const std::string torch = fact(metadata, "torch");
@@ -49,7 +83,7 @@ void check(const Metadata& metadata, const Image& image, bool has_class) {
   if (image.height < 16 || image.width < 16) {
     throw std::runtime_error("expected a picture of at least 16x16 pixels, got " + got);
   }
-  const bool conditional = fact(metadata, "inputs") == "frames,classes";
+  const bool conditional = takes(metadata, "classes");
   if (conditional && !has_class) {
     throw std::runtime_error("the model is conditional: give the class index as the third argument");
   }
@@ -123,6 +157,9 @@ void run(const std::string& package, const std::string& picture, const char* giv
   if (given_class != nullptr) {
     const auto index = at::TensorOptions().dtype(at::kLong).device(device);
     inputs.push_back(at::full({1}, class_index(given_class, metadata), index));
+  }
+  if (takes(metadata, "location")) {
+    inputs.push_back(read_location(package, metadata).to(device));
   }
   const std::vector<at::Tensor> outputs = loader.run(inputs);
   print(outputs.at(0).to(at::kCPU).contiguous(), outputs.at(1).to(at::kCPU).contiguous());

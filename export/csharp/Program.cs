@@ -40,6 +40,23 @@ internal static class Program
         }
     }
 
+    // Location statistics, for bundles that have some: float32, classes x 2 x height x width of the map.
+    private static DenseTensor<float> ReadLocation(string bundle, JsonElement manifest, JsonElement location)
+    {
+        JsonElement velocity = manifest.GetProperty("model").GetProperty("velocity");
+        bool conditional = velocity.GetProperty("use_class_labels").GetBoolean();
+        int classes = conditional ? velocity.GetProperty("num_classes").GetInt32() : 1;
+        int[] shape = { classes, 2, velocity.GetProperty("height").GetInt32(), velocity.GetProperty("width").GetInt32() };
+        byte[] bytes = File.ReadAllBytes(Path.Combine(bundle, location.GetProperty("file").GetString()!));
+        var table = new float[shape[0] * shape[1] * shape[2] * shape[3]];
+        if (bytes.Length != table.Length * sizeof(float))
+        {
+            throw new InvalidDataException(bundle + ": location statistics of another size, calibrate the bundle again");
+        }
+        Buffer.BlockCopy(bytes, 0, table, 0, bytes.Length);
+        return new DenseTensor<float>(table, shape);
+    }
+
     private static void Run(string bundle, byte[] pixels, int height, int width, string? given)
     {
         using JsonDocument document = JsonDocument.Parse(File.ReadAllText(Path.Combine(bundle, "manifest.json")));
@@ -59,6 +76,10 @@ internal static class Program
         {
             var classes = new DenseTensor<long>(new[] { index }, new[] { 1 });
             inputs.Add(NamedOnnxValue.CreateFromTensor("classes", classes));
+        }
+        if (manifest.TryGetProperty("location", out JsonElement location) && location.ValueKind != JsonValueKind.Null)
+        {
+            inputs.Add(NamedOnnxValue.CreateFromTensor("location", ReadLocation(bundle, manifest, location)));
         }
         using var session = new InferenceSession(FindGraph(bundle, manifest));
         using var results = session.Run(inputs);

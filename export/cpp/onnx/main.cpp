@@ -37,7 +37,8 @@ Json read_manifest(const std::filesystem::path& bundle) {
 // The graph's file of the first artefact for ONNX Runtime.
 std::filesystem::path find_graph(const std::filesystem::path& bundle, const Json& manifest) {
   for (const auto& [name, artefact] : manifest.at("artefacts").items()) {
-    if (artefact.at("engine") == "onnxruntime") {
+    // A graph that holds its location statistics as constants is the server's.
+    if (artefact.at("engine") == "onnxruntime" && !artefact.at("details").contains("constant_location")) {
       for (const auto& [file, hash] : artefact.at("files").items()) {
         if (std::filesystem::path(file).extension() == ".onnx") {
           return bundle / file;
@@ -117,6 +118,18 @@ std::pair<float, bool> decide(const Json& manifest, const std::string& label, co
   return {score, score > one.at("threshold").get<double>()};
 }
 
+// The table of location statistics, for bundles that have one: float32, classes x 2 x height x width of the map.
+std::vector<float> read_location(const std::filesystem::path& bundle, const Json& manifest, const int64_t shape[4]) {
+  const std::string file = manifest.at("location").at("file");
+  std::vector<float> table(static_cast<size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
+  std::ifstream in(bundle / file, std::ios::binary);
+  const auto bytes = static_cast<std::streamsize>(table.size() * sizeof(float));
+  if (!in.read(reinterpret_cast<char*>(table.data()), bytes) || in.peek() != std::ifstream::traits_type::eof()) {
+    throw std::runtime_error((bundle / file).string() + ": missing, or not of " + std::to_string(bytes) + " bytes");
+  }
+  return table;
+}
+
 std::vector<float> values(const Ort::Value& tensor) {
   const float* data = tensor.GetTensorData<float>();
   return {data, data + tensor.GetTensorTypeAndShapeInfo().GetElementCount()};
@@ -139,6 +152,15 @@ void run(const std::filesystem::path& bundle, const std::string& picture, const 
   if (given_class != nullptr) {
     inputs.push_back(Ort::Value::CreateTensor<int64_t>(memory, &one.index, 1, batch, 1));
     names.push_back("classes");
+  }
+  const Json& velocity = manifest.at("model").at("velocity");
+  const int64_t cells[] = {velocity.at("use_class_labels").get<bool>() ? velocity.at("num_classes").get<int64_t>() : 1, 2,
+                           velocity.at("height").get<int64_t>(), velocity.at("width").get<int64_t>()};
+  std::vector<float> table;
+  if (manifest.contains("location") && !manifest.at("location").is_null()) {
+    table = read_location(bundle, manifest, cells);
+    inputs.push_back(Ort::Value::CreateTensor<float>(memory, table.data(), table.size(), cells, 4));
+    names.push_back("location");
   }
   const char* outputs[] = {"map", "score"};
   const auto got = session.Run(Ort::RunOptions{}, names.data(), inputs.data(), inputs.size(), outputs, 2);
