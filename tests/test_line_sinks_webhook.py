@@ -122,11 +122,11 @@ def test_what_a_failing_server_did_not_take_is_an_error_and_no_secret_is_in_it(
 
 def test_a_slow_server_is_given_up_and_does_not_hold_back_the_next_request(receiver: Receiver) -> None:
     sink = receiver.settings(timeout=0.3).open()
-    receiver.delay = 1.0
+    receiver.delay = 3.0
     started = time.monotonic()
     with pytest.raises(DeliveryError, match="did not answer within 0.3 s"):
         sink.publish([record("a")])
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 2.5
     receiver.delay = 0
     sink.publish([record("a")])
     sink.close()
