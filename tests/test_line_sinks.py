@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from line_servers import free_port, record
+from line_servers import free_port, program, record
 
 from flowad_fast.config import Frozen, parse
 from flowad_fast.errors import ConfigError, DeliveryError
@@ -134,3 +134,12 @@ def test_a_secret_is_read_from_one_place_and_never_shown(tmp_path: Path, monkeyp
 def test_results_have_stable_numbers() -> None:
     assert [code(one) for one in (Verdict.GOOD, Verdict.ANOMALOUS, Verdict.INVALID)] == [1, 2, 3]
     assert {code(one) for one in NoResult} == {4}
+
+
+def test_a_missing_server_program_is_skipped_by_name_and_a_failure_under_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="needs Debian's package a-package"):
+        program("no-such-program", "a-package")
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install a-package"):
+        program("no-such-program", "a-package")

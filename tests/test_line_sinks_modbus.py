@@ -104,16 +104,16 @@ def test_a_gate_that_only_passes_what_was_said_to_be_good(gate: Gate) -> None:
 
 
 def test_a_pulse_ends_by_itself_and_the_next_reject_prolongs_it(gate: Gate) -> None:
-    sink = settings(gate, pulse=0.3).open()
+    sink = settings(gate, pulse=0.6).open()
     sink.publish([fresh("a", Verdict.ANOMALOUS), fresh("b")])
     assert gate.coil() == [1]
     until(lambda: gate.coil() == [1, 0])
-    assert 0.29 < gate.times[1] - gate.times[0] < 3
+    assert 0.59 < gate.times[1] - gate.times[0] < 5
     sink.publish([fresh("c", Verdict.ANOMALOUS)])
-    time.sleep(0.15)
+    time.sleep(0.1)
     sink.publish([fresh("d", Verdict.ANOMALOUS)])
     until(lambda: gate.coil() == [1, 0, 1, 1, 0])
-    assert gate.times[4] - gate.times[3] > 0.29
+    assert gate.times[4] - gate.times[3] > 0.59
     sink.close()
 
 

@@ -72,7 +72,8 @@ class JsonLines:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(f"{path}: another line writes this file; give each line a file of its own") from None
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        binary: int = getattr(os, "O_BINARY", 0)  # Windows would write other line ends
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | binary, 0o644)
         status = os.fstat(self._file)
         self._size = status.st_size
         self._day = datetime.fromtimestamp(status.st_mtime, UTC).date() if self._size else self._today()

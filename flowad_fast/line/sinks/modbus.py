@@ -1,6 +1,7 @@
 """The reject gate: a coil of a Modbus TCP device, with a heartbeat that says whether the line is alive."""
 
 import logging
+import os
 import socket
 import struct
 import threading
@@ -112,7 +113,9 @@ class _Device:
                 raise DeliveryError(f"{self._where} cannot be reached; check address, cable and that the device runs")
             # When it is let go, forget what was not sent: a cable that comes back must not bring an old outcome.
             assert client.socket is not None
-            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+            )
             self._client = client
         return self._client
 
