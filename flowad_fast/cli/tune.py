@@ -170,7 +170,7 @@ def _print(result: "Result") -> None:
     if result.agreement is not None:
         one = result.agreement
         common.say(
-            f"rank correlation of the two orders: {one.spearman:.2f} (95 % {one.low:.2f} to {one.high:.2f}); the choice "
-            f"without labels ({result.recipe_without_labels.text}) lacks "
+            f"rank correlation of the two orders: {one.spearman:.2f} (95 % {one.low:.2f} to {one.high:.2f}); "
+            f"the choice without labels ({result.recipe_without_labels.text}) lacks "
             + ", ".join(f"{100 * value:.1f} points ({name})" for name, value in one.lacks.items())
         )

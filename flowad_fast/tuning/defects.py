@@ -66,7 +66,7 @@ def spoil(frame: Frame, defect: Defect, seed: int) -> Frame:
 
 
 def perlin(rows: int, columns: int, cells: int, random: np.random.RandomState) -> NDArray[np.float64]:
-    """Gradient noise (rows, columns) about 0 on a lattice of `cells` squares a side (Perlin, SIGGRAPH 1985 and 2002)."""
+    """Gradient noise (rows, columns) about 0 on a lattice of `cells` squares a side (Perlin, SIGGRAPH 2002)."""
     angles = random.uniform(0, 2 * np.pi, (cells + 1, cells + 1))
     gradients = np.stack((np.sin(angles), np.cos(angles)), -1)
     y = (np.arange(rows) + 0.5) / rows * cells

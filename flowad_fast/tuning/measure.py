@@ -34,6 +34,7 @@ Starter = Callable[[FlowModel, Scorer], Engine]
 EngineName = Literal["eager", "onnxruntime"]
 PER_PART = 4
 """Synthetic defects of each held-out part."""
+PACKAGES = ("torch", "onnxruntime", "numpy")
 RUNS, SECONDS = 15, 1.0
 """A time is the median of at least so many calls, and of calls for at least so long."""
 
@@ -148,7 +149,8 @@ def tune(
         watch.say(f"starting anew: {', '.join(changed)} changed since the last run in {folder}")
     _, held = split(good, settings.limit, settings.seed)
     frames = _frames(model, checkpoint, held, labelled, store, settings, watch)
-    y = model.spec.classes.indices(frames.classes, len(frames.classes))
+    named = frames.classes if model.config.use_class_labels else None
+    y = model.spec.classes.indices(named, len(frames.classes))
     count = frames.synthetic
     fake = judge.trials(frames.classes[:count], frames.labels[:count], settings.seed, frames.origins)
     real = judge.trials(frames.classes[count:], frames.labels[count:], settings.seed) if labelled else ()
@@ -160,7 +162,6 @@ def tune(
     made: list[tuple[Scorer, Aggregate]] = []
     samples: tuple[list[judge.Values], list[judge.Values]] = ([], [])
     values: list[NDArray[np.float32]] = []
-    title = ""
     for scorer in scorers:
         cells = store.cells(model, scorer, frames.features, y)
         timing = store.time(scorer, settings.engine, lambda scorer=scorer: _timed(starter(model, scorer), shown, y))  # type: ignore[misc]
@@ -195,7 +196,7 @@ def tune(
             chosen_by=by, rule=judge.RULE, engine=title, time=rows[place].time, synthetic=rows[place].synthetic,
             labelled=rows[place].labelled, best=max(by_fake if by == "synthetic" else by_real), recipes=len(rows),
             parts=sizes, data=data, machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            versions={"flowad-fast": flowad_fast.__version__} | {n: version(n) for n in ("torch", "onnxruntime", "numpy")},
+            versions={"flowad-fast": flowad_fast.__version__} | {n: version(n) for n in PACKAGES},
             created=now(),
         )  # fmt: skip
         return Recipe(
