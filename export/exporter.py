@@ -38,6 +38,7 @@ from flowad_fast.export.verify import (
 from flowad_fast.files import sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
+from flowad_fast.tuning.recipe import FollowedRecipe
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
@@ -190,6 +191,7 @@ def export_bundle(
     good: GoodParts | None = None,
     alpha: float = 0.01,
     probe_choice: dict[str, Any] | None = None,
+    recipe: FollowedRecipe | None = None,
     source: dict[str, Any] | None = None,
     quiet: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -216,6 +218,7 @@ def export_bundle(
         good: good parts (see `frames.good_parts`); thresholds go into the manifest.
         alpha: accepted false-reject rate of the calibration.
         probe_choice: how the scorer's probes were chosen, for the manifest.
+        recipe: what scorer and aggregate were chosen by, for the manifest.
         source: where the model comes from, for the manifest; its provenance by default.
         quiet: tell nothing.
         tell: receives one line of progress at a time; standard error by default.
@@ -248,6 +251,7 @@ def export_bundle(
         frame_size=frame_size,
         artefacts={},
         probe_choice=probe_choice,
+        recipe=recipe,
     )
     with bundle.writing(target) as folder:
         say(f"reference: {len(given.frames)} frames, fp32")

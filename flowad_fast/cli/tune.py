@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flowad_fast.cli import common
-from flowad_fast.errors import EngineUnavailableError, require
+from flowad_fast.errors import require
 from flowad_fast.files import digest, make_folder, sha256
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ def start_eager(model: Any, scorer: Any) -> Any:
     from flowad_fast.pipeline import ScoringPipeline
 
     return start_from_model("eager", ScoringPipeline(model, scorer), "cpu")
-
-
-def start_missing(model: Any, scorer: Any) -> Any:
-    """Refuses: what exports is a layer above."""
-    raise EngineUnavailableError("onnxruntime is timed on an exported graph; run the command flowad-tune")
 
 
 def command(starters: "Mapping[str, Starter]") -> Callable[[], None]:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from flowad_fast.config import Frozen, parse, read_mapping
 from flowad_fast.errors import ConfigError
-from flowad_fast.files import replacing
+from flowad_fast.files import replacing, sha256
 from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.scorers import SCORERS, Scorer, options
 
@@ -116,6 +116,32 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: recipe schema {data.get('schema_version')!r}, this version reads 1; make it with flowad-tune"
         )
     return parse(Recipe, data, str(path))
+
+
+def check_recipe(recipe: Recipe, checkpoint: Path, source: Path) -> None:
+    """Refuse a recipe that this checkpoint, or this version, cannot follow.
+
+    Raises:
+        ConfigError: another checkpoint's, or one with location statistics.
+    """
+    if recipe.location:
+        raise ConfigError(f"{source}: has location statistics, which this version does not export; choose one without")
+    if not checkpoint.is_file():
+        raise ConfigError(f"{checkpoint}: no such file, expected the checkpoint that {source} was chosen for")
+    got = sha256(checkpoint)
+    if got != recipe.checkpoint:
+        raise ConfigError(
+            f"{source}: chosen for a checkpoint with SHA-256 {recipe.checkpoint[:16]}…, {checkpoint} has {got[:16]}…; "
+            "run flowad-tune on this checkpoint"
+        )
+
+
+def followed(recipe: Recipe, scorer: Scorer, aggregate: Aggregate) -> FollowedRecipe:
+    """A recipe for the manifest of what is exported, with what was overruled."""
+    names = ["scorer"] if scorer.kind != recipe.scorer.kind else [
+        name for name in options(scorer.kind) if getattr(scorer, name) != getattr(recipe.scorer, name)
+    ]  # fmt: skip
+    return FollowedRecipe(recipe=recipe, overruled=(*names, *(["aggregate"] if aggregate != recipe.aggregate else [])))
 
 
 class RecipeDefaults:
