@@ -28,7 +28,10 @@ class Parts:
 
     def take(self, places: Sequence[int]) -> "Parts":
         """Some of them, in the order given."""
-        return Parts(*(tuple(of[i] for i in places) for of in (self.paths, self.classes, self.labels)))
+        paths, classes, labels = self.paths, self.classes, self.labels
+        return Parts(
+            tuple(paths[i] for i in places), tuple(classes[i] for i in places), tuple(labels[i] for i in places)
+        )
 
     def contents(self) -> tuple[str, ...]:
         """SHA-256 of each file."""
@@ -76,16 +79,18 @@ def split(parts: Parts, limit: int, seed: int) -> tuple[Parts, Parts]:
     Raises:
         ConfigError: fewer than four good parts of a class.
     """
-    random, sides = np.random.RandomState(seed), ([], [])  # type: tuple[np.random.RandomState, tuple[list[int], list[int]]]
+    random = np.random.RandomState(seed)
+    statistics: list[int] = []
+    held: list[int] = []
     for name in dict.fromkeys(parts.classes):
         places = [i for i, of in enumerate(parts.classes) if of == name]
         if len(places) < 4:
             raise ConfigError(f"{len(places)} good parts of {name or 'the product'}, expected at least 4; give more")
         drawn = [places[i] for i in random.permutation(len(places))]
         half = len(drawn) // 2
-        sides[0].extend(sorted(drawn[:half][:limit]))
-        sides[1].extend(sorted(drawn[half:][:limit]))
-    return parts.take(sides[0]), parts.take(sides[1])
+        statistics.extend(sorted(drawn[:half][:limit]))
+        held.extend(sorted(drawn[half:][:limit]))
+    return parts.take(statistics), parts.take(held)
 
 
 def contents_of(good: Parts, labelled: Parts | None) -> str:

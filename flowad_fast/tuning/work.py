@@ -33,8 +33,8 @@ class Store:
 
     def open(self, key: dict[str, str]) -> list[str]:
         """Begin or go on; returns what of the key has changed since the last time, then all but features is gone."""
-        for name in ("features", "cells", "times"):
-            make_folder(self.folder / name)
+        for kept in ("features", "cells", "times"):
+            make_folder(self.folder / kept)
         state, changed = self.folder / "state.json", []
         if state.is_file():
             try:
@@ -43,8 +43,8 @@ class Store:
                 before = {}
             changed = [name for name in key if before.get(name) != key[name]]
         if changed:
-            for file in (*self.folder.glob("cells/*.npy"), *self.folder.glob("times/*.json")):
-                file.unlink()
+            for old in (*self.folder.glob("cells/*.npy"), *self.folder.glob("times/*.json")):
+                old.unlink()
         with replacing(state) as file:
             file.write(json.dumps(key, indent=2).encode())
         return changed
