@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+import flowad_fast
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
-from flowad_fast.checkpoints.defaults import evaluation_defaults
+from flowad_fast.checkpoints.defaults import EvaluationDefaults, evaluation_defaults
 from flowad_fast.cli import common
 from flowad_fast.cli.authors import choose
 from flowad_fast.cli.scorer_options import with_scorer_options
@@ -31,6 +32,7 @@ from flowad_fast.export.verify import Outcome, ParityFrames
 from flowad_fast.files import sha256
 from flowad_fast.stages.decision import AGGREGATES, Aggregate, require_parts
 from flowad_fast.stages.scorers import SCORERS, Density
+from flowad_fast.tuning.recipe import RecipeDefaults, check_recipe, followed, read_recipe
 
 if TYPE_CHECKING:
     from flowad_fast.evaluation.probes import ProbeChoice
@@ -44,6 +46,7 @@ PROBE_FRAMES = 8
 MODEL = ("torch", "torchvision", "timm", "safetensors")
 """What a model in memory needs."""
 HASHES_OK = "hashes ok"
+DEMO_FILE = Path(flowad_fast.__file__).parent / "assets" / "demo.safetensors"
 BEFORE = "without-command"
 """What the form without a command is called inside."""
 
@@ -94,6 +97,9 @@ def make(
     precision: Annotated[str, typer.Option(help=f"{', '.join(get_args(Precision))}.")] = "fp32",
     scorer: Annotated[str | None, typer.Option(help=f"{', '.join(SCORERS)} [inversion].")] = None,
     aggregate: Annotated[str | None, typer.Option(help=f"Image score: {', '.join(AGGREGATES)} [max].")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Scorer and score that flowad-tune chose, recipe.json; options win.")
+    ] = None,
     frame_size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames, or any.")] = "any",
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
@@ -121,7 +127,11 @@ def make(
     """
     if bundle.is_bundle(checkpoint):
         raise ConfigError(f"{checkpoint} is a bundle already; give a checkpoint, or use show, verify or calibrate")
-    defaults = evaluation_defaults(checkpoint, config)
+    chosen_recipe = None if recipe is None else read_recipe(recipe)
+    defaults: EvaluationDefaults | RecipeDefaults | None = evaluation_defaults(checkpoint, config)
+    if chosen_recipe is not None and recipe is not None:
+        check_recipe(chosen_recipe, _file(checkpoint), recipe)
+        defaults = RecipeDefaults(chosen_recipe, recipe.name)
     kind = scorer or (defaults.scorer if defaults else None)
     measured = kind == "density" and scoring.get("probes") == AUTO
     asked = choose(scorer, aggregate, scoring | ({"probes": None} if measured else {}), defaults)
@@ -131,7 +141,6 @@ def make(
     formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
     arithmetic = _one_of("precision", precision, get_args(Precision))
     require("model", *MODEL, "onnx", "onnxscript", by="flowad-export make")
-    from flowad_fast.checkpoints.load import DEMO as DEMO_FILE
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.engines.device import torch_device
 
@@ -148,7 +157,7 @@ def make(
         for line in (*frames.left_out, *(good.left_out if good else ())):
             common.note(line)
         places = None
-        if location or location_parts is not None:
+        if location or location_parts is not None or (chosen_recipe is not None and chosen_recipe.location):
             places, good = _parts_for_location(location_parts, good, model.spec.classes.labels, alpha, score)
         if good is not None:
             require_parts(good.classes, alpha, score)
@@ -165,6 +174,7 @@ def make(
             "scorer": repr(chosen),
             "aggregate": score,
             "sources": dict(asked.sources),
+            "recipe": None if chosen_recipe is None else chosen_recipe.text,
             "probe_choice": None if choice is None else choice.record(),
             "device": device,
             "parity_frames": frames.source,
@@ -174,16 +184,22 @@ def make(
         }
         common.print_json(plan) if json else common.out.print(plan)
         return
-    file = DEMO_FILE if checkpoint == DEMO else Path(checkpoint)
+    file = _file(checkpoint)
     with common.status("exporting") as tell:
         result = export_bundle(
             model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
             frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
             location=places, probe_choice=None if choice is None else choice.record(),
+            recipe=None if chosen_recipe is None else followed(chosen_recipe, chosen, score),
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
             tell=tell,
         )  # fmt: skip
     _report(result, json, (*frames.left_out, *(good.left_out if good else ())))
+
+
+def _file(checkpoint: str) -> Path:
+    """The weight file that a checkpoint's name stands for."""
+    return DEMO_FILE if checkpoint == "demo" else Path(checkpoint)
 
 
 def show(path: Bundle, json: Json = False) -> None:

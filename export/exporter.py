@@ -47,6 +47,7 @@ from flowad_fast.files import sha256
 from flowad_fast.stages.aggregates import check_located
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
+from flowad_fast.tuning.recipe import FollowedRecipe
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
@@ -208,6 +209,7 @@ def export_bundle(
     alpha: float = 0.01,
     location: StatisticsParts | None = None,
     probe_choice: dict[str, Any] | None = None,
+    recipe: FollowedRecipe | None = None,
     source: dict[str, Any] | None = None,
     quiet: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -235,6 +237,7 @@ def export_bundle(
         alpha: accepted false-reject rate of the calibration.
         location: good parts that location statistics are fitted on, see `location.split`; None for none.
         probe_choice: how the scorer's probes were chosen, for the manifest.
+        recipe: what scorer and aggregate were chosen by, for the manifest.
         source: where the model comes from, for the manifest; its provenance by default.
         quiet: tell nothing.
         tell: receives one line of progress at a time; standard error by default.
@@ -276,6 +279,7 @@ def export_bundle(
         frame_size=frame_size,
         artefacts={},
         probe_choice=probe_choice,
+        recipe=recipe,
     )
     with bundle.writing(target) as folder:
         if location is not None and statistics is not None:

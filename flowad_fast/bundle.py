@@ -27,6 +27,7 @@ from flowad_fast.errors import BundleError
 from flowad_fast.files import replacing, sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
+from flowad_fast.tuning.recipe import FollowedRecipe
 
 MANIFEST, REJECTED, LOCK = "manifest.json", "rejected.json", ".lock"
 ARTEFACT_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -108,6 +109,8 @@ class Manifest(Frozen):
     location: Location | None = None
     probe_choice: dict[str, Any] | None = None
     """How the number of density probes was chosen, when it was chosen by measured error."""
+    recipe: FollowedRecipe | None = None
+    """What scorer and aggregate were chosen by, with its evidence; None where no recipe was given."""
 
 
 def now() -> str:

@@ -9,6 +9,7 @@ from flowad_fast.cli.scorer_options import EVALUATIONS, scorer_from
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, check_scorer
 from flowad_fast.stages.scorers import SCORERS, Scorer, options
+from flowad_fast.tuning.recipe import RecipeDefaults
 
 COMMAND_LINE, BUILT_IN, AUTHORS = "command line", "default", "as the authors' code"
 
@@ -35,10 +36,10 @@ def choose(
     kind: str | None,
     aggregate: str | None,
     given: Mapping[str, Any],
-    defaults: EvaluationDefaults | None,
+    defaults: EvaluationDefaults | RecipeDefaults | None,
     authors: bool = False,
 ) -> Choice:
-    """What is given on the command line wins, then the authors' configuration, then the defaults.
+    """What is given on the command line wins, then the authors' configuration or a recipe, then the defaults.
 
     Args:
         kind: the scorer's name; None where it was not given.
@@ -57,8 +58,9 @@ def choose(
     if chosen not in SCORERS:
         raise ConfigError(f"unknown scorer {chosen!r}; {nearest(chosen, SCORERS)}")
     wanted = {name: value for name, value in given.items() if value is not None}
-    fixed = AS_THEIRS.get(chosen, {}) if authors or from_file else {}
-    filed = defaults.options(chosen, counted=not {"steps", EVALUATIONS}.isdisjoint(wanted)) if defaults else {}
+    theirs = authors or (from_file and isinstance(defaults, EvaluationDefaults))
+    fixed = AS_THEIRS.get(chosen, {}) if theirs else {}
+    filed = defaults.options(chosen, counted=not {"steps", "draws", EVALUATIONS}.isdisjoint(wanted)) if defaults else {}
     for values, where in ((fixed, AUTHORS), (filed, source), (wanted, COMMAND_LINE)):
         sources |= dict.fromkeys(values, where)
     merged = {**fixed, **filed, **wanted}
