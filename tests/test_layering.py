@@ -59,6 +59,7 @@ FLOORS = (
     ("line.sources",),
     ("line.settings", "line.acquisition"),
     ("line.canary", "line.records", "line.spool", "line.health"),
+    ("line.outlets", "line.judging"),
     ("line.runner",),
     ("line",),
     ("evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
