@@ -1,6 +1,7 @@
 """The sink that moves the reject gate, against a Modbus TCP server that notes every write."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from line_servers import NOW, free_port, listening, record, until
 from pydantic import ValidationError
+from pymodbus.client import ModbusTcpClient
 from pymodbus.pdu import ModbusPDU
 from pymodbus.server import ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
@@ -102,16 +104,16 @@ def test_a_gate_that_only_passes_what_was_said_to_be_good(gate: Gate) -> None:
 
 
 def test_a_pulse_ends_by_itself_and_the_next_reject_prolongs_it(gate: Gate) -> None:
-    sink = settings(gate, pulse=0.3).open()
+    sink = settings(gate, pulse=0.6).open()
     sink.publish([fresh("a", Verdict.ANOMALOUS), fresh("b")])
     assert gate.coil() == [1]
     until(lambda: gate.coil() == [1, 0])
-    assert 0.29 < gate.times[1] - gate.times[0] < 3
+    assert 0.59 < gate.times[1] - gate.times[0] < 5
     sink.publish([fresh("c", Verdict.ANOMALOUS)])
-    time.sleep(0.15)
+    time.sleep(0.1)
     sink.publish([fresh("d", Verdict.ANOMALOUS)])
     until(lambda: gate.coil() == [1, 0, 1, 1, 0])
-    assert gate.times[4] - gate.times[3] > 0.29
+    assert gate.times[4] - gate.times[3] > 0.59
     sink.close()
 
 
@@ -175,6 +177,38 @@ def test_what_waited_for_a_dead_device_is_missed_whatever_the_wall_clock_says(ga
     sink.publish([stale])
     sink.close()
     assert gate.writes == [] and sink.missed == 1
+
+
+def test_an_outcome_that_becomes_too_old_while_connecting_is_not_written(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall, clock = [NOW], [100.0]
+    sink = Modbus(settings(gate, max_age=0.5), now=lambda: wall[0], clock=lambda: clock[0])
+    real = ModbusTcpClient.connect
+
+    def slow(client: ModbusTcpClient) -> bool:
+        clock[0] += 0.6
+        wall[0] += timedelta(seconds=0.6)
+        return bool(real(client))
+
+    monkeypatch.setattr(ModbusTcpClient, "connect", slow)
+    sink.publish([record("a", Verdict.ANOMALOUS, NOW)])
+    sink.publish([record("b", Verdict.GOOD, wall[0])])
+    sink.close()
+    assert gate.writes == [("coil", COIL, 0)] and (sink.written, sink.missed) == (1, 1)
+
+
+def test_a_device_that_hangs_is_given_up_and_what_it_did_not_read_is_withdrawn() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        given = {"kind": "modbus", "host": "127.0.0.1", "port": hanging.getsockname()[1], "coil": 0, "timeout": 0.2}
+        sink = ModbusSettings.model_validate({**given, "max_age": 5}).open()
+        with pytest.raises(DeliveryError, match="writing coil 0 failed .*check that the device runs"):
+            sink.publish([fresh("a", Verdict.ANOMALOUS)])
+        connection, _ = hanging.accept()
+        with connection, pytest.raises(ConnectionResetError):  # not the end of a connection that still delivers
+            while connection.recv(100):
+                pass
+        sink.close()
 
 
 def test_a_batch_that_fails_in_the_middle_moves_the_gate_once_for_each_part(gate: Gate) -> None:

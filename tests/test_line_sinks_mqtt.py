@@ -1,7 +1,5 @@
 """The MQTT sink against a real mosquitto, which is killed in between."""
 
-import datetime
-import ipaddress
 import json
 import os
 import signal
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from line_servers import NOW, free_port, listening, program, record, until
+from line_servers import NOW, certificate, free_port, listening, program, record, until
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 from pydantic import ValidationError
@@ -196,7 +194,7 @@ def test_a_broker_that_takes_connections_and_says_nothing_is_given_up() -> None:
 
 
 def test_passwords_and_encryption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    authority = certificate(tmp_path)
+    authority, key = certificate(tmp_path)
     program("mosquitto_passwd", "mosquitto")
     subprocess.run(["mosquitto_passwd", "-c", "-b", tmp_path / "users", "line", PASSWORD], check=True)
     broker = Broker(
@@ -204,7 +202,7 @@ def test_passwords_and_encryption(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "allow_anonymous false",
         f"password_file {tmp_path}/users",
         f"certfile {authority}",
-        f"keyfile {tmp_path}/key.pem",
+        f"keyfile {key}",
     )
     try:
         monkeypatch.setenv("LINE_PASSWORD", PASSWORD)
@@ -225,32 +223,6 @@ def test_passwords_and_encryption(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert "wrong-one" not in str(caught.value)
     finally:
         broker.kill()
-
-
-def certificate(folder: Path) -> Path:
-    """A self-signed certificate for 127.0.0.1 in `folder`, with key.pem beside it."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (folder / "key.pem").write_bytes(private)
-    path = folder / "certificate.pem"
-    path.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    return path
 
 
 @pytest.mark.parametrize(

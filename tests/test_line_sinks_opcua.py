@@ -4,13 +4,14 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from asyncua import ua
 from asyncua.crypto.permission_rules import User, UserRole
 from asyncua.server.user_managers import UserManager
 from asyncua.sync import Server, ThreadLoop
-from line_servers import NOW, free_port, listening, record, until
+from line_servers import NOW, certificate, free_port, listening, record, until
 from pydantic import ValidationError
 
 from flowad_fast.errors import ConfigError, DeliveryError
@@ -49,8 +50,8 @@ class OnlyLine(UserManager):
 class Plant:
     """A server with a node for each of NODES, one of a wrong type, and one that nobody may write."""
 
-    def __init__(self, users: UserManager | None = None) -> None:
-        self.port, self.users = free_port(), users
+    def __init__(self, users: UserManager | None = None, secured: tuple[Path, Path] | None = None) -> None:
+        self.port, self.users, self.secured = free_port(), users, secured
         self.url = f"opc.tcp://127.0.0.1:{self.port}/line"
         self.start()
 
@@ -61,6 +62,10 @@ class Plant:
         if self.users is not None:
             self.server.aio_obj.iserver.set_user_manager(self.users)
         self.server.set_endpoint(self.url)
+        if self.secured is not None:
+            self.server.load_certificate(str(self.secured[0]))
+            self.server.load_private_key(str(self.secured[1]))
+            self.server.set_security_policy([ua.SecurityPolicyType.Basic256Sha256_SignAndEncrypt])
         line = self.server.nodes.objects.add_object(ua.NodeId("Line", 2), "Line")
         self.nodes = {}
         for name, kind in {**NODES, "closed": ua.VariantType.Int32, "code": ua.VariantType.Byte}.items():
@@ -170,6 +175,26 @@ def test_users_and_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("LINE_PASSWORD")
         with pytest.raises(ConfigError, match="LINE_PASSWORD is not set"):
             settings.check()
+    finally:
+        plant.stop()
+
+
+def test_encrypted_and_signed(tmp_path: Path) -> None:
+    for name in ("server", "client"):
+        (tmp_path / name).mkdir()
+    server = certificate(tmp_path / "server", "urn:freeopcua:python:server")
+    mine, key = certificate(tmp_path / "client", "urn:flowad-fast:line")
+    plant = Plant(secured=server)
+    try:
+        security = {"certificate": mine, "key": key}
+        sink = plant.settings(security=security).open()
+        sink.publish([record("a")])
+        assert plant.values()["part"] == "a"
+        sink.close()
+        with pytest.raises(DeliveryError, match="cannot be reached"):
+            plant.settings().check()
+        with pytest.raises(DeliveryError, match="cannot be reached .*none.pem"):
+            plant.settings(security={**security, "certificate": tmp_path / "none.pem"}).check()
     finally:
         plant.stop()
 

@@ -180,6 +180,27 @@ def test_a_full_disk_is_one_error_leaves_no_half_part_and_then_works(
     sink.close()
 
 
+def test_what_a_broken_disk_left_behind_is_counted_or_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = store(tmp_path).open()
+    real = Path.write_bytes
+
+    def broken(path: Path, *_: object, **__: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def half(path: Path, data: bytes) -> int:
+        monkeypatch.setattr(Path, "unlink", broken)
+        return real(path, data) if path.name.endswith(".json.part") else broken(path)
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(DeliveryError, match="Input/output error"):
+        sink.publish([seen(1)])
+    monkeypatch.undo()
+    assert size(tmp_path) > 0
+    sink.publish([seen(2)])
+    assert sink.used == size(tmp_path) == ONE + 4096
+    sink.close()
+
+
 @given(st.text(max_size=80), st.text(max_size=80))
 @settings(max_examples=200, deadline=None)
 def test_any_name_is_a_safe_file_name_and_different_names_differ(one: str, other: str) -> None:

@@ -27,8 +27,14 @@ class SinkBase(Frozen, ABC):
     """Whether what this sink missed is to be kept on disk and given again. False where old news does harm or is of no
     use, as at a gate."""
 
+    kind: str
     name: str = Field(default="", max_length=64)
     """In alarms and on the page; the kind where empty."""
+
+    @property
+    def label(self) -> str:
+        """The name, or the kind of a sink without one."""
+        return self.name or self.kind
 
     @abstractmethod
     def open(self) -> Sink:

@@ -1,5 +1,6 @@
 """Every outcome and alarm in a database: SQLite by default, or PostgreSQL."""
 
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -125,6 +126,7 @@ class Database:
         self._settings = settings
         self._tables = _tables()
         self._engine: sa.Engine | None = None
+        self._lock = threading.Lock()
 
     def publish(self, events: list[Record | Alarm]) -> None:
         """Commit the events; DeliveryError or ConfigError on failure."""
@@ -169,20 +171,22 @@ class Database:
 
     def close(self) -> None:
         """Let go of connections."""
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
+        with self._lock:
+            if self._engine is not None:
+                self._engine.dispose()
+                self._engine = None
 
     def _connected(self) -> "sa.Engine":
-        if self._engine is None:
-            engine = self._make()
-            try:
-                self._prepare(engine)
-            except BaseException:
-                engine.dispose()
-                raise
-            self._engine = engine
-        return self._engine
+        with self._lock:
+            if self._engine is None:
+                engine = self._make()
+                try:
+                    self._prepare(engine)
+                except BaseException:
+                    engine.dispose()
+                    raise
+                self._engine = engine
+            return self._engine
 
     def _make(self) -> "sa.Engine":
         import sqlalchemy as sa

@@ -72,7 +72,8 @@ class JsonLines:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(f"{path}: another line writes this file; give each line a file of its own") from None
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        binary: int = getattr(os, "O_BINARY", 0)  # Windows would write other line ends
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | binary, 0o644)
         status = os.fstat(self._file)
         self._size = status.st_size
         self._day = datetime.fromtimestamp(status.st_mtime, UTC).date() if self._size else self._today()
@@ -84,12 +85,16 @@ class JsonLines:
     def publish(self, events: list[Record | Alarm]) -> None:
         """Append the events; DeliveryError on failure, after which the file is as before."""
         data = b"".join(json.dumps(to_row(event), allow_nan=False).encode() + b"\n" for event in events)
-        self.connect()
-        full = self._size + len(data) > self._settings.largest
-        if self._size and (full or self._settings.daily and self._today() != self._day):
-            self._rotate()
+        try:
             self.connect()
-        self._append(data)
+            full = self._size + len(data) > self._settings.largest
+            if self._size and (full or self._settings.daily and self._today() != self._day):
+                self._rotate()
+                self.connect()
+            self._append(data)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); free space on its disk, or choose another path"
+            raise DeliveryError(f"{self._settings.path}: {reason}") from None
         self._day = self._today()
 
     def close(self) -> None:
@@ -105,10 +110,9 @@ class JsonLines:
             while written < len(data):
                 written += os.write(self._file, data[written:])
             os.fsync(self._file)
-        except OSError as error:
+        except OSError:
             os.ftruncate(self._file, self._size)
-            reason = f"cannot be written ({error.strerror}); free space on its disk"
-            raise DeliveryError(f"{self._settings.path}: {reason}") from None
+            raise
         self._size += len(data)
 
     def _rotate(self) -> None:

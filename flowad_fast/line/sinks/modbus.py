@@ -1,6 +1,9 @@
 """The reject gate: a coil of a Modbus TCP device, with a heartbeat that says whether the line is alive."""
 
 import logging
+import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +60,7 @@ class ModbusSettings(SinkBase):
     cameras: tuple[str, ...] = ()
     """Only outcomes of these cameras; all where empty."""
     timeout: float = Field(default=1, gt=0, le=60)
-    """Seconds until connecting, or an answer, is given up."""
+    """Seconds until connecting, or an answer, is given up. What the network holds back until then is withdrawn."""
 
     @model_validator(mode="after")
     def _apart(self) -> "ModbusSettings":
@@ -95,31 +98,41 @@ class _Device:
 
     def __init__(self, settings: ModbusSettings) -> None:
         self._settings = settings
+        self._where = f"{settings.host}:{settings.port}"
         self._client: ModbusTcpClient | None = None
+
+    def connect(self) -> "ModbusTcpClient":
+        """The client, connected; DeliveryError where the device is not there."""
+        from pymodbus.client import ModbusTcpClient
+
+        settings = self._settings
+        if self._client is None:
+            client = ModbusTcpClient(settings.host, port=settings.port, timeout=settings.timeout, retries=0)
+            if not client.connect():
+                client.close()
+                raise DeliveryError(f"{self._where} cannot be reached; check address, cable and that the device runs")
+            # When it is let go, forget what was not sent: a cable that comes back must not bring an old outcome.
+            assert client.socket is not None
+            client.socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+            )
+            self._client = client
+        return self._client
 
     def call(self, doing: str, use: "Callable[[ModbusTcpClient], ModbusPDU]") -> None:
         """Ask the device; DeliveryError where it is not there, does not answer or refuses."""
-        from pymodbus.client import ModbusTcpClient
         from pymodbus.exceptions import ModbusException
 
-        where = f"{self._settings.host}:{self._settings.port}"
-        if self._client is None:
-            client = ModbusTcpClient(
-                self._settings.host, port=self._settings.port, timeout=self._settings.timeout, retries=0
-            )
-            if not client.connect():
-                client.close()
-                raise DeliveryError(f"{where} cannot be reached; check address, cable and that the device runs")
-            self._client = client
+        client = self.connect()
         try:
-            answer = use(self._client)
+            answer = use(client)
         except (ModbusException, OSError) as error:
             self.close()
-            raise DeliveryError(f"{where}: {doing} failed ({error}); check that the device runs") from None
+            raise DeliveryError(f"{self._where}: {doing} failed ({error}); check that the device runs") from None
         if answer.isError():
             number = getattr(answer, "exception_code", "?")
             raise DeliveryError(
-                f"{where}: {doing} was refused with exception {number}; check the address and the unit identifier"
+                f"{self._where}: {doing} was refused with exception {number}; check the address and the unit identifier"
             )
 
     def close(self) -> None:
@@ -179,6 +192,7 @@ class Modbus:
             if key in self._done:
                 continue
             with self._lock:
+                self._device.connect()  # before the age is looked at, for it may take long
                 if self._late(record):
                     self.missed += 1
                     _log.warning("sink modbus: the outcome of part %r is too old for the gate", record.part)

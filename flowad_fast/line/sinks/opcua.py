@@ -18,7 +18,7 @@ from flowad_fast.line.sinks.rows import text
 from flowad_fast.stages.decision import Verdict
 
 if TYPE_CHECKING:
-    from asyncua.sync import Client, SyncNode
+    from asyncua.sync import Client, SyncNode, ThreadLoop
     from asyncua.ua import VariantType
 
 _TEXT, _REAL, _COUNT, _FLAG = "String", "Float Double", "SByte Byte Int16 UInt16 Int32 UInt32 Int64 UInt64", "Boolean"
@@ -35,7 +35,10 @@ Name = Literal[
 
 
 class Security(Frozen):
-    """Signed or encrypted messages, with this client's certificate and key (PEM or DER files)."""
+    """Signed or encrypted messages, with this client's certificate and key (PEM or DER files).
+
+    The certificate's alternative names need the URI `urn:flowad-fast:line`, and the server has to trust it.
+    """
 
     policy: Literal["Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] = "Basic256Sha256"
     mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
@@ -129,6 +132,7 @@ class OpcUa:
         """Nothing is connected yet."""
         self._settings = settings
         self._client: Client | None = None
+        self._loop: ThreadLoop
         self._nodes: dict[str, tuple[SyncNode, VariantType]] = {}
         self._counters = _Counters()
 
@@ -136,12 +140,15 @@ class OpcUa:
         """Connect, and ask for the nodes' types; DeliveryError or ConfigError on failure."""
         if self._client is not None:
             return
-        from asyncua.sync import Client
+        from asyncua.sync import Client, ThreadLoop
 
         settings = self._settings
-        # Its own limit is for every request; the wrapper's is for all requests of connecting together.
-        client = Client(settings.url, timeout=settings.timeout, sync_wrapper_timeout=4 * settings.timeout)
-        self._client = client
+        # The client's limit is for every request, the loop's for all requests of connecting together.
+        self._loop = ThreadLoop(4 * settings.timeout)
+        self._loop.daemon = True  # a line that ends without closing its sinks must not hang
+        self._loop.start()
+        client = self._client = Client(settings.url, timeout=settings.timeout, tloop=self._loop)
+        client.application_uri = "urn:flowad-fast:line"
         client.aio_obj.name = client.aio_obj.description = "flowad-line"
         with self._failures("cannot be reached", "check address and that the server runs"):
             if settings.username is not None:
@@ -207,6 +214,8 @@ class OpcUa:
         if client is not None:
             with contextlib.suppress(Exception):  # it may be broken already, in many ways
                 client.disconnect()
+            with contextlib.suppress(Exception):
+                self._loop.stop()
 
     @contextlib.contextmanager
     def _failures(self, what: str, remedy: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from flowad_fast.errors import DeliveryError, require
+from flowad_fast.errors import ConfigError, DeliveryError, require
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.sinks.base import Secret, SinkBase, Tls
 from flowad_fast.line.sinks.rows import Json, digest, to_row
@@ -48,6 +48,7 @@ class WebhookSettings(SinkBase):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("expected http://<host>/… or https://<host>/…")
+        _ = parts.port  # raises ValueError
         if parts.username is not None:
             raise ValueError("expected an address without user and password; use secret or bearer")
         return url
@@ -137,7 +138,9 @@ class Webhook:
         if settings.secret is not None:
             headers[SIGNATURE] = signature(settings.secret.read(), headers[TIMESTAMP], body)
         if settings.bearer is not None:
-            headers["Authorization"] = f"Bearer {settings.bearer.read()}"
+            if not ((token := settings.bearer.read()).isascii() and token.isprintable()):
+                raise ConfigError(f"{self.where}: the bearer token has characters that no header holds; check it")
+            headers["Authorization"] = f"Bearer {token}"
         async with (
             asyncio.timeout(settings.timeout),
             self._client.stream("POST", settings.url, content=body, headers=headers) as answer,
