@@ -13,27 +13,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.errors import FlowADError, FrameError, LineStoppedError
 from flowad_fast.line.acquisition import Acquisition
 from flowad_fast.line.canary import CanaryCheck
 from flowad_fast.line.event import Alarm, Record, Sink
 from flowad_fast.line.health import Counts, Health
-from flowad_fast.line.journal import Journal
 from flowad_fast.line.judging import Failures, Judge
+from flowad_fast.line.keeping import Keeping
 from flowad_fast.line.outcome import Outcome, Part
 from flowad_fast.line.outlets import Outlets
 from flowad_fast.line.policy import Batch, Policy
 from flowad_fast.line.records import Item, lost_record, make_record
-from flowad_fast.line.scoring import Call, EngineLostError, HangError, InProcess, InThread, Scoring, Start
+from flowad_fast.line.scoring import Call, EngineLostError, HangError, InProcess, Scoring, Start, as_scoring
 from flowad_fast.line.settings import Canary, Limits, LineSettings, sink_names
 from flowad_fast.line.sources import Shot, Source
 from flowad_fast.stages.frames import check_frames
 
 _log = logging.getLogger(__name__)
-
-
-class LineStoppedError(FlowADError, RuntimeError):
-    """The line has stopped because it could not go on: the engine failed too often, or a part demanded it."""
 
 
 class Line:
@@ -81,11 +77,11 @@ class Line:
             journal: folder of this line alone; None: a kill loses the parts in flight, and what sinks missed.
             spool: bytes on disk for each promising sink.
         """
-        self._scoring: Scoring = scoring if isinstance(scoring, InProcess | InThread) else _scoring(scoring)
+        self._scoring: Scoring = as_scoring(scoring)
         self._sources = dict(sources)
         self._judge = Judge(self._sources, dict(classes or {}))
         self._deadline, self._on_no_result = deadline, on_no_result
-        self._limits, self._folder = limits or Limits(), journal
+        self._limits = limits or Limits()
         self._canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
         self._policy = Policy(capacity, largest_batch)
         self._lock = threading.RLock()
@@ -103,8 +99,7 @@ class Line:
         self._ready = "the line was not started"
         self._stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
         self._numbers = dict.fromkeys(self._sources, 0)
-        self._journal: Journal | None = None
-        self._journal_failed = False
+        self._keeping = Keeping(journal, self.tell)
         folder = None if journal is None else journal / "spool"
         self._outlets = Outlets(sinks or {}, promising, folder, spool)
         self._cameras: dict[str, Acquisition] = {}
@@ -144,17 +139,18 @@ class Line:
         """
         for camera in self._sources:  # a wrong class fails now, not part by part
             self._scoring.classes.indices(self._judge.names([camera]), 1)
-        self._journal = Journal(self._folder) if self._folder is not None else None
+        self._keeping.open()
         try:
             self._scoring.start(self._limits.start)
             self._check(self._scoring)
         except BaseException:
             self._scoring.close()
-            if self._journal is not None:
-                self._journal.close()
+            self._keeping.close()
             raise
         self._outlets.open(self.tell)
-        self._name_lost()
+        for lost in self._keeping.lost:
+            self._give(lost_record(lost, self._on_no_result))
+            self._keeping.end(lost.part)
         for name, target in (("scoring", self._score), ("deadlines", self._watch)):
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         shared = {"stopping": self._stopping, "arrive": self._arrive, "tell": self.tell, "ended": self._ended}
@@ -193,8 +189,7 @@ class Line:
             self._clock.notify_all()
         self._scoring.close()
         self._outlets.close(max(0.2, end - time.monotonic()))
-        if self._journal is not None:
-            self._journal.close()
+        self._keeping.close()
 
     def run(self) -> Health:
         """Start, wait, close; the last state.
@@ -224,11 +219,11 @@ class Line:
 
         Whether it may replace the running one is for the caller to check. A `Scoring` must have been started.
         """
-        if not isinstance(scoring, InProcess | InThread):
-            scoring = _scoring(scoring)
-            scoring.start(self._limits.start)
+        other = as_scoring(scoring)
+        if other is not scoring:
+            other.start(self._limits.start)
         with self._lock:
-            before, self._scoring = self._scoring, scoring
+            before, self._scoring = self._scoring, other
         return before
 
     def tell(self, alarm: Alarm) -> None:
@@ -291,7 +286,7 @@ class Line:
             part = Part(name, camera, now - shot.age, now - shot.age + self._deadline)
             self._items[name] = Item(camera, arrived, frame)
             self._counts.arrived += 1
-            self._note(lambda journal: journal.begin(name, camera, arrived))
+            self._keeping.begin(name, camera, arrived)
             if shot.begun is not None:
                 try:
                     shot.begun()
@@ -394,7 +389,7 @@ class Line:
         for outcome in outcomes:
             record = make_record(outcome, self._items.pop(outcome.part.id), self._on_no_result)
             self._give(record)
-            self._note(lambda journal, part=record.part: journal.end(part))  # type: ignore[misc]
+            self._keeping.end(record.part)
             if record.action == "stop":
                 self.stop(f"part {record.part} has no result ({record.result}: {record.reason}) and on_no_result=stop")
         if outcomes and not self._policy.pending:
@@ -403,28 +398,3 @@ class Line:
     def _give(self, record: Record) -> None:
         self._counts.add(record)
         self._outlets.give(record)
-
-    def _note(self, write: Callable[[Journal], None]) -> None:
-        """Write to the journal; a full disk is an alarm and stops nothing."""
-        if self._journal is None:
-            return
-        try:
-            write(self._journal)
-            failed, text = False, "the journal is written again"
-        except OSError as error:
-            failed, text = True, f"{error}; a kill would lose parts that are in flight"
-        if failed != self._journal_failed:
-            self._journal_failed = failed
-            self.tell(Alarm("journal failed", datetime.now(UTC), text, over=not failed))
-
-    def _name_lost(self) -> None:
-        """Parts that an earlier run had in flight when it was killed."""
-        if self._journal is None:
-            return
-        for part in self._journal.lost:
-            self._give(lost_record(part, self._on_no_result))
-            self._journal.end(part.part)
-
-
-def _scoring(given: Scoring | Call) -> Scoring:
-    return given if hasattr(given, "start") else InThread(given)  # type: ignore[return-value]
