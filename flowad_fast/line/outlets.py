@@ -2,14 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowad_fast.line.event import Alarm, Record, Sink
 from flowad_fast.line.feeder import Feeder
 from flowad_fast.line.health import SinkState
-from flowad_fast.line.spool import Spool, SpoolFeeder
+from flowad_fast.line.spool import Spool, SpoolFeeder, kept_records
 
 _log = logging.getLogger(__name__)
 Listener = Callable[[Record | Alarm], None]
@@ -31,18 +31,32 @@ class Outlets:
         self._feeders: dict[str, Feeder] = {}
         self.listeners: list[Listener] = []
 
-    def open(self, tell: Callable[[Alarm], None]) -> None:
-        """Start the threads; `tell` gets the alarms about sinks."""
+    def open(self, tell: Callable[[Alarm], None], lost: Sequence[Record] = ()) -> None:
+        """Start the threads.
+
+        Args:
+            tell: gets the alarms about sinks.
+            lost: records for parts that a killed run had in flight. Where the kill fell between writing a part's record
+                to the spools and noting so, the spools have its outcome, and every sink gets that one.
+        """
         feeders: dict[str, Feeder] = {}
         spooled: dict[str, Feeder] = {}
+        kept: dict[str, dict[str, Record]] = {}
         for name, sink in self._sinks.items():
             if self._folder is None or name not in self._promising:
                 feeders[name] = Feeder(name, sink, tell)
             else:
-                spooled[name] = SpoolFeeder(name, sink, tell, Spool(self._folder / name, self._budget))
+                spool = Spool(self._folder / name, self._budget)
+                kept[name] = kept_records(spool, {record.part for record in lost}) if lost else {}
+                spooled[name] = SpoolFeeder(name, sink, tell, spool)
         for number, listener in enumerate(self.listeners, 1):
             feeders[f"listener {number}"] = Feeder(f"listener {number}", _Listening(listener), tell)
         self._feeders = feeders | spooled  # those without a spool first: a gate must not wait for a disk
+        told = {part: record for one in kept.values() for part, record in one.items()}
+        for record in lost:
+            for name, feeder in self._feeders.items():
+                if record.part not in kept.get(name, {}):
+                    feeder.give(told.get(record.part, record))
 
     def give(self, event: Record | Alarm) -> None:
         """Give an event to all; waits for none."""

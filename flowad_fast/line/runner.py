@@ -147,10 +147,9 @@ class Line:
             self._scoring.close()
             self._keeping.close()
             raise
-        self._outlets.open(self.tell)
-        for lost in self._keeping.lost:
-            self._give(lost_record(lost, self._on_no_result))
-            self._keeping.end(lost.part)
+        self._outlets.open(self.tell, [lost_record(part, self._on_no_result) for part in self._keeping.lost])
+        for part in self._keeping.lost:
+            self._keeping.end(part.part)
         for name, target in (("scoring", self._score), ("deadlines", self._watch)):
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         shared = {"stopping": self._stopping, "arrive": self._arrive, "tell": self.tell, "ended": self._ended}
@@ -388,13 +387,10 @@ class Line:
     def _tell(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             record = make_record(outcome, self._items.pop(outcome.part.id), self._on_no_result)
-            self._give(record)
+            self._counts.add(record)
+            self._outlets.give(record)
             self._keeping.end(record.part)
             if record.action == "stop":
                 self.stop(f"part {record.part} has no result ({record.result}: {record.reason}) and on_no_result=stop")
         if outcomes and not self._policy.pending:
             self._idle.notify_all()
-
-    def _give(self, record: Record) -> None:
-        self._counts.add(record)
-        self._outlets.give(record)
