@@ -37,6 +37,10 @@ class CalibrationError(FlowADError, ValueError):
     """Good parts are too few, or the model has no calibration for what is asked."""
 
 
+class LineStoppedError(FlowADError, RuntimeError):
+    """A production line has stopped because it could not go on; every part has its outcome nevertheless."""
+
+
 class ParityError(FlowADError, RuntimeError):
     """An exported artefact does not compute what the reference computes."""
 

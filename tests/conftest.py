@@ -21,7 +21,7 @@ LONG = (
     "test_export", "test_export_cli", "test_export_samples", "test_tensorrt", "test_aoti", "test_onnx", "test_fuzz",
     "test_kernels_interpreter", "test_kernels_compiled", "test_bench", "test_demo", "test_onnxruntime",
     "test_training", "test_triton_server", "test_docs", "test_method", "test_fast_engines", "test_inspect",
-    "test_line_policy",
+    "test_line_policy", "test_line_command", "test_line_scoring",
 )  # fmt: skip
 """Files of tests that build, compile, train or start processes: `make quick` leaves them out."""
 

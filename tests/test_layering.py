@@ -60,6 +60,7 @@ FLOORS = (
     ("line.sources",),
     ("line.settings", "line.acquisition"),
     ("line.canary", "line.records", "line.spool", "line.health"),
+    ("line.outlets", "line.judging", "line.keeping"),
     ("line.runner",),
     ("line",),
     ("evaluation.metrics", "evaluation.probes", "evaluation.scanning"),

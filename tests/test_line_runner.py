@@ -1,8 +1,10 @@
 """The line with fake engines: parts in, outcomes out, whatever hangs, raises or is slow."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from flowad_fast.detector import Detector
 from flowad_fast.line import Alarm, IteratorSource, Line, LineStoppedError, NoResult, Record, Shot
 from flowad_fast.line.journal import Journal
 from flowad_fast.line.settings import Limits
+from flowad_fast.line.sinks.rows import to_row
 from flowad_fast.line.sources import EndOfSource
+from flowad_fast.line.spool import Spool
 from flowad_fast.stages.decision import Verdict
 from tests.test_detector import FakeEngine, calibration, fake
 
@@ -220,8 +224,6 @@ def test_a_lost_camera_is_told_once_and_read_again(engine: Engine) -> None:
 
 
 def test_the_next_run_names_what_a_killed_one_left(engine: Engine, tmp_path: Path) -> None:
-    from datetime import UTC, datetime
-
     with Journal(tmp_path / "journal") as journal:
         journal.begin("a/1/left", "a", datetime.now(UTC))
     for expected in (1, 0):
@@ -256,6 +258,23 @@ def test_a_promising_sink_gets_everything_in_order_after_a_restart(engine: Engin
     assert [one.part.split("/")[-1] for one in up.records] == ["part1", "part2", "part3", "part4"]
     run(again := Collector(), 5)
     assert [one.part.split("/")[-1] for one in again.records] == ["part5"], "nothing twice"
+
+
+def test_an_outcome_that_was_kept_is_the_only_one(engine: Engine, tmp_path: Path) -> None:
+    """Killed between writing the record to one of two spools and noting in the journal that it was told."""
+    arrived = datetime.now(UTC)
+    with Journal(tmp_path) as journal:
+        journal.begin("a/1/x", "a", arrived)
+        journal.begin("a/1/y", "a", arrived)
+    spool = Spool(tmp_path / "spool" / "one", 1 << 20)
+    spool.put(json.dumps(to_row(Record("a/1/x", "a", Verdict.ANOMALOUS, "reject", arrived, 0.1))).encode())
+    spool.close()
+    sinks = {name: Collector() for name in ("one", "two", "three")}
+    camera = {"a": IteratorSource([])}
+    Line(detector(engine), camera, deadline=1, sinks=sinks, promising={"one", "two"}, journal=tmp_path).run()
+    for sink in sinks.values():
+        told = {one.part: one.result for one in sink.records}
+        assert told == {"a/1/x": Verdict.ANOMALOUS, "a/1/y": NoResult.SHUTTING_DOWN} and len(sink.records) == 2
 
 
 def test_swapping_between_two_parts(engine: Engine) -> None:

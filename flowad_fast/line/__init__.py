@@ -7,13 +7,13 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flowad_fast.errors import LineStoppedError as LineStoppedError
     from flowad_fast.line.event import Alarm as Alarm
     from flowad_fast.line.event import Record as Record
     from flowad_fast.line.event import Sink as Sink
     from flowad_fast.line.health import Health as Health
     from flowad_fast.line.outcome import NoResult as NoResult
     from flowad_fast.line.runner import Line as Line
-    from flowad_fast.line.runner import LineStoppedError as LineStoppedError
     from flowad_fast.line.settings import LineSettings as LineSettings
     from flowad_fast.line.settings import read_settings as read_settings
     from flowad_fast.line.sources import IteratorSource as IteratorSource
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from flowad_fast.line.sources import Source as Source
 
 _HOMES = {
-    "event": ("Alarm", "Record", "Sink"),
-    "health": ("Health",),
-    "outcome": ("NoResult",),
-    "runner": ("Line", "LineStoppedError"),
-    "settings": ("LineSettings", "read_settings"),
-    "sources": ("IteratorSource", "Shot", "Source"),
+    "flowad_fast.errors": ("LineStoppedError",),
+    "flowad_fast.line.event": ("Alarm", "Record", "Sink"),
+    "flowad_fast.line.health": ("Health",),
+    "flowad_fast.line.outcome": ("NoResult",),
+    "flowad_fast.line.runner": ("Line",),
+    "flowad_fast.line.settings": ("LineSettings", "read_settings"),
+    "flowad_fast.line.sources": ("IteratorSource", "Shot", "Source"),
 }
 __all__ = [
     "Alarm",
@@ -50,5 +51,5 @@ def __getattr__(name: str) -> object:
         if name in names:
             from importlib import import_module
 
-            return getattr(import_module(f"{__name__}.{module}"), name)
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

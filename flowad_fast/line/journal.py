@@ -13,6 +13,9 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
+from flowad_fast.errors import ConfigError
+from flowad_fast.files import make_folder
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -39,16 +42,16 @@ class Journal:
             largest: bytes after which what is over is dropped from the file.
 
         Raises:
-            ValueError: another line runs with this folder.
+            ConfigError: the folder cannot be made, or another line runs with this folder.
         """
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.path, self._largest = self.folder / "parts.jsonl", largest
         self._lock = FileLock(self.folder / "lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.folder}: another line runs with this journal; stop it, or give this line a folder of its own"
             ) from None
         self._file = -1

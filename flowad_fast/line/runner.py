@@ -7,38 +7,29 @@ and everything that counts is under one lock, which nobody holds while a detecto
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import numpy as np
-
-from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.errors import FlowADError, FrameError, LineStoppedError
 from flowad_fast.line.acquisition import Acquisition
 from flowad_fast.line.canary import CanaryCheck
 from flowad_fast.line.event import Alarm, Record, Sink
-from flowad_fast.line.feeder import Feeder
-from flowad_fast.line.health import Counts, Health, SinkState
-from flowad_fast.line.journal import Journal
-from flowad_fast.line.outcome import Judgement, Outcome, Part
+from flowad_fast.line.health import Counts, Health
+from flowad_fast.line.judging import Failures, Judge
+from flowad_fast.line.keeping import Keeping
+from flowad_fast.line.outcome import Outcome, Part
+from flowad_fast.line.outlets import Outlets
 from flowad_fast.line.policy import Batch, Policy
-from flowad_fast.line.records import Item, Judged, lost_record, make_record
-from flowad_fast.line.scoring import Call, EngineLostError, HangError, InProcess, InThread, Scoring, Start
+from flowad_fast.line.records import Item, lost_record, make_record
+from flowad_fast.line.scoring import Call, EngineLostError, HangError, InProcess, Scoring, Start, as_scoring
 from flowad_fast.line.settings import Canary, Limits, LineSettings, sink_names
 from flowad_fast.line.sources import Shot, Source
-from flowad_fast.line.spool import Spool, SpoolFeeder
-from flowad_fast.stages.decision import Verdict
-from flowad_fast.stages.frames import FrozenFrames, check_frames
+from flowad_fast.stages.frames import check_frames
 
 _log = logging.getLogger(__name__)
-
-
-class LineStoppedError(FlowADError, RuntimeError):
-    """The line has stopped because it could not go on: the engine failed too often, or a part demanded it."""
 
 
 class Line:
@@ -86,10 +77,11 @@ class Line:
             journal: folder of this line alone; None: a kill loses the parts in flight, and what sinks missed.
             spool: bytes on disk for each promising sink.
         """
-        self._scoring: Scoring = scoring if isinstance(scoring, InProcess | InThread) else _scoring(scoring)
-        self._sources, self._classes = dict(sources), dict(classes or {})
+        self._scoring: Scoring = as_scoring(scoring)
+        self._sources = dict(sources)
+        self._judge = Judge(self._sources, dict(classes or {}))
         self._deadline, self._on_no_result = deadline, on_no_result
-        self._limits, self._folder = limits or Limits(), journal
+        self._limits = limits or Limits()
         self._canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
         self._policy = Policy(capacity, largest_batch)
         self._lock = threading.RLock()
@@ -102,17 +94,14 @@ class Line:
         self._beyond = float("inf")  # monotonic: when the call that runs is beyond its limit
         self._watched = float("inf")  # the deadline that the clock's thread waits for
         self._counts = Counts()
-        self._shown = {camera: FrozenFrames() for camera in self._sources}
-        self._failed: deque[float] = deque()
+        self._failures = Failures(self._limits.restarts, self._limits.window)
         self._loud = ""
         self._ready = "the line was not started"
         self._stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
         self._numbers = dict.fromkeys(self._sources, 0)
-        self._journal: Journal | None = None
-        self._journal_failed = False
-        self._opened, self._promising, self._spool = dict(sinks or {}), promising, spool
-        self._feeders: dict[str, Feeder] = {}
-        self._listeners: list[Callable[[Record | Alarm], None]] = []
+        self._keeping = Keeping(journal, self.tell)
+        folder = None if journal is None else journal / "spool"
+        self._outlets = Outlets(sinks or {}, promising, folder, spool)
         self._cameras: dict[str, Acquisition] = {}
         self._left = 0
         self._threads: list[threading.Thread] = []
@@ -140,7 +129,7 @@ class Line:
 
     def listen(self, listener: Callable[[Record | Alarm], None]) -> None:
         """Have a function called with every record and alarm, in order, from a thread of its own. Before `start`."""
-        self._listeners.append(listener)
+        self._outlets.listeners.append(listener)
 
     def start(self) -> None:
         """Start the engine, judge the canary, name parts that a killed run has left, and take parts.
@@ -149,21 +138,18 @@ class Line:
             FlowADError: the engine does not start, or is not what it was; no calibration; another line runs here.
         """
         for camera in self._sources:  # a wrong class fails now, not part by part
-            self._scoring.classes.indices(self._names([camera]), 1)
-        self._journal = Journal(self._folder) if self._folder is not None else None
+            self._scoring.classes.indices(self._judge.names([camera]), 1)
+        self._keeping.open()
         try:
             self._scoring.start(self._limits.start)
             self._check(self._scoring)
         except BaseException:
             self._scoring.close()
-            if self._journal is not None:
-                self._journal.close()
+            self._keeping.close()
             raise
-        for name, sink in self._opened.items():
-            self._feeders[name] = self._feeder(name, sink)
-        for number, listener in enumerate(self._listeners):
-            self._feeders[f"listener {number + 1}"] = Feeder(f"listener {number + 1}", _Listening(listener), self.tell)
-        self._name_lost()
+        self._outlets.open(self.tell, [lost_record(part, self._on_no_result) for part in self._keeping.lost])
+        for part in self._keeping.lost:
+            self._keeping.end(part.part)
         for name, target in (("scoring", self._score), ("deadlines", self._watch)):
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         shared = {"stopping": self._stopping, "arrive": self._arrive, "tell": self.tell, "ended": self._ended}
@@ -201,14 +187,8 @@ class Line:
             self._work.notify_all()
             self._clock.notify_all()
         self._scoring.close()
-        left = max(0.2, end - time.monotonic())
-        closing = [threading.Thread(target=one.close, args=(left,), daemon=True) for one in self._feeders.values()]
-        for one in closing:
-            one.start()
-        for one in closing:
-            one.join(left + 0.5)
-        if self._journal is not None:
-            self._journal.close()
+        self._outlets.close(max(0.2, end - time.monotonic()))
+        self._keeping.close()
 
     def run(self) -> Health:
         """Start, wait, close; the last state.
@@ -238,11 +218,11 @@ class Line:
 
         Whether it may replace the running one is for the caller to check. A `Scoring` must have been started.
         """
-        if not isinstance(scoring, InProcess | InThread):
-            scoring = _scoring(scoring)
-            scoring.start(self._limits.start)
+        other = as_scoring(scoring)
+        if other is not scoring:
+            other.start(self._limits.start)
         with self._lock:
-            before, self._scoring = self._scoring, scoring
+            before, self._scoring = self._scoring, other
         return before
 
     def tell(self, alarm: Alarm) -> None:
@@ -250,8 +230,7 @@ class Line:
         _log.warning("%s: %s", alarm.kind, alarm.text)
         with self._lock:
             self._counts.alarms.append(alarm)
-        for feeder in list(self._feeders.values()):
-            feeder.give(alarm)
+        self._outlets.give(alarm)
 
     def health(self) -> Health:
         """How the line is now."""
@@ -272,10 +251,7 @@ class Line:
                 failures=self._counts.failures,
                 latency=self._counts.latency(),
                 sources={camera: one.trouble for camera, one in self._cameras.items()},
-                sinks={
-                    name: SinkState(one.delivered, one.waiting, one.missed, one.failures, one.trouble)
-                    for name, one in self._feeders.items()
-                },
+                sinks=self._outlets.states(),
                 last=tuple(self._counts.last),
                 alarms=tuple(self._counts.alarms),
             )
@@ -309,7 +285,7 @@ class Line:
             part = Part(name, camera, now - shot.age, now - shot.age + self._deadline)
             self._items[name] = Item(camera, arrived, frame)
             self._counts.arrived += 1
-            self._note(lambda journal: journal.begin(name, camera, arrived))
+            self._keeping.begin(name, camera, arrived)
             if shot.begun is not None:
                 try:
                     shot.begun()
@@ -347,7 +323,7 @@ class Line:
                 self._beyond = time.monotonic() + self._limits.call
             failure = None
             try:
-                judgements = self._judge(scoring, batch, items)
+                judgements = self._judge(scoring, batch, items, self._limits.call)
             except (HangError, EngineLostError) as error:
                 failure = str(error)
             except Exception as error:  # about these parts, not about the engine
@@ -366,35 +342,6 @@ class Line:
             if failure is not None and not self._restart(scoring, failure):
                 return
 
-    def _judge(self, scoring: Scoring, batch: Batch, items: list[Item]) -> tuple[Judgement, ...]:
-        """One judgement per part. Frames of one size are one call."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, item in enumerate(items):
-            assert item.frame is not None
-            groups.setdefault(item.frame.shape, []).append(i)
-        end = time.monotonic() + self._limits.call
-        judgements: list[Judgement | None] = [None] * len(items)
-        for group in groups.values():
-            members = [items[i] for i in group]
-            frames = [item.frame for item in members if item.frame is not None]
-            left = max(1e-3, end - time.monotonic())
-            names = self._names([item.camera for item in members])
-            found = scoring(frames[0][None] if len(frames) == 1 else np.stack(frames), names, left)
-            frozen = [self._shown[item.camera].doubts(item.frame[None])[0] for item in members]  # type: ignore[index]
-            if any(frozen):
-                found = replace(found, invalid=tuple(a or b for a, b in zip(found.invalid, frozen, strict=True)))
-            if Verdict.ANOMALOUS in found.verdict:
-                _ = found.regions  # here, where nobody waits for the lock
-            now = time.monotonic()
-            for place, (i, item) in enumerate(zip(group, members, strict=True)):
-                item.judged = Judged(found, place, scoring.bundle, batch.taken, now)
-                reason = found.invalid[place] or ""
-                judgements[i] = Judgement(found.verdict[place], float(found.score[place]), reason)
-        return tuple(one for one in judgements if one is not None)
-
-    def _names(self, cameras: list[str]) -> list[str | int] | None:
-        return [self._classes[camera] for camera in cameras if camera in self._classes] or None
-
     def _check(self, scoring: Scoring) -> None:
         """Judge the canary, learn how long a call takes, and say that the line is ready; FlowADError otherwise."""
         _log.info("canary: %s", self._canary(scoring, self._limits.start))
@@ -407,19 +354,16 @@ class Line:
     def _restart(self, scoring: Scoring, reason: str) -> bool:
         """Start the engine again after a failure; False when the line stops instead."""
         while True:
-            now = time.monotonic()
-            self._failed.append(now)
-            while self._failed[0] < now - self._limits.window:
-                self._failed.popleft()
+            too_many = self._failures.add(time.monotonic())
             with self._lock:
                 self._counts.failures += 1
                 self._ready = reason
                 if self._over:
                     return False
-            figures = {"failures": float(len(self._failed))}
+            figures = {"failures": float(len(self._failures))}
             self.tell(Alarm("engine failed", datetime.now(UTC), reason, figures=figures))
-            if len(self._failed) > self._limits.restarts:
-                self.stop(f"the engine failed {len(self._failed)} times in {self._limits.window:g} s, last: {reason}")
+            if too_many:
+                self.stop(f"the engine failed {len(self._failures)} times in {self._limits.window:g} s, last: {reason}")
                 self._abandon()
                 return False
             try:
@@ -443,62 +387,10 @@ class Line:
     def _tell(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             record = make_record(outcome, self._items.pop(outcome.part.id), self._on_no_result)
-            self._give(record)
-            self._note(lambda journal, part=record.part: journal.end(part))  # type: ignore[misc]
+            self._counts.add(record)
+            self._outlets.give(record)
+            self._keeping.end(record.part)
             if record.action == "stop":
                 self.stop(f"part {record.part} has no result ({record.result}: {record.reason}) and on_no_result=stop")
         if outcomes and not self._policy.pending:
             self._idle.notify_all()
-
-    def _give(self, record: Record) -> None:
-        self._counts.add(record)
-        for feeder in self._feeders.values():  # those without a spool first: a gate must not wait for a disk
-            feeder.give(record)
-
-    def _note(self, write: Callable[[Journal], None]) -> None:
-        """Write to the journal; a full disk is an alarm and stops nothing."""
-        if self._journal is None:
-            return
-        try:
-            write(self._journal)
-            failed, text = False, "the journal is written again"
-        except OSError as error:
-            failed, text = True, f"{error}; a kill would lose parts that are in flight"
-        if failed != self._journal_failed:
-            self._journal_failed = failed
-            self.tell(Alarm("journal failed", datetime.now(UTC), text, over=not failed))
-
-    def _name_lost(self) -> None:
-        """Parts that an earlier run had in flight when it was killed."""
-        if self._journal is None:
-            return
-        for part in self._journal.lost:
-            self._give(lost_record(part, self._on_no_result))
-            self._journal.end(part.part)
-
-    def _feeder(self, name: str, sink: Sink) -> Feeder:
-        if self._folder is None or name not in self._promising:
-            return Feeder(name, sink, self.tell)
-        return SpoolFeeder(name, sink, self.tell, Spool(self._folder / "spool" / name, self._spool))
-
-
-@dataclass(frozen=True)
-class _Listening:
-    """A function as a sink."""
-
-    listener: Callable[[Record | Alarm], None]
-
-    def publish(self, events: list[Record | Alarm]) -> None:
-        """Call it for each; what it raises is the listener's loss, for a second call would repeat the others."""
-        for event in events:
-            try:
-                self.listener(event)
-            except Exception:
-                _log.exception("a listener of the line raised")
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def _scoring(given: Scoring | Call) -> Scoring:
-    return given if hasattr(given, "start") else InThread(given)  # type: ignore[return-value]

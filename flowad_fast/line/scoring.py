@@ -128,6 +128,11 @@ class InThread:
                 answers.put(error)
 
 
+def as_scoring(given: Scoring | Call) -> Scoring:
+    """A detector behind a thread of this process; what is a `Scoring` already, as it is."""
+    return given if hasattr(given, "start") else InThread(given)  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Start:
     """How a child loads its detector."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 from flowad_fast.line.event import Alarm, Record, Sink
@@ -99,6 +99,13 @@ class Spool:
         fresh.write_text(f"{self._first} {self._offset}")
         os.replace(fresh, self._place)
 
+    def all(self) -> Iterator[bytes]:
+        """All lines that wait, oldest first; none of them is taken by that."""
+        for number in sorted(self._sizes):
+            with self._path(number).open("rb") as file:
+                file.seek(self._offset if number == self._first else 0)
+                yield from (line[:-1] for line in file if line.endswith(b"\n"))
+
     def close(self) -> None:
         """Close the file; what waits stays on disk."""
         if self._file >= 0:
@@ -122,6 +129,19 @@ class Spool:
     def _lines(self, number: int) -> int:
         data = self._path(number).read_bytes()
         return data.count(b"\n", self._offset if number == self._first else 0)
+
+
+def kept_records(spool: Spool, parts: Container[str]) -> dict[str, Record]:
+    """The records of `parts` that wait in a spool."""
+    found = {}
+    for line in spool.all():
+        try:
+            event = from_row(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(event, Record) and event.part in parts:
+            found[event.part] = event
+    return found
 
 
 class SpoolFeeder(Feeder):
