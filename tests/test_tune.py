@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from flowad_fast.cli.tune import start_eager
 from flowad_fast.errors import ConfigError
 from flowad_fast.export import cli as export_cli
+from flowad_fast.export.tune import start_onnxruntime
 from flowad_fast.files import sha256
 from flowad_fast.stages.scorers import Inversion, Mismatch
 from flowad_fast.tuning import judge, measure
@@ -222,7 +223,7 @@ def test_an_export_follows_a_recipe_and_the_command_line_wins(demo_recipe: Path,
     assert plan["aggregate"] == "max" and plan["sources"]["draws"] == "recipe.json"
 
 
-def test_an_export_refuses_another_checkpoints_recipe_and_location_statistics(demo_recipe: Path) -> None:
+def test_an_export_refuses_another_checkpoints_recipe_and_location_statistics_without_parts(demo_recipe: Path) -> None:
     recipe = read_recipe(demo_recipe)
     write_recipe(recipe.model_copy(update={"checkpoint": CHECKPOINT}), demo_recipe)
     assert "run flowad-tune on this checkpoint" in make("--recipe", demo_recipe)[1]
@@ -244,6 +245,12 @@ def test_the_manifest_keeps_the_recipe_with_its_evidence(tmp_path: Path) -> None
     assert bundle.read(tmp_path / "bundle")[1].recipe == kept
 
 
+def test_onnxruntime_is_timed_on_a_graph_of_the_same_score() -> None:
+    model, frame = tiny_model(), tiny_frames(1)
+    got, expected = (start(model, Mismatch()).run(frame, None) for start in (start_onnxruntime, start_eager))
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+
+
 def test_timings_are_positive_and_ordered() -> None:
     engine = start_eager(tiny_model(), Inversion(steps=1))
     timing = measure._timed(engine, tiny_frames(1), None)
@@ -257,3 +264,48 @@ def test_recipe_defaults_leave_counts_out_where_they_are_given() -> None:
     defaults = RecipeDefaults(Fake(), "r.json")  # type: ignore[arg-type]
     assert defaults.options("inversion") == {"steps": 2, "power": 2}
     assert defaults.options("inversion", counted=True) == {"power": 2} and defaults.options("density") == {}
+
+
+def test_location_statistics_come_from_the_other_half_and_need_enough_parts(tmp_path: Path) -> None:
+    def pairs(count: int) -> list[tuple[float, float]]:
+        folder = tmp_path / str(count)
+        result = measured(folder / "out", posed(folder / "good", count))
+        assert result.recipe.evidence.parts["statistics"] == count // 2
+        plain, located = ([r.synthetic.auroc for r in result.rows if r.location is side] for side in (False, True))
+        return list(zip(plain, located, strict=True))
+
+    assert all(plain == pytest.approx(located) for plain, located in pairs(12))
+    changed = [located - plain for plain, located in pairs(48)]
+    assert max(changed) > 0.01
+
+
+def posed(folder: Path, count: int) -> Parts:
+    """Parts that are all noisy in the same corner."""
+    folder.mkdir(parents=True)
+    random = np.random.RandomState(0)
+    for i in range(count):
+        frame = np.full((64, 64, 3), 128) + random.randint(-3, 4, (64, 64, 3))
+        frame[:16, :16] += random.randint(-100, 100, (1, 1, 3))
+        Image.fromarray(frame.astype(np.uint8)).save(folder / f"{i:02}.png")
+    paths = tuple(sorted(folder.iterdir()))
+    return Parts(paths, ("",) * count, (0,) * count)
+
+
+@pytest.mark.long
+def test_the_command_writes_recipes_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flowad_fast.checkpoints.own import save_checkpoint
+    from flowad_fast.cli.tune import tune as command
+
+    save_checkpoint(tiny_model(real_backbone=True), tmp_path / "tiny.safetensors", include_backbone=True)
+    images(tmp_path / "good", 8, 0)
+    labelled(tmp_path / "test")
+    out = tmp_path / "out"
+    command(
+        str(tmp_path / "tiny.safetensors"), str(tmp_path / "good"), str(tmp_path / "test"), out,
+        engine="eager", grid="quick", parts=4, seed=0, config=None, backbone_weights=None, json=True,
+    )  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    recipe = read_recipe(out / "recipe.json")
+    assert recipe.checkpoint == sha256(tmp_path / "tiny.safetensors") and recipe.evidence.chosen_by == "labelled"
+    assert read_recipe(out / "recipe-without-labels.json").evidence.chosen_by == "synthetic"
+    assert found["recipe"] == recipe.model_dump(mode="json") and (out / "tune.html").stat().st_size > 10_000

@@ -40,7 +40,8 @@ DEFECTS = tuple(
     for size in (0.06, 0.12, 0.24)
     for contrast in contrasts
 )
-"""Sizes from one cell of a 16x16 map to four in a row; contrasts that no recipe separates fully."""
+"""Sizes from one cell of a 16x16 map to four in a row; contrasts from faint to plain. On mono cells of ELPV
+the best recipes separate the largest and strongest sorts fully, and none of the faint ones."""
 
 
 def spoil(frame: Frame, defect: Defect, seed: int) -> Frame:
