@@ -272,7 +272,7 @@ def engine_around(session: Session) -> TensorRTEngine:
     """A `TensorRTEngine` past its checks of the machine, which other tests cover."""
     made = object.__new__(TensorRTEngine)
     made.name, made.device, made._device = "tensorrt", "cpu", torch.device("cpu")
-    made.session = session
+    made.session, made._location = session, {}
     return made
 
 
