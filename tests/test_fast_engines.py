@@ -1,5 +1,6 @@
 """The engine registry, where precisions can run, and what is measured: probes, attention backends."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -22,7 +23,8 @@ from flowad_fast.kernels.account import H100, WIDTHS
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.arithmetic import NUMBERS, Arithmetic
-from flowad_fast.stages.features import BACKBONES, FeatureExtractor
+from flowad_fast.stages.features import BACKBONES, FeatureExtractor, fold_batch_norms
+from flowad_fast.stages.linear import can_pack
 from flowad_fast.stages.scorers import Density, Inversion
 from flowad_fast.stages.velocity import DiT
 
@@ -213,3 +215,35 @@ def test_attention_is_measured_on_a_gpu(model: FlowModel) -> None:
     choice = choose_attention(model.config, torch.bfloat16, torch.device("cuda", 0))
     able = {name: ms for name, ms in choice.milliseconds.items() if ms is not None}
     assert set(choice.milliseconds) == set(BACKENDS) and able[choice.backend] == min(able.values())
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-b4"])
+def test_folded_batch_norms_compute_the_same_and_leave_the_original_as_it_was(name: Backbone) -> None:
+    torch.manual_seed(1)
+    extractor = FeatureExtractor(name)
+    for norm in [one for one in extractor.modules() if isinstance(one, torch.nn.BatchNorm2d)]:
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(0, 0.1)
+    before = {key: value.clone() for key, value in extractor.state_dict().items()}
+    folded = copy.deepcopy(extractor, {id(one): one for one in (*extractor.parameters(), *extractor.buffers())})
+    fold_batch_norms(folded.backbone)
+    assert not any(isinstance(one, torch.nn.BatchNorm2d) for one in folded.modules())
+    images = torch.randn(2, 3, 64, 64)
+    expected = extractor(images)
+    assert (folded(images) - expected).abs().max() < 1e-4 * expected.std()
+    assert all(torch.equal(value, before[key]) for key, value in extractor.state_dict().items())
+
+
+def test_the_eager_engine_folds_a_copy_on_the_cpu(model: FlowModel, frames: np.ndarray) -> None:
+    if not can_pack():
+        pytest.skip("folded beside packed linears, which this machine does not have")
+    pipeline = ScoringPipeline(model, Inversion())
+    engine = EagerEngine(pipeline, "cpu")
+    norms = [sum(isinstance(one, torch.nn.BatchNorm2d) for one in p.modules()) for p in (pipeline, engine.pipeline)]
+    assert norms[0] > 0 == norms[1]
+    with torch.no_grad():
+        maps, _ = pipeline(torch.from_numpy(frames))
+    assert np.abs(engine.run(frames, None)[0] - maps.numpy()).max() < 1e-3 * float(maps.std())

@@ -14,6 +14,7 @@ from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.arithmetic import NUMBERS
+from flowad_fast.stages.features import fold_batch_norms
 from flowad_fast.stages.linear import can_pack, pack
 
 
@@ -21,7 +22,8 @@ class EagerEngine(Engine):
     """Runs a `ScoringPipeline`; safe from many threads, since the pipeline holds no state.
 
     A batch that does not fit in GPU memory is split, see `BatchLimit`. `attention` is the backend that runs: on a GPU
-    the fastest, measured here unless a stored choice is given. On an x86 CPU the float32 weights are packed, a copy.
+    the fastest, measured here unless a stored choice is given. On an x86 CPU the float32 weights are packed, a copy,
+    and the backbone's batch norms are folded into its convolutions.
     """
 
     name = "eager"
@@ -43,6 +45,7 @@ class EagerEngine(Engine):
         self.pipeline = pipeline.on(self._device)
         if self._device.type == "cpu" and pipeline.precision == "fp32" and can_pack():
             self.pipeline = pack(self.pipeline, keep=(pipeline.ops,))
+            fold_batch_norms(self.pipeline.backbone)
         self._limit = BatchLimit()
         dtype = NUMBERS[pipeline.precision].dtype
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)

@@ -178,6 +178,35 @@ class FeatureExtractor(nn.Module):
         return (tokens - self.mean) / self.std if self.normalise else tokens
 
 
+def fold_batch_norms(network: nn.Module) -> None:
+    """Put the batch norms of a network that only infers into the convolutions before them, in place.
+
+    A batch norm is y = a x + b with a, b of its own; with a in the convolution's weights and b as its bias, a pass over
+    the activations goes. What a batch norm does afterwards (timm's have an activation) stays. Parameters are replaced,
+    never written, so a network that shares them stays as it is.
+    """
+    for parent in list(network.modules()):
+        convolution: nn.Conv2d | None = None
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d):
+                convolution = child
+            elif isinstance(child, nn.BatchNorm2d) and convolution is not None:
+                scale, shift = _affine(child)
+                bias = shift if convolution.bias is None else shift + scale * convolution.bias
+                weight = convolution.weight * scale[:, None, None, None]
+                convolution.weight = nn.Parameter(weight, requires_grad=False)
+                convolution.bias = nn.Parameter(bias, requires_grad=False)
+                setattr(parent, name, getattr(child, "act", nn.Identity()))
+                convolution = None
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Factor and summand per channel of a batch norm that only infers."""
+    assert norm.running_mean is not None and norm.running_var is not None and not norm.training
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - scale * norm.running_mean
+
+
 def load_backbone_weights(extractor: FeatureExtractor, state: dict[str, Tensor], source: str) -> None:
     """Fill the backbone from a whole network's state dict in either naming; later blocks and the head are ignored.
 
