@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-import flowad_fast
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.checkpoints.defaults import EvaluationDefaults, evaluation_defaults
@@ -26,10 +25,11 @@ from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, near
 from flowad_fast.export.calibration import parse_severity, recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
-from flowad_fast.export.frames import DEMO, GoodParts, good_parts, parity_frames, parse_size, training_parts
+from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size, training_parts
 from flowad_fast.export.location import StatisticsParts, in_words, split
 from flowad_fast.export.verify import Outcome, ParityFrames
 from flowad_fast.files import sha256
+from flowad_fast.shipped import PHOTOS, weight_file
 from flowad_fast.stages.decision import AGGREGATES, Aggregate, require_parts
 from flowad_fast.stages.scorers import SCORERS, Density
 from flowad_fast.tuning.recipe import RecipeDefaults, check_recipe, followed, read_recipe
@@ -46,7 +46,6 @@ PROBE_FRAMES = 8
 MODEL = ("torch", "torchvision", "timm", "safetensors")
 """What a model in memory needs."""
 HASHES_OK = "hashes ok"
-DEMO_FILE = Path(flowad_fast.__file__).parent / "assets" / "demo.safetensors"
 BEFORE = "without-command"
 """What the form without a command is called inside."""
 
@@ -84,7 +83,7 @@ Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard o
 
 def make(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth, .safetensors, or `demo`).")
+        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth, .safetensors, `demo` or `cells`).")
     ],
     config: Annotated[
         Path | None, typer.Option(help="YAML of a .pth checkpoint; logging.eval in it sets the defaults.")
@@ -130,7 +129,7 @@ def make(
     chosen_recipe = None if recipe is None else read_recipe(recipe)
     defaults: EvaluationDefaults | RecipeDefaults | None = evaluation_defaults(checkpoint, config)
     if chosen_recipe is not None and recipe is not None:
-        check_recipe(chosen_recipe, _file(checkpoint), recipe)
+        check_recipe(chosen_recipe, weight_file(checkpoint), recipe)
         defaults = RecipeDefaults(chosen_recipe, recipe.name)
     kind = scorer or (defaults.scorer if defaults else None)
     measured = kind == "density" and scoring.get("probes") == AUTO
@@ -152,7 +151,7 @@ def make(
         model = load_checkpoint(checkpoint, config, backbone_weights, weights)
         chosen.schedules(model.config)  # refuses scorers that the model cannot have
         _ = model.backbone
-        frames = parity_frames(data)
+        frames = parity_frames(data or (checkpoint if checkpoint in PHOTOS else None))
         good = None if calibrate is None else good_parts(calibrate, model.spec.classes.labels)
         for line in (*frames.left_out, *(good.left_out if good else ())):
             common.note(line)
@@ -184,7 +183,7 @@ def make(
         }
         common.print_json(plan) if json else common.out.print(plan)
         return
-    file = _file(checkpoint)
+    file = weight_file(checkpoint)
     with common.status("exporting") as tell:
         result = export_bundle(
             model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
@@ -195,11 +194,6 @@ def make(
             tell=tell,
         )  # fmt: skip
     _report(result, json, (*frames.left_out, *(good.left_out if good else ())))
-
-
-def _file(checkpoint: str) -> Path:
-    """The weight file that a checkpoint's name stands for."""
-    return DEMO_FILE if checkpoint == "demo" else Path(checkpoint)
 
 
 def show(path: Bundle, json: Json = False) -> None:
@@ -339,10 +333,10 @@ def _parts_for_location(
 
 
 def _given_parts(folder: str, labels: Sequence[str]) -> StatisticsParts:
-    parts = training_parts() if folder == DEMO else good_parts(folder, labels)
+    parts = training_parts(folder, labels) if folder in PHOTOS else good_parts(folder, labels)
     for line in parts.left_out:
         common.note(line)
-    where = "the demo's training cells" if folder == DEMO else f"the folder {Path(folder).name}"
+    where = f"the training cells of {folder}" if folder in PHOTOS else f"the folder {Path(folder).name}"
     return StatisticsParts(parts, f"{len(parts)} good parts of {where}")
 
 

@@ -1,20 +1,24 @@
 """Real frames for parity checks and calibration: from a folder, or from the demo's data set."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from flowad_fast.data.images import no_images, read_frame
 from flowad_fast.data.layouts import read_dataset
+from flowad_fast.data.samples import Sample
 from flowad_fast.data.walk import find_photos, folders, left_out
 from flowad_fast.errors import CalibrationError, FrameError
 from flowad_fast.evaluation.scanning import FrameFiles
+from flowad_fast.shipped import PHOTOS
 
 DEMO = "demo"
-"""Names the demo's data set (ELPV, monocrystalline) wherever a folder of frames is expected."""
+"""One of the names that stand for solar cells of ELPV wherever a folder of frames is expected, see `shipped.PHOTOS`."""
 PARITY_FRAMES = 16
 PARITY_BYTES = 512 * 2**20
 """Of parity frames: large photos are fewer, at least two of each label."""
@@ -51,7 +55,7 @@ class GoodParts:
 
 
 def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> ParityFrames:
-    """`count` frames of one size, spread evenly over a folder; the demo's labelled test cells when `source` is None.
+    """`count` frames of one size, spread evenly over a folder; labelled test cells of the demo when `source` is None.
 
     They are fewer where they would take more than `PARITY_BYTES`. A folder with a sub-folder `good` beside others
     (`bottle/test` of MVTec AD) gives labelled frames.
@@ -60,10 +64,13 @@ def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> Pari
         FrameError: no images, or a folder or image that cannot be read.
     """
     others: Counter[str] = Counter()
-    if source is None or str(source) == DEMO:
-        test = read_dataset("elpv", None).select("test")
-        by_label = [[s.path for s in test if s.label == label] for label in (0, 1)]
-        described = "ELPV monocrystalline test cells"
+    kinds: dict[Path, str] = {}
+    if source is None or str(source) in PHOTOS:
+        layout = PHOTOS[str(source or DEMO)]
+        test = read_dataset(layout, None).select("test")
+        by_label = [_in_turn([s for s in test if s.label == label]) for label in (0, 1)]
+        kinds = {s.path: s.category for s in test} if layout != PHOTOS[DEMO] else {}
+        described = "ELPV monocrystalline test cells" if not kinds else "ELPV test cells, mono- and polycrystalline"
     else:
         root = Path(source)
         paths = _photos(root, others)
@@ -75,30 +82,36 @@ def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> Pari
     count = min(count, max(2 * len(by_label), PARITY_BYTES // first.nbytes))
     frames: list[np.ndarray] = []
     labels: list[int] = []
+    classes: list[str] = []
     for label, paths in enumerate(by_label):
         # Read one at a time and again when chosen: many frames of a large camera do not fit in memory.
         same = [path for path in _spread(paths, 4 * count) if read_frame(path).shape == first.shape]
-        chosen = [read_frame(path) for path in _spread(same, count // len(by_label))]
+        taken = _spread(same, count // len(by_label))
+        chosen = [read_frame(path) for path in taken]
+        classes += [kinds[path] for path in taken if kinds]
         frames += chosen
         labels += [label] * len(chosen)
     return ParityFrames(
-        np.stack(frames), described, np.array(labels) if len(by_label) == 2 else None, left_out=_lines(others)
+        np.stack(frames),
+        described,
+        np.array(labels) if len(by_label) == 2 else None,
+        tuple(classes) or None,
+        _lines(others),
     )
 
 
 def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> GoodParts:
     """Good parts to calibrate on.
 
-    The folder holds images, or for conditional models one folder of them per class. `demo` is the demo's calibration
-    split.
+    The folder holds images, or for conditional models one folder of them per class. A name of `shipped.PHOTOS` is the
+    calibration split of those cells.
 
     Raises:
         CalibrationError: a conditional model, and no folder of one of its classes.
         FrameError: no images, or a folder that cannot be looked into.
     """
-    if str(source) == DEMO:
-        paths = [s.path for s in read_dataset("elpv", None).select("calibration")]
-        return GoodParts(FrameFiles(paths), [""] * len(paths), [path.name for path in paths])
+    if str(source) in PHOTOS:
+        return _cells(str(source), "calibration", class_names)
     root = Path(source)
     others: Counter[str] = Counter()
     said: list[str] = []
@@ -128,10 +141,33 @@ def good_parts(source: str | Path, class_names: Sequence[str] = ()) -> GoodParts
     )
 
 
-def training_parts() -> GoodParts:
-    """The demo's training split, which no threshold is fitted on."""
-    paths = [s.path for s in read_dataset("elpv", None).select("train")]
-    return GoodParts(FrameFiles(paths), [""] * len(paths), [path.name for path in paths])
+def training_parts(source: str, class_names: Sequence[str] = ()) -> GoodParts:
+    """The training split of the solar cells that `source` names, which no threshold is fitted on.
+
+    Raises:
+        CalibrationError: see `good_parts`.
+    """
+    return _cells(source, "train", class_names)
+
+
+def _cells(source: str, split: Literal["train", "calibration"], class_names: Sequence[str]) -> GoodParts:
+    samples = read_dataset(PHOTOS[source], None).select(split)
+    kinds = list(dict.fromkeys(s.category for s in samples))
+    if class_names and not set(kinds) <= set(class_names):
+        raise CalibrationError(f"{source}: cells of {', '.join(kinds)}; the model's classes: {', '.join(class_names)}")
+    if not class_names and len(kinds) > 1:
+        raise CalibrationError(f"{source}: cells of {', '.join(kinds)}, and the model has no classes; give {DEMO}")
+    paths = [s.path for s in samples]
+    return GoodParts(
+        FrameFiles(paths), [s.category if class_names else "" for s in samples], [path.name for path in paths]
+    )
+
+
+def _in_turn(samples: Sequence[Sample]) -> list[Path]:
+    """The photos of every category, taking turns as long as there are any, so that an even spread has some of each."""
+    by_category = [[s for s in samples if s.category == name] for name in dict.fromkeys(s.category for s in samples)]
+    turns = itertools.zip_longest(*by_category)
+    return [sample.path for turn in turns for sample in turn if sample is not None]
 
 
 def _photos(folder: Path, others: Counter[str]) -> list[Path]:

@@ -54,6 +54,9 @@ def _elpv(root: Path) -> None:
     names = [f"images/cell{i:04}.png" for i in range(12)]
     _touch(root, *names)
     lines = [f"{name} {float(i > 9)} mono" for i, name in enumerate(names)]
+    others = [f"images/other{i:04}.png" for i in range(12)]
+    _touch(root, *others)
+    lines += [f"{name} {float(i > 9)} poly" for i, name in enumerate(others)]
     (root / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -63,6 +66,7 @@ TREES: dict[str, Callable[[Path], None]] = {
     "realiad": _realiad,
     "folder": _folder,
     "elpv": _elpv,
+    "elpv-cells": _elpv,
 }
 every = pytest.mark.parametrize("name", LAYOUTS)
 

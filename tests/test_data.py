@@ -420,7 +420,7 @@ def test_unknown_layout():
         read_dataset("mvtek", None)
 
 
-@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"elpv"}))
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"elpv", "elpv-cells"}))
 def test_root_is_needed(layout, tmp_path):
     with pytest.raises(ConfigError, match="needs a data folder"):
         read_dataset(layout, None)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "flowad_fast", "export", "benchmarks", "tests")
 FLOORS = (
     # What a runtime without torch is made of.
-    ("errors", "environment", "moved"),
+    ("errors", "environment", "moved", "shipped"),
     ("config", "files"),
     ("stages.schedule", "stages.aggregates", "stages.frames", "stages.regions", "stages.location"),
     ("stages.decision", "evaluation.overlay"),

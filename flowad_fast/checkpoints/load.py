@@ -16,11 +16,12 @@ from flowad_fast.config import VelocityConfig, Weights
 from flowad_fast.errors import CheckpointError, ConfigError
 from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel, VelocityModel
+from flowad_fast.shipped import SHIPPED, weight_file
 
 __all__ = ["DEMO", "backbone_loader", "load_checkpoint", "load_velocity", "save_checkpoint"]
 
-DEMO = Path(__file__).parents[1] / "assets" / "demo.safetensors"
-"""The checkpoint that ships with the project, known as `demo` wherever a checkpoint is expected."""
+DEMO = SHIPPED["demo"]
+"""See `shipped`."""
 
 
 def load_checkpoint(
@@ -32,7 +33,8 @@ def load_checkpoint(
     """A trained model from disk, fp32, on the CPU.
 
     Args:
-        path: a FlowAD or InvAD `.pth`, the project's own `.safetensors` (its JSON lies beside it), or `demo`.
+        path: a FlowAD or InvAD `.pth`, the project's own `.safetensors` (its JSON lies beside it), or a name of
+            `shipped.SHIPPED`.
         config: the training or evaluation YAML of a `.pth`.
         backbone_weights: the backbone's weight file, in EfficientNet-PyTorch's or timm's naming. Without it, a B4
             or DINOv2 backbone takes timm's pretrained weights; a Lite0 backbone takes its package's.
@@ -49,7 +51,7 @@ def load_checkpoint(
         >>> model.config.hidden_size, model.config.depth, model.spec.backbone
         (256, 4, 'efficientnet-lite0')
     """
-    path = DEMO if str(path) == "demo" else Path(path)
+    path = weight_file(path)
     if path.suffix == ".safetensors":
         if config is not None:
             raise ConfigError(f"{path}: a safetensors checkpoint has its own JSON beside it; omit config")

@@ -10,6 +10,7 @@ import typer
 from flowad_fast.cli import common
 from flowad_fast.errors import require
 from flowad_fast.files import digest, make_folder, sha256
+from flowad_fast.shipped import weight_file
 
 if TYPE_CHECKING:
     from flowad_fast.tuning.measure import Result, Starter, Watch
@@ -45,7 +46,7 @@ def tune(
     """
     require("model", *MODEL, by="flowad-tune")
     require("tools", "matplotlib", "jinja2", by="flowad-tune")
-    from flowad_fast.checkpoints.load import DEMO, load_checkpoint
+    from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.tuning.measure import Settings
     from flowad_fast.tuning.measure import tune as measured
     from flowad_fast.tuning.page import sentence, write_page
@@ -54,7 +55,7 @@ def tune(
 
     folder = output or Path("tuning") / Path(checkpoint).stem
     make_folder(folder)
-    file = DEMO if checkpoint == "demo" else Path(checkpoint)
+    file = weight_file(checkpoint)
     model = load_checkpoint(checkpoint, config, backbone_weights)
     names = model.spec.classes.labels if model.config.use_class_labels else ()
     good = good_parts(data, names)

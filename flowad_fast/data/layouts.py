@@ -188,18 +188,25 @@ def elpv(root: Path | None = None, cell_type: Literal["mono", "poly"] = "mono") 
     return Dataset("elpv", tuple(samples), has_masks=False)
 
 
+def elpv_cells(root: Path | None = None) -> Dataset:
+    """As `elpv`, both types of cells: two categories, mono and poly."""
+    mono, poly = elpv(root, "mono"), elpv(root, "poly")
+    return Dataset("elpv-cells", mono.samples + poly.samples, has_masks=False)
+
+
 LAYOUTS: dict[str, Callable[[Path | None], Dataset]] = {
     "mvtec": mvtec,
     "visa": visa,
     "realiad": realiad,
     "folder": folder,
     "elpv": elpv,
+    "elpv-cells": elpv_cells,
 }
 """Reader of each layout by name."""
 
 
 def read_dataset(layout: str, root: Path | None, lists: Path | None = None) -> Dataset:
-    """The data set at `root` in the named layout; `root` may be None for `elpv` alone, `lists` is for `realiad` alone.
+    """The data set at `root` in the named layout; `root` may be None for ELPV alone, `lists` is for `realiad` alone.
 
     Raises:
         ConfigError: the layout is unknown, files that it needs are missing, or there are no images.

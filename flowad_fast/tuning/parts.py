@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from flowad_fast.data.images import find_images
 from flowad_fast.data.layouts import read_dataset
+from flowad_fast.data.samples import Sample
 from flowad_fast.errors import ConfigError
 from flowad_fast.files import digest, sha256
-
-DEMO = "demo"
-"""Names the demo's cells: good ones of the training split, labelled ones of the test split."""
+from flowad_fast.shipped import PHOTOS
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ class Parts:
 
 
 def good_parts(source: str, class_names: Sequence[str]) -> Parts:
-    """Good parts: a folder of images, for conditional models one of them per class, or `demo`.
+    """Good parts: a folder of images, for conditional models one of them per class, or a name of
+    `shipped.PHOTOS`, which stands for their training split.
 
     Raises:
         ConfigError: no folder of one of the model's classes.
         FrameError: no images.
     """
-    if source == DEMO:
-        found = [("", sample.path) for sample in read_dataset("elpv", None).select("train")]
+    if source in PHOTOS:
+        found = [(name, sample.path) for name, sample in _cells(source, "train", class_names)]
     else:
         found = [(name, path) for name, root in _of_classes(Path(source), class_names) for path in find_images(root)]
     return Parts(tuple(path for _, path in found), tuple(name for name, _ in found), (0,) * len(found))
@@ -58,8 +59,8 @@ def labelled_parts(source: str, class_names: Sequence[str]) -> Parts:
     Raises:
         ConfigError: good or defective parts are missing.
     """
-    if source == DEMO:
-        found = [("", sample) for sample in read_dataset("elpv", None).select("test")]
+    if source in PHOTOS:
+        found = _cells(source, "test", class_names)
     else:
         roots = _of_classes(Path(source), class_names)
         found = [(name, sample) for name, root in roots for sample in read_dataset("folder", root).samples]
@@ -71,6 +72,15 @@ def labelled_parts(source: str, class_names: Sequence[str]) -> Parts:
         tuple(name for name, _ in found),
         tuple(int(sample.label) for _, sample in found),
     )
+
+
+def _cells(source: str, split: Literal["train", "test"], class_names: Sequence[str]) -> list[tuple[str, Sample]]:
+    samples = read_dataset(PHOTOS[source], None).select(split)
+    kinds = list(dict.fromkeys(sample.category for sample in samples))
+    if set(kinds) - set(class_names) if class_names else len(kinds) > 1:
+        has = ", ".join(class_names) or "none"
+        raise ConfigError(f"{source}: cells of {', '.join(kinds)}, and the model's classes are: {has}")
+    return [(sample.category if class_names else "", sample) for sample in samples]
 
 
 def split(parts: Parts, limit: int, seed: int) -> tuple[Parts, Parts]:
