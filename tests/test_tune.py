@@ -14,6 +14,7 @@ from flowad_fast.errors import ConfigError
 from flowad_fast.export import cli as export_cli
 from flowad_fast.export.tune import start_onnxruntime
 from flowad_fast.files import sha256
+from flowad_fast.shipped import weight_file
 from flowad_fast.stages.scorers import Inversion, Mismatch
 from flowad_fast.tuning import judge, measure
 from flowad_fast.tuning.defects import DEFECTS, Defect, spoil
@@ -201,7 +202,7 @@ def test_descriptions_name_what_differs_from_the_default() -> None:
 @pytest.fixture
 def demo_recipe(tmp_path: Path) -> Path:
     recipe = measured(tmp_path / "out", good(tmp_path / "good")).recipe
-    changes = {"checkpoint": sha256(export_cli.DEMO_FILE), "scorer": Mismatch(tau=0.7), "aggregate": "top"}
+    changes = {"checkpoint": sha256(weight_file("demo")), "scorer": Mismatch(tau=0.7), "aggregate": "top"}
     write_recipe(recipe.model_copy(update=changes), tmp_path / "recipe.json")
     return tmp_path / "recipe.json"
 
