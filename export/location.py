@@ -58,6 +58,15 @@ def split(good: GoodParts, alpha: float, aggregate: Aggregate) -> tuple[Statisti
     return StatisticsParts(_some(good, sorted(first)), source), _some(good, sorted(rest))
 
 
+def some_of_each(good: GoodParts, count: int) -> GoodParts:
+    """At most `count` good parts of each class, evenly taken."""
+    chosen: list[int] = []
+    for name in dict.fromkeys(good.classes):
+        own = [i for i, of in enumerate(good.classes) if of == name]
+        chosen += own if len(own) <= count else [own[i * len(own) // count] for i in range(count)]
+    return _some(good, sorted(chosen))
+
+
 def refuse_overlap(statistics: GoodParts, good: GoodParts) -> None:
     """Refuse statistics from a part that the threshold is fitted on too.
 

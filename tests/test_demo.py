@@ -2,23 +2,30 @@
 
 import base64
 import io
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flowad_fast.benchmarks.demo import demo
+from flowad_fast.benchmarks.demo import demo, judging, pictures
 from flowad_fast.benchmarks.demo.gaussian import SHRINKAGE, PositionGaussians
 from flowad_fast.benchmarks.measure import harness
 from flowad_fast.benchmarks.measure.cases import Case, empty_row, make_scorer, random_model, spec_of
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.record.record import Latency, Measured, Memory, Parity, Ratio, Record, Stability
+from flowad_fast.benchmarks.record.report import RESULTS
+from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.evaluation.inspection import ResultFile, bundle_identity
 from flowad_fast.stages.scorers import Inversion
+
+ROOT = Path(__file__).parents[1]
+METHOD = judging.Method("inversion", Inversion(steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +38,13 @@ def cells():
 def bundles(tmp_path_factory):
     """One of a tiny model with random weights, as the demo exports its bundles: parity, calibration on real cells."""
     model = random_model(spec_of(32, 1, 2, backbone="efficientnet-lite0", size=64, invad=True), torch.device("cpu"))
-    return {"inversion": demo.export(Inversion(steps=2), tmp_path_factory.mktemp("bundles") / "tiny", model)}
+    return {"inversion": judging.export(METHOD, tmp_path_factory.mktemp("bundles") / "tiny", model, "demo")}
 
 
 @pytest.fixture(scope="module")
 def judged(bundles, cells, tmp_path_factory):
     results = tmp_path_factory.mktemp("results") / "inversion.csv"
-    return results, *demo.judge(bundles["inversion"], cells, results)
+    return results, judging.judge(METHOD, bundles["inversion"], cells, results)["mono"]
 
 
 def row(status="ok"):
@@ -76,13 +83,15 @@ def record():
 
 
 def test_judging_writes_the_rows_that_the_metrics_come_from(judged, cells, bundles):
-    results, outcome, scores = judged
+    results, one = judged
+    outcome, scores = one.outcome, one.scores
     with ResultFile(results, "csv", bundle_identity(bundles["inversion"]), "") as file:
         rows = file.rows
     assert [r["path"] for r in rows] == [str(s.path) for s in cells] and len(scores) == len(cells) == 20
     np.testing.assert_allclose([float(r["score"]) for r in rows], scores, rtol=1e-6)
     pairs = scores[10:, None] - scores[None, :10]
     assert outcome.image_auroc == pytest.approx(np.mean((pairs > 0) + 0.5 * (pairs == 0)))
+    assert outcome.low <= outcome.image_auroc <= outcome.high and outcome.evaluations == 2 and outcome.cells == 20
     for label, part in (("good", slice(10)), ("defective", slice(10, 20))):
         assert outcome.verdicts[label]["anomalous"] == np.sum(scores[part] > outcome.threshold)
         assert sum(outcome.verdicts[label].values()) == 10
@@ -92,8 +101,8 @@ def test_judging_writes_the_rows_that_the_metrics_come_from(judged, cells, bundl
 
 def test_chosen_cells_are_the_ends_of_the_ranking_and_none_comes_twice(cells):
     scores = np.random.RandomState(1).permutation(20).astype(float)
-    chosen = demo.choose(cells, scores)
-    of = {kind: [cells.index(s) for k, s in chosen if k == kind] for kind in demo._KINDS}
+    chosen = pictures.choose(cells, scores, each=3)
+    of = {kind: [cells.index(s) for k, s in chosen if k == kind] for kind in pictures.KINDS}
     order = np.argsort(scores).tolist()
     good, defective = [i for i in order if i < 10], [i for i in order if i >= 10]
     assert of["false rejects"] == good[::-1][:3] and of["misses"] == defective[:3]
@@ -101,21 +110,18 @@ def test_chosen_cells_are_the_ends_of_the_ranking_and_none_comes_twice(cells):
     assert set(of["other defects"]) <= set(defective[3:-3]) and set(of["good"]) <= set(good[:-3])
     everything = [i for index in of.values() for i in index]
     assert len(set(everything)) == len(everything) == 15
-    assert demo.choose(cells, scores) == chosen
+    assert pictures.choose(cells, scores, each=3) == chosen
 
 
 def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bundles, tmp_path):
-    _, outcome, scores = judged
-    labels = np.array([s.label for s in cells])
-    both = {"inversion": scores, demo.BASELINE: scores[::-1].copy()}
-    baseline = demo._outcome(demo.BASELINE, "a test", "torch", cells, both[demo.BASELINE])
-    rows = demo.pictures(bundles, demo.choose(cells, scores), tmp_path / "pictures")
-    figures = {
-        "scores": demo.histograms(labels, both, {"inversion": outcome.threshold}),
-        "roc": demo.roc_curves(labels, both),
-    }
-    summary = demo.Summary({"train": 413, "calibration": 59, "test": 20}, 10, demo.ALPHA, {"in all": 1.5})
-    html = demo.render(summary, [outcome, baseline], record(), figures, rows, "inversion")
+    _, one = judged
+    other = judging.judged_as(judging.GAUSSIAN, "a <test>", "torch", cells, one.scores[::-1].copy())
+    rows = pictures.pictures(bundles, pictures.choose(cells, one.scores, each=3), tmp_path / "pictures")
+    figures = {"scores-mono": pictures.histograms([one, other]), "roc-mono": pictures.roc_curves([one, other])}
+    counts = {"train": 413, "calibration": 59, "test": 20}
+    product = demo.Product(counts, 10, (one.outcome, other.outcome))
+    html = demo.render(demo.Summary({"mono": product}, judging.ALPHA, {"in all": 1.5}), record(), figures, rows)
+    outcome, baseline = one.outcome, other.outcome
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 15
     sources = re.findall(r'src="([^"]+)"', html)
     assert len(sources) == 15 * 2 + 3 and all(source.startswith("data:image/") for source in sources)
@@ -128,9 +134,9 @@ def test_the_report_is_one_file_with_the_pictures_and_numbers(judged, cells, bun
             assert b"<svg" in base64.b64decode(data)
     for text in (f"{outcome.image_auroc:.3f}", f"{baseline.image_auroc:.3f}", "not available", "a reason", "1.70 ("):
         assert text in html
-    assert "A &lt;CPU&gt; &amp; more" in html
+    assert "A &lt;CPU&gt; &amp; more" in html and "a &lt;test&gt;" in html
     assert max(table.count("<th>") for table in html.split("<table>")) <= 14, "wider than a window of 1,300 pixels"
-    assert {kind: len(part) for kind, part in rows.items()} == dict.fromkeys(demo._KINDS, 3)
+    assert {kind: len(part) for kind, part in rows.items()} == dict.fromkeys(pictures.KINDS, 3)
 
 
 def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tmp_path):
@@ -139,7 +145,7 @@ def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tm
     from flowad_fast.evaluation.overlay import overlay
 
     chosen = [("good", cells[0]), ("misses", cells[12])]
-    demo.pictures(bundles, chosen, tmp_path / "p")
+    pictures.pictures(bundles, chosen, tmp_path / "p")
     detector = flowad_fast.load(bundles["inversion"], engine="onnxruntime")
     (span,) = heat_ranges(detector, [s.path for _, s in chosen]).values()
     assert sum(span) / 2 == pytest.approx(threshold(detector))
@@ -177,6 +183,42 @@ def test_the_baseline_is_the_mahalanobis_distance_at_each_position():
         np.testing.assert_allclose(got[:, i, j], np.sqrt(np.einsum("nc,cd,nd->n", d, inverse, d)), rtol=1e-4)
 
 
-def test_the_baseline_scores_every_cell(cells):
-    scores = demo.baseline_scores(cells[:6], cells[8:12])
-    assert scores.shape == (4,) and np.isfinite(scores).all() and (scores > 0).all()
+def test_the_baselines_judge_every_cell_of_every_product():
+    samples = read_dataset("elpv-cells", None)
+    train = [s for kind in ("mono", "poly") for s in samples.select("train", kind)[:14]]
+    test = [s for kind in ("mono", "poly") for label in (0, 1) for s in samples.select("test", kind, label)[:2]]
+    found = judging.gaussians(train, test, "top")
+    assert list(found) == ["mono", "poly"]
+    for judged in found.values():
+        assert [one.outcome.method for one in judged] == [judging.GAUSSIAN, judging.GAUSSIAN_LOCATED]
+        for one in judged:
+            assert one.scores.shape == (4,) and np.isfinite(one.scores).all() and one.outcome.verdicts is None
+        assert not np.allclose(judged[0].scores, judged[1].scores)
+
+
+def test_the_share_of_cells_that_the_papers_scorers_judge_is_of_every_product_and_label():
+    test = read_dataset("elpv-cells", None).select("test")
+    some = judging.spread(test, 3)
+    for kind in ("mono", "poly"):
+        for label in (0, 1):
+            whole, part = ([s for s in of if (s.category, s.label) == (kind, label)] for of in (test, some))
+            assert len(part) == -(-len(whole) // 3) and set(part) <= set(whole)
+    assert judging.spread(test, 1) == list(test)
+
+
+def test_the_methods_are_the_recipe_with_at_most_two_evaluations_and_the_papers_three():
+    recipe, *paper = judging.methods()
+    config = load_checkpoint("cells").config
+    assert recipe.scorer.evaluations(config) <= 2 and recipe.every == 1
+    assert [m.scorer.kind for m in paper] == ["density", "inversion", "reconstruction"]
+    assert all(m.scorer.evaluations(config) == 3 and not m.located for m in paper)
+
+
+def test_readmes_table_is_that_of_the_committed_summary():
+    summary = json.loads((RESULTS / "demo" / "summary.json").read_text(encoding="utf-8"))
+    assert demo.readme_table(summary) in (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, bar in (("mono", 0.955), ("poly", 0.885)):
+        recipe, *others = summary["products"][name]["outcomes"]
+        gaussian = next(o for o in others if o["method"] == judging.GAUSSIAN)
+        assert recipe["evaluations"] <= 2 and recipe["image_auroc"] >= bar
+        assert recipe["image_auroc"] >= gaussian["image_auroc"] or gaussian["image_auroc"] <= recipe["high"]

@@ -18,8 +18,10 @@ from flowad_fast.stages.scorers import Inversion
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-DEMO = Path("demo-output") / "bundles" / "demo-inversion"
+CELLS = Path("demo-output") / "bundles" / "cells-recipe"
 """Where `make demo` leaves the bundle that README's snippets load."""
+DEMO = Path("bundles") / "demo-inversion"
+"""The bundle of examples in docstrings, which `flowad-export make demo` writes."""
 MODULES = sorted({getattr(flowad_fast, name).__module__ for name in flowad_fast.__all__})
 """Where the public names are."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
@@ -31,15 +33,17 @@ MADE = re.compile(r"(?:demo-output|build|dist)/.*|.*NEW\.py|manifest\.json|READM
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `make demo` leaves it, with the demo's weights in the one format that takes no minute to write."""
+    """A folder as `make demo` and `flowad-export make demo` leave it, in the format that is written at once."""
     folder = tmp_path_factory.mktemp("demo")
-    good = GoodParts(list(tiny_frames(19, 256, 256, seed=3)), [""] * 19, [f"{i}.png" for i in range(19)])
     frames = tiny_frames(2, 256, 256)
-    model = flowad_fast.load_checkpoint("demo")
-    result = export_bundle(
-        model, Inversion(), folder / DEMO, formats=("eager",), frames=frames, good=good, alpha=0.05, quiet=True
-    )
-    assert result.ok
+    for checkpoint, target, classes in (("demo", DEMO, ("",)), ("cells", CELLS, ("mono", "poly"))):
+        names = [name for name in classes for _ in range(19)]
+        photos = list(tiny_frames(len(names), 256, 256, seed=3))
+        result = export_bundle(
+            flowad_fast.load_checkpoint(checkpoint), Inversion(), folder / target, formats=("eager",), frames=frames,
+            good=GoodParts(photos, names, [f"{i}.png" for i in range(len(names))]), alpha=0.05, quiet=True,
+        )  # fmt: skip
+        assert result.ok
     return folder
 
 

@@ -160,6 +160,24 @@ def test_another_checkpoint_or_other_data_begin_anew_and_say_so(tmp_path: Path) 
     assert [line.split(" changed")[0] for line in said] == ["starting anew: checkpoint", "starting anew: data"]
 
 
+def test_the_choice_keeps_to_the_evaluations_that_are_allowed(tmp_path: Path) -> None:
+    parts = good(tmp_path / "good"), labelled(tmp_path / "test")
+    found = {
+        most: tune(
+            tiny_model(), CHECKPOINT, *parts, tmp_path / "out", start_eager, measure.Settings(most_evaluations=most)
+        )
+        for most in (1, 2, None)
+    }
+    assert len({len(one.rows) for one in found.values()}) == 1, "all are measured"
+    for most in (1, 2):
+        one = found[most]
+        assert one.rows[one.chosen].evaluations <= most and one.rows[one.without_labels].evaluations <= most
+        assert f"at most {most} evaluations" in one.recipe.evidence.rule
+        best = max(row.labelled.auroc for row in one.rows if row.labelled and row.evaluations <= most)
+        assert one.recipe.evidence.best == best
+    assert found[None].recipe.evidence.rule == judge.RULE
+
+
 def test_a_conditional_model_is_judged_by_class(tmp_path: Path) -> None:
     parts = good(tmp_path / "good", classes=PARTS)
     result = tune(tiny_model(len(PARTS)), CHECKPOINT, parts, None, tmp_path / "out", start_eager)

@@ -19,16 +19,23 @@ MODEL = ("torch", "torchvision", "timm", "safetensors")
 
 
 def tune(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint file, or `demo`.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint file, `demo` or `cells`.")],
     data: Annotated[
-        str, typer.Option(help="Folder of good parts (conditional models: one per class), or `demo`; no test parts.")
+        str,
+        typer.Option(
+            help="Folder of good parts (conditional models: one per class), or `demo`, `cells`; no test parts."
+        ),
     ],
     labelled: Annotated[
-        str | None, typer.Option(help="Folder with good/ beside folders of defects (or one such per class), or `demo`.")
+        str | None,
+        typer.Option(help="Folder with good/ beside folders of defects (or one such per class), or `demo`, `cells`."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to keep it in. [default: tuning/NAME]")] = None,
     engine: Annotated[Literal["eager", "onnxruntime"], typer.Option(help="What is timed.")] = "eager",
     grid: Annotated[Literal["quick", "full"], typer.Option(help="How many recipes are compared.")] = "quick",
+    most_evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Choose among recipes with at most so many; all are measured.")
+    ] = None,
     parts: Annotated[int, typer.Option(min=4, help="Held-out good parts of each class, at most.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the synthetic defects and the bootstrap.")] = 0,
     config: Annotated[Path | None, typer.Option(help="YAML of a .pth checkpoint.")] = None,
@@ -65,7 +72,7 @@ def tune(
     identity = weights if not beside else digest([weights, *map(sha256, beside)])
     with _watch(quiet=json) as watch:
         starter = (starters or {"eager": start_eager})[engine]
-        settings = Settings(grid=grid, limit=parts, seed=seed, engine=engine)
+        settings = Settings(grid=grid, limit=parts, seed=seed, engine=engine, most_evaluations=most_evaluations)
         result = measured(model, identity, good, test, folder, starter, settings, watch)
     result = _for_checkpoint(result, weights)
     write_recipe(result.recipe, folder / "recipe.json")

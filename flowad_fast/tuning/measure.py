@@ -18,6 +18,7 @@ from flowad_fast.bundle import now
 from flowad_fast.config import Frozen
 from flowad_fast.data.images import read_frame
 from flowad_fast.engines import Engine
+from flowad_fast.errors import ConfigError
 from flowad_fast.files import digest
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.aggregates import Aggregate
@@ -49,6 +50,8 @@ class Settings:
     seed: int = 0
     engine: EngineName = "eager"
     defects: tuple[Defect, ...] = DEFECTS
+    most_evaluations: int | None = None
+    """The choice is among recipes with so many evaluations or fewer; all are measured."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Agreement(Frozen):
     """How well synthetic defects predict the labelled ones.
 
     `spearman` is over all recipes, with its 95 % interval; `lacks` is the labelled AUROC that the recipe chosen
-    without labels lacks to the best labelled recipe, by class ("all": the mean over classes).
+    without labels lacks to the best allowed labelled recipe, by class ("all": the mean over classes).
     """
 
     spearman: float
@@ -196,8 +199,13 @@ def tune(
     times = [row.time.median for row in rows]
     by_fake = [row.synthetic.auroc for row in rows]
     by_real = [row.labelled.auroc for row in rows if row.labelled]
-    without = judge.choose(times, by_fake)
-    chosen = judge.choose(times, by_real) if real else None
+    allowed = [i for i, row in enumerate(rows) if row.evaluations <= (settings.most_evaluations or row.evaluations)]
+    if not allowed:
+        raise ConfigError(f"no recipe has {settings.most_evaluations} evaluations or fewer; allow more")
+    without, chosen = _choose(times, by_fake, allowed), _choose(times, by_real, allowed) if real else None
+    rule = judge.RULE
+    if settings.most_evaluations is not None:
+        rule += f"; among those with at most {settings.most_evaluations} evaluations"
     sizes = {
         "statistics": len(statistics),
         "held_out": len(held),
@@ -207,9 +215,10 @@ def tune(
 
     def recipe(place: int, by: Literal["synthetic", "labelled"]) -> Recipe:
         scorer, aggregate, located = made[place]
+        best = max((by_fake if by == "synthetic" else by_real)[i] for i in allowed)
         evidence = Evidence(
-            chosen_by=by, rule=judge.RULE, engine=title, time=rows[place].time, synthetic=rows[place].synthetic,
-            labelled=rows[place].labelled, best=max(by_fake if by == "synthetic" else by_real), recipes=len(rows),
+            chosen_by=by, rule=rule, engine=title, time=rows[place].time, synthetic=rows[place].synthetic,
+            labelled=rows[place].labelled, best=best, recipes=len(rows),
             parts=sizes, data=data, machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             versions={"flowad-fast": flowad_fast.__version__} | {n: version(n) for n in PACKAGES},
             created=now(),
@@ -228,7 +237,7 @@ def tune(
         front=tuple(judge.front(times, by_real if real else by_fake)),
         without_labels=without,
         with_labels=chosen,
-        agreement=_agreement(rows, without, samples) if real else None,
+        agreement=_agreement(rows, without, allowed, samples) if real else None,
         sorts=_by_sort(values[without], frames, settings.seed),
         recipe=recipe(without, "synthetic") if chosen is None else recipe(chosen, "labelled"),
         recipe_without_labels=recipe(without, "synthetic"),
@@ -292,16 +301,23 @@ def _timed(engine: Engine, frame: NDArray[np.uint8], y: NDArray[np.int64] | None
     return Timing(median=middle, quarter=low, three_quarters=high, runs=len(taken))
 
 
-def _agreement(rows: list[Row], without: int, samples: tuple[list[judge.Values], list[judge.Values]]) -> Agreement:
+def _choose(times: list[float], aurocs: list[float], allowed: list[int]) -> int:
+    """The place in both lists of the recipe that `judge.choose` takes of those that are allowed."""
+    return allowed[judge.choose([times[i] for i in allowed], [aurocs[i] for i in allowed])]
+
+
+def _agreement(
+    rows: list[Row], without: int, allowed: list[int], samples: tuple[list[judge.Values], list[judge.Values]]
+) -> Agreement:
     real = [row.labelled for row in rows if row.labelled]
     fake = np.array([row.synthetic.auroc for row in rows])
     low, high = judge.rank_correlations(np.array(samples[0]), np.array(samples[1]))
     lacks = {
-        name: max(one.classes[name] for one in real) - real[without].classes[name]
+        name: max(real[i].classes[name] for i in allowed) - real[without].classes[name]
         for name in real[without].classes
         if name
     }
-    lacks["all"] = max(one.auroc for one in real) - real[without].auroc
+    lacks["all"] = max(real[i].auroc for i in allowed) - real[without].auroc
     return Agreement(
         spearman=judge.rank_correlation(fake, np.array([one.auroc for one in real])),
         low=low,
