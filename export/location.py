@@ -49,11 +49,15 @@ def split(good: GoodParts, alpha: float, aggregate: Aggregate) -> tuple[Statisti
     need = (2 if terms(aggregate) > 1 else 1) * max(parts_needed(alpha), 1)
     random, first, rest = np.random.RandomState(SEED), [], []
     names = np.array(good.classes, dtype=object)
+    contents = [_content(frame) for frame in good.frames]
     for name in dict.fromkeys(good.classes):
         own = random.permutation(np.flatnonzero(names == name))
         count = max(0, min(len(own) // 2, len(own) - need))
-        first += own[:count].tolist()
-        rest += own[count:].tolist()
+        # A photo that lies in the folder twice must not be in both parts: all but those of the threshold's go there.
+        seen = {contents[i] for i in own[count:]}
+        twice = [i for i in own[:count] if contents[i] in seen]
+        first += [i for i in own[:count].tolist() if i not in twice]
+        rest += [*own[count:].tolist(), *twice]
     source = f"{len(first)} of the {len(good)} good parts given, drawn with seed {SEED}; the threshold has the others"
     return StatisticsParts(_some(good, sorted(first)), source), _some(good, sorted(rest))
 

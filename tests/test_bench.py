@@ -172,7 +172,7 @@ def test_a_row_that_computes_something_else_has_no_speed(tmp_path):
     )
     rng = np.random.default_rng(0)
     maps = rng.normal(size=(3, 8, 8)).astype(np.float32)
-    np.savez(tmp_path / "want.npz", maps=maps, raw=maps.max((1, 2)), cells=maps)
+    np.savez(tmp_path / "want.npz", maps=maps, raw=maps.max((1, 2)), cells=maps, aggregate="max", power=2)
     np.savez(tmp_path / "got.npz", maps=maps * 1.1, raw=maps.max((1, 2)))
     expected = gate.Expected(tmp_path / "want.npz", tmp_path / "none.npz")
     failed = gate.judged(row, tmp_path / "got.npz", expected)

@@ -155,6 +155,20 @@ def test_pictures_are_the_overlays_of_the_bundle_on_one_scale(bundles, cells, tm
         assert np.abs(np.asarray(Image.open(file)).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.long
+def test_a_bundle_with_its_own_image_score_and_location_statistics_passes_the_gate(tmp_path):
+    model = random_model(spec_of(32, 1, 2, backbone="efficientnet-lite0", size=64, invad=True), torch.device("cpu"))
+    located = judging.Method("located", Inversion(steps=2), "top", located=True)
+    judging.STATISTICS, kept = 20, judging.STATISTICS
+    try:
+        bundle = judging.export(located, tmp_path / "located", model, "demo")
+    finally:
+        judging.STATISTICS = kept
+    found = demo.benchmark([bundle], lambda line: None)
+    (row,) = [one for one in found.cases if one.engine == "onnxruntime"]
+    assert row.status == "ok" and row.parity.passed and row.measured, row.reason
+
+
 def test_the_benchmark_runs_the_bundles(bundles, monkeypatch):
     seen = []
     monkeypatch.setattr(harness, "run", lambda cases, effort, tell: seen.extend(cases) or "the record")
@@ -198,11 +212,11 @@ def test_the_baselines_judge_every_cell_of_every_product():
 
 def test_the_share_of_cells_that_the_papers_scorers_judge_is_of_every_product_and_label():
     test = read_dataset("elpv-cells", None).select("test")
-    some = judging.spread(test, 3)
+    some = judging.spread(test, judging.SPREAD)
     for kind in ("mono", "poly"):
         for label in (0, 1):
             whole, part = ([s for s in of if (s.category, s.label) == (kind, label)] for of in (test, some))
-            assert len(part) == -(-len(whole) // 3) and set(part) <= set(whole)
+            assert len(part) == -(-len(whole) // judging.SPREAD) and set(part) <= set(whole)
     assert judging.spread(test, 1) == list(test)
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from models import PARTS, entries, tiny_frames, tiny_model
 
 import flowad_fast
 from flowad_fast import bundle
+from flowad_fast.data.images import read_frame
+from flowad_fast.data.layouts import read_dataset
 from flowad_fast.errors import BundleError, CalibrationError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.export.calibration import recalibrate
 from flowad_fast.export.exporter import check_bundle, export_bundle
@@ -19,6 +22,7 @@ from flowad_fast.export.verify import auroc, reference_outputs
 from flowad_fast.files import sha256
 from flowad_fast.kernels import reference as ops
 from flowad_fast.model import FlowModel
+from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.decision import calibrate
 from flowad_fast.stages.location import MIN_PARTS, LocationStatistics, apply, cells, identity
 from flowad_fast.stages.scorers import Inversion, Mismatch
@@ -174,6 +178,16 @@ def onnx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_photo_that_lies_in_the_folder_twice_is_never_in_both_parts() -> None:
+    once = part_frames(30, 8)
+    twice = GoodParts(
+        [*once.frames, *once.frames], [*once.classes] * 2, [f"{i}-{label}" for i in (1, 2) for label in once.labels]
+    )
+    statistics, rest = split(twice, 0.1, "max")
+    assert sorted(statistics.good.labels + rest.labels) == sorted(twice.labels)
+    refuse_overlap(statistics.good, rest)
+
+
 def test_fitting_anew_needs_no_export(onnx_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "b"
     shutil.copytree(onnx_bundle, path)
@@ -294,3 +308,40 @@ def test_the_false_reject_rate_holds_on_average_over_splits() -> None:
 def test_it_would_not_hold_if_the_thresholds_parts_gave_the_statistics() -> None:
     rate, error = promised(together=True)
     assert rate > 0.1 + 6 * error
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_real_cells_gain_and_lose_nothing_without_a_fixed_pose() -> None:
+    """Mono cells of ELPV, one evaluation: what training parts give, and the same maps shifted and turned at random."""
+    model, data = flowad_fast.load_checkpoint("demo"), read_dataset("elpv", None)
+    pipeline = ScoringPipeline(model, Mismatch(tau=0.5, seed=0)).eval()
+
+    def maps(split: str) -> np.ndarray:
+        paths = [sample.path for sample in data.select(split)]
+        with torch.inference_mode():
+            found = [
+                pipeline.cells(torch.from_numpy(np.stack([read_frame(path) for path in paths[i : i + 16]])))
+                for i in range(0, len(paths), 16)
+            ]
+        return torch.cat(found).numpy().reshape(-1, model.config.height, model.config.width)
+
+    def loose(maps: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+        side = maps.shape[1]
+        turned = [np.roll(np.rot90(one, random.randint(4)), random.randint(0, side, 2), (0, 1)) for one in maps]
+        return np.stack(turned)
+
+    labels = np.array([sample.label for sample in data.select("test")])
+    train, test = maps("train"), maps("test")
+    for highest, gain in ((1, 0.018), (3, 0.014)):  # max, and the highest 1 % of the cells
+
+        def ranking(maps: np.ndarray, count: int = highest) -> float:
+            return auroc(labels, np.sort(maps.reshape(len(maps), -1), 1)[:, -count:].mean(1))
+
+        assert ranking(LocationStatistics.fit(train).apply(test)) >= ranking(test) + gain
+        for seed in range(3):
+            random = np.random.RandomState(seed)
+            moved = loose(test, random)
+            for parts in (413, 60, 20):
+                fitted = LocationStatistics.fit(loose(train[:parts], random))
+                assert ranking(fitted.apply(moved)) >= ranking(test) - 0.003, (highest, seed, parts)

@@ -98,8 +98,8 @@ def demo(
     since = time.perf_counter()
     # Tracing keeps one core busy with Python, so exports run beside each other.
     with ProcessPoolExecutor(_WORKERS, get_context("spawn"), initializer=_share_cores) as pool:
-        exports = {m.name: pool.submit(judging.export, m, output / "bundles" / f"{CELLS}-{m.name}") for m in methods}
         baseline = pool.submit(judging.gaussians, train, test, methods[0].aggregate)
+        exports = {m.name: pool.submit(judging.export, m, output / "bundles" / f"{CELLS}-{m.name}") for m in methods}
         bundles: dict[str, Path] = {}
         with common.err.status(f"exporting {len(methods)} bundles, each checked against the reference and calibrated"):
             for name, export_of in exports.items():

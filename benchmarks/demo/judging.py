@@ -26,8 +26,8 @@ BATCH = 8
 PARITY_FRAMES = 8
 STATISTICS = 200
 """Training cells of each product that location statistics are fitted on."""
-SPREAD = 3
-"""The paper's scorers judge every third test cell; the recipe and the Gaussians judge all."""
+SPREAD = 4
+"""The paper's scorers judge every fourth test cell; the recipe and the Gaussians judge all."""
 RECIPE = "recipe"
 GAUSSIAN = "Gaussian"
 GAUSSIAN_LOCATED = "Gaussian, located"
@@ -239,8 +239,10 @@ def _features(samples: Sequence["Sample"]) -> Any:
 
     from flowad_fast.checkpoints.load import load_checkpoint
     from flowad_fast.data.images import read_frame
+    from flowad_fast.stages.features import fold_batch_norms
 
     model = load_checkpoint(CELLS)
+    fold_batch_norms(model.backbone)
     return torch.cat([model.features(read_frame(sample.path)[None]) for sample in samples])  # one fits the cache best
 
 

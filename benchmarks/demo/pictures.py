@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flowad_fast.data.samples import Sample
 
-_EACH = 2
+_EACH = 1
 """Pictures of each kind and product in the report."""
 KINDS = {
     "false rejects": "good cells with the highest scores",

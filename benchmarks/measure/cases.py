@@ -16,6 +16,7 @@ from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Precisio
 from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.model import FlowModel
+from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 from flowad_fast.stages.image import normalise
 from flowad_fast.stages.scorers import SCORERS, Inversion, Scorer, options
@@ -257,6 +258,14 @@ def empty_row(case: Case, status: Status = "ok", reason: str | None = None) -> R
         status=status,
         reason=reason,
     )
+
+
+def scored_as(case: "Case") -> tuple[Aggregate, np.ndarray | None]:
+    """The image score of a case, and the location statistics of its bundle where it is one that has some."""
+    if not is_bundle(case.preset):
+        return "max", None
+    folder, manifest = bundle.read(case.preset)
+    return manifest.aggregate, None if manifest.location is None else bundle.location_table(folder, manifest)
 
 
 def is_bundle(preset: str) -> bool:

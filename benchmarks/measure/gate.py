@@ -32,8 +32,9 @@ def judged(row: Row, output: Path, expected: Expected) -> Row:
     with np.load(output) as got, np.load(expected.maps) as want:
         try:
             parity = compare(
-                (got["maps"], got["raw"]), (want["maps"], want["raw"]), row.frames or "", row.precision, row.ran or ""
-            )
+                (got["maps"], got["raw"]), (want["maps"], want["raw"]), row.frames or "", row.precision, row.ran or "",
+                None, want["aggregate"].item(), want["cells"][0].size, int(want["power"]),
+            )  # fmt: skip
         except ParityError as error:
             return row.without_speed("failed parity", str(error))
         correlation = _rank_correlation(got["maps"], want["maps"])

@@ -17,7 +17,7 @@ import torch
 
 from flowad_fast import bundle
 from flowad_fast.benchmarks.measure import engines, roofs
-from flowad_fast.benchmarks.measure.cases import Case, empty_row, load_model, make_frames
+from flowad_fast.benchmarks.measure.cases import Case, empty_row, load_model, make_frames, scored_as
 from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
 from flowad_fast.benchmarks.record.record import Memory, Roofs, Row, Status
 from flowad_fast.config import Precision
@@ -28,6 +28,8 @@ from flowad_fast.errors import EngineUnavailableError, ParityError
 from flowad_fast.kernels import reference as ops
 from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.model import FlowModel
+from flowad_fast.stages import location
+from flowad_fast.stages.aggregates import Aggregate, norm_power
 from flowad_fast.stages.decision import calibrate
 from flowad_fast.stages.score import image_score
 from flowad_fast.stages.scorers import Density, Scorer
@@ -167,21 +169,30 @@ class Worker:
         y = None
         if model.config.use_class_labels:
             y = torch.arange(len(frames)) % model.config.num_classes
+        aggregate, table = scored_as(case)
         with arithmetic("fp32", device):
-            self._expected(model, case.scorer, frames, y, path, independent)
+            self._expected(model, case.scorer, frames, y, path, independent, aggregate, table)
 
     def _expected(
         self, model: FlowModel, scorer: Scorer, frames: np.ndarray, y: torch.Tensor | None, path: Path,
-        independent: Path | None,
+        independent: Path | None, aggregate: Aggregate, table: np.ndarray | None,
     ) -> None:  # fmt: skip
         cells = []
         for i in range(len(frames)):
             y1 = None if y is None else y[i : i + 1]
             x1 = model.features(frames[i : i + 1])
             cells.append(scorer.expected(model, x1, y1))
-        maps = ops.upsample(torch.cat(cells), model.spec.image.size)
-        raw = image_score(maps, "max")
-        np.savez(path, maps=maps.cpu().numpy(), raw=raw.cpu().numpy(), cells=torch.cat(cells).cpu().numpy())
+        plain = torch.cat(cells)
+        shown = plain
+        if table is not None:
+            labels = None if y is None else y.cpu().numpy()
+            shown = torch.from_numpy(location.apply(table, plain.cpu().numpy(), labels)).to(plain)
+        maps = ops.upsample(shown, model.spec.image.size)
+        raw = image_score(maps, aggregate, shown, norm_power(scorer))
+        np.savez(
+            path, maps=maps.cpu().numpy(), raw=raw.cpu().numpy(), cells=plain.cpu().numpy(), aggregate=aggregate,
+            power=norm_power(scorer),
+        )  # fmt: skip
         if isinstance(scorer, Density) and independent is not None and not independent.exists():
             other = Density(steps=scorer.steps, probes=INDEPENDENT_PROBES, seed=scorer.seed + 1)
             pairs = [
