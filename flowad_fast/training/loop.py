@@ -22,9 +22,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from pydantic_core import PydanticUndefined
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowad_fast.checkpoints.load import backbone_loader, save_checkpoint
-from flowad_fast.config import ModelConfig, VelocityConfig
+from flowad_fast.config import ModelConfig, Student, VelocityConfig
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
 from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError, require
@@ -53,10 +54,11 @@ from flowad_fast.training.batches import (
 )
 from flowad_fast.training.config import TrainConfig
 from flowad_fast.training.objective import draw_times, drop_classes, flow_loss
+from flowad_fast.training.students import Teacher
 
 STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "config.json"
 """Files of an output folder: resumable state, loss curve, trained model (with its JSON), what was asked for."""
-_WHERE_AND_WHEN = {"root", "lists", "feature_cache", "backbone_weights", "log_every", "save_every", "dtype"}
+_WHERE_AND_WHEN = {"root", "lists", "feature_cache", "backbone_weights", "teacher", "log_every", "save_every", "dtype"}
 """Fields that say where data lie and when files are written, and so may differ between a run and its resumption."""
 _SCHEMA = 1
 
@@ -68,6 +70,7 @@ class Identity(TypedDict):
     data: dict[str, str | int]
     backbone_sha256: str
     processes: int
+    teacher_sha256: NotRequired[str]
 
 
 class DivergedError(FlowADError, RuntimeError):
@@ -126,16 +129,27 @@ def train(
             stack.enter_context(_sole_writer(output))
             if config.feature_cache is not None:
                 require_writable(config.feature_cache)
+        teacher = None
+        if config.teacher is not None:
+            teacher = Teacher.of(config, runtime.device)
+            config = teacher.config(config)
         dataset = read_dataset(config.layout, config.root, config.lists)
         categories, samples = training_samples(config, dataset)
         config = config.counted(len(samples))
-        velocity = config.velocity(len(categories))
-        labels = torch.tensor([categories.index(sample.category) for sample in samples])
-        names = categories if velocity.use_class_labels else ()
-        spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
-        extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
+        if teacher is None:
+            velocity = config.velocity(len(categories))
+            names = categories if velocity.use_class_labels else ()
+            spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
+            extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
+        else:
+            spec = teacher.student(config)
+            velocity, names, extractor = spec.velocity, spec.class_names, teacher.raw_features()
+        order = names or categories
+        labels = torch.tensor([order.index(sample.category) for sample in samples])
         identity = _identity(config, dataset.name, samples, extractor, runtime.world)
-        learner = Learner(config, velocity, runtime)
+        if teacher is not None:
+            identity["teacher_sha256"] = teacher.sha256
+        learner = Learner(config, velocity, runtime, teacher)
         if resume and (output / STATE).is_file():
             learner.load(output / STATE, identity)
         direct = DirectFeatures(extractor, [sample.path for sample in samples], config)
@@ -144,7 +158,9 @@ def train(
         if config.feature_cache is not None:
             shown = progress if runtime.rank == 0 else None
             source = cached_features(direct, config.feature_cache, identity["backbone_sha256"], shown)
-        if config.normalise_features and learner.step == 0:
+        if teacher is not None:
+            learner.mean, learner.std = extractor.mean.clone(), extractor.std.clone()
+        elif config.normalise_features and learner.step == 0:
             learner.mean, learner.std = feature_statistics(source)
         first = learner.step
         if runtime.rank == 0:
@@ -168,8 +184,8 @@ class Learner:
     `losses` are those since the last line of the log, `mean_loss` is the mean that this line gave.
     """
 
-    def __init__(self, config: TrainConfig, velocity: VelocityConfig, runtime: "Runtime") -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: TrainConfig, velocity: VelocityConfig, runtime: "Runtime", teacher: Teacher | None = None) -> None:
+        self.config, self.runtime, self.teacher = config, runtime, teacher
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.dit = DiT(velocity).initialise()
@@ -209,14 +225,17 @@ class Learner:
         config, device = self.config, self.runtime.device
         generator = torch.Generator(device).manual_seed(seed_of(config.seed, 3, self.step, self.runtime.rank))
         x1 = (features - self.mean) / self.std
-        x0 = torch.randn(x1.shape, generator=generator, device=device)
-        t = draw_times(config, len(x1), generator)
-        if y is not None and config.class_dropout:
-            y = drop_classes(y, config.class_dropout, self.dit.config.num_classes, generator)
-        along = t[:, None, None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            u = self.field(along * x1 + (1 - along) * x0, t, y)
-        loss = flow_loss(u.float(), x0, x1, t, config.predict, config.loss, config.div_eps)
+        if self.teacher is not None:
+            lesson = self.teacher.lesson(x1, y, generator)
+            loss = F.mse_loss(self._output(lesson.x, lesson.t, lesson.y), lesson.target)
+        else:
+            x0 = torch.randn(x1.shape, generator=generator, device=device)
+            t = draw_times(config, len(x1), generator)
+            if y is not None and config.class_dropout:
+                y = drop_classes(y, config.class_dropout, self.dit.config.num_classes, generator)
+            along = t[:, None, None]
+            u = self._output(along * x1 + (1 - along) * x0, t, y)
+            loss = flow_loss(u, x0, x1, t, config.predict, config.loss, config.div_eps)
         self.optimizer.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.weights, config.grad_clip or math.inf))
@@ -232,6 +251,12 @@ class Learner:
             self.ema.update_parameters(self.dit)
         self.step += 1
         return value, norm
+
+    def _output(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The network's output (B, h*w, C) float32, computed in the configuration's precision."""
+        with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            out: Tensor = self.field(x, t, y)
+        return out.float()
 
     def save(self, path: Path, identity: Identity) -> None:
         """Write the state aside and rename it: a crash at any moment leaves the old or the new one."""
