@@ -130,4 +130,6 @@ def _plain(annotation: Any) -> type:
 
 def _option(name: str, kind: Any, help: str) -> inspect.Parameter:
     annotation = Annotated[kind | None, typer.Option(f"--{name}", help=help)]
-    return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(
+        name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )

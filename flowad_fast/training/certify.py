@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import Ranking, StudentCertificate, VelocityConfig
 from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.evaluation.certificate import RESAMPLES, ranking
@@ -18,7 +20,8 @@ from flowad_fast.stages.integration import from_tokens
 from flowad_fast.stages.score import aggregated
 from flowad_fast.stages.scorers import Scorer
 from flowad_fast.training.batches import DirectFeatures, Progress
-from flowad_fast.training.students import perturbed
+from flowad_fast.training.config import TrainConfig
+from flowad_fast.training.students import Teacher, perturbed
 
 AGGREGATES: tuple[Aggregate, ...] = ("max", "top")
 """Image scores that are compared."""
@@ -57,6 +60,33 @@ def divided(dataset: Dataset, categories: Sequence[str], training: tuple[Sample,
         held += own[:: max(_HELD_OUT, 2)] if len(own) > 1 else []
     kept = tuple(sample for sample in training if sample not in held)
     return Parts(kept, tuple(held), False, f"held-out training parts of {dataset.name}, and the same perturbed")
+
+
+def add_certificate(
+    path: Path, teacher: Teacher, parts: Parts, config: TrainConfig, progress: Progress | None = None
+) -> StudentCertificate:
+    """Measure the student in the file `path` as it was saved, and store its certificate there.
+
+    Raises:
+        FrameError: a part cannot be read; the student is kept, without a certificate.
+    """
+    student = load_checkpoint(path, backbone_weights=config.backbone_weights).to(teacher.model.device)
+    known = student.spec.student
+    assert known is not None, "saved as a student"
+    # The teacher's backbone gave raw features until now; both models take those that the student's file asks for.
+    source = DirectFeatures(student.backbone, [one.path for one in parts.tested], config, student.spec.image)
+    y = None
+    if student.config.use_class_labels:
+        order = student.class_names or tuple(dict.fromkeys(sample.category for sample in parts.tested))
+        y = torch.tensor([order.index(sample.category) for sample in parts.tested])
+    try:
+        certificate = certify(teacher.model, student, teacher.scorer, parts, source, y, progress)
+    finally:
+        source.pool.shutdown()
+    update = {"student": known.model_copy(update={"certificate": certificate})}
+    student.spec = student.spec.model_copy(update=update)
+    save_checkpoint(student, path, getattr(torch, config.dtype), include_backbone=teacher.stands_alone)
+    return certificate
 
 
 def certify(

@@ -110,7 +110,9 @@ class TrainConfig(Frozen):
             )
         for name in _OF_THE_OBJECTIVE:
             if getattr(self, name) != (default := type(self).model_fields[name].default):
-                raise ValueError(f"{name} {getattr(self, name)}: a teacher and its scorer set it; leave it at {default}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: a teacher and its scorer set it; leave it at {default}"
+                )
 
     def counted(self, images: int) -> "TrainConfig":
         """The configuration with steps and warm-up steps in place of epochs of so many images.

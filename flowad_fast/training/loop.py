@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowad_fast.checkpoints.load import backbone_loader, save_checkpoint
-from flowad_fast.config import ModelConfig, Student, VelocityConfig
+from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
 from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError, require
@@ -52,6 +52,7 @@ from flowad_fast.training.batches import (
     seed_of,
     training_samples,
 )
+from flowad_fast.training.certify import add_certificate, divided
 from flowad_fast.training.config import TrainConfig
 from flowad_fast.training.objective import draw_times, drop_classes, flow_loss
 from flowad_fast.training.students import Teacher
@@ -104,7 +105,8 @@ def train(
 ) -> TrainResult:
     """Train and write `output`/model.safetensors with its JSON, in the project's own format.
 
-    The result are the averaged weights, or those of the last step where `ema_decay` is 0.
+    The result are the averaged weights, or those of the last step where `ema_decay` is 0. With a teacher they are a
+    student's, with its certificate; the same call on a finished training measures the certificate again.
 
     State is saved every `save_every` steps, and on Ctrl-C or SIGTERM after the step that runs; with `resume` a run
     goes on from there. `distributed` takes part in the processes that `accelerate launch` started.
@@ -135,6 +137,10 @@ def train(
             config = teacher.config(config)
         dataset = read_dataset(config.layout, config.root, config.lists)
         categories, samples = training_samples(config, dataset)
+        parts = None
+        if teacher is not None:
+            parts = divided(dataset, categories, samples)
+            samples = parts.training
         config = config.counted(len(samples))
         if teacher is None:
             velocity = config.velocity(len(categories))
@@ -142,7 +148,7 @@ def train(
             spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
             extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
         else:
-            spec = teacher.student(config)
+            spec = teacher.student(config, categories)
             velocity, names, extractor = spec.velocity, spec.class_names, teacher.raw_features()
         order = names or categories
         labels = torch.tensor([order.index(sample.category) for sample in samples])
@@ -152,7 +158,7 @@ def train(
         learner = Learner(config, velocity, runtime, teacher)
         if resume and (output / STATE).is_file():
             learner.load(output / STATE, identity)
-        direct = DirectFeatures(extractor, [sample.path for sample in samples], config)
+        direct = DirectFeatures(extractor, [sample.path for sample in samples], config, spec.image)
         stack.callback(direct.pool.shutdown)
         source: FeatureSource = direct
         if config.feature_cache is not None:
@@ -171,6 +177,8 @@ def train(
         finished = learner.step == config.steps
         if finished and runtime.rank == 0:
             _save_result(config, learner, spec, extractor, identity, output / CHECKPOINT)
+            if teacher is not None and parts is not None:
+                add_certificate(output / CHECKPOINT, teacher, parts, config, progress)
     checkpoint = output / CHECKPOINT if finished else None
     seconds = time.perf_counter() - started
     return TrainResult(
@@ -184,7 +192,9 @@ class Learner:
     `losses` are those since the last line of the log, `mean_loss` is the mean that this line gave.
     """
 
-    def __init__(self, config: TrainConfig, velocity: VelocityConfig, runtime: "Runtime", teacher: Teacher | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, velocity: VelocityConfig, runtime: "Runtime", teacher: Teacher | None = None
+    ) -> None:
         self.config, self.runtime, self.teacher = config, runtime, teacher
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -373,7 +383,8 @@ def _save_result(
     dit = DiT(spec.velocity)
     dit.load_state_dict((learner.dit if learner.ema is None else learner.ema.module).state_dict())
     spec = spec.model_copy(update={"feature_normalisation": config.normalise_features, "provenance": provenance})
-    save_checkpoint(FlowModel(spec, dit, extractor), path, getattr(torch, config.dtype))
+    alone = learner.teacher is not None and learner.teacher.stands_alone
+    save_checkpoint(FlowModel(spec, dit, extractor), path, getattr(torch, config.dtype), include_backbone=alone)
 
 
 @dataclass(frozen=True)

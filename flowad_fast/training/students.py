@@ -6,14 +6,17 @@ of good parts and of good parts whose features were perturbed, since a scorer is
 shows. The student learns the network's raw output, so the teacher's schedule holds for it unchanged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from flowad_fast.checkpoints.load import DEMO, load_checkpoint
-from flowad_fast.config import ModelConfig, Student, VelocityConfig
+from flowad_fast.config import ModelConfig, Student, VelocityConfig, parse
 from flowad_fast.errors import ConfigError, nearest
 from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
@@ -33,12 +36,17 @@ class Lesson(NamedTuple):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model, the scorer whose evaluations are taught, and the SHA-256 of the model's file."""
+    """A trained model, the scorer whose evaluations are taught, and the SHA-256 of the model's file.
+
+    `perturbed` is the share of parts whose features are perturbed; `stands_alone` says that the file holds the
+    backbone's weights, and so must the student's.
+    """
 
     model: FlowModel
     scorer: Scorer
     sha256: str
     perturbed: float
+    stands_alone: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig, device: torch.device) -> "Teacher":
@@ -49,32 +57,42 @@ class Teacher:
             ConfigError: it is a student itself for other evaluations, or does not have the scorer.
         """
         assert config.teacher is not None and config.scorer is not None, "validated by TrainConfig"
-        path = DEMO if config.teacher == "demo" else config.teacher
+        path = DEMO if config.teacher == "demo" else Path(config.teacher)
+        if path.suffix != ".safetensors":
+            raise ConfigError(
+                f"teacher {path}: expected a checkpoint of this project (.safetensors); make one of it with "
+                "save_checkpoint(load_checkpoint(FILE, config), OUTPUT)"
+            )
         model = load_checkpoint(path, backbone_weights=config.backbone_weights)
         config.scorer.check_model(model)
         config.scorer.schedules(model.config)
-        return cls(model.to(device), config.scorer, sha256(path), config.perturbed)
+        with safe_open(path, "pt") as file:
+            alone = any(key.startswith("backbone.") for key in file.keys())  # noqa: SIM118 (not a mapping)
+        return cls(model.to(device), config.scorer, sha256(path), config.perturbed, alone)
 
     def config(self, given: TrainConfig) -> TrainConfig:
         """The configuration with what a student takes from its teacher: features, and classes in their order.
 
         Raises:
-            ConfigError: a class that the teacher does not have.
+            ConfigError: a class that the teacher does not have, or other features than the teacher's.
         """
         spec = self.model.spec
         names = spec.class_names if spec.velocity.use_class_labels else ()
         for category in given.categories if names else ():
             if category not in names:
                 raise ConfigError(f"the teacher has no class {category!r}; {nearest(category, names)}")
-        return given.model_copy(
-            update={
-                "backbone": spec.backbone,
-                "image_size": spec.image.size,
-                "normalise_features": spec.feature_normalisation,
-                "use_class_labels": spec.velocity.use_class_labels,
-                "categories": given.categories or names,
-            }
-        )
+        taken: dict[str, object] = {
+            "backbone": spec.backbone,
+            "image_size": spec.image.size,
+            "normalise_features": spec.feature_normalisation,
+            "use_class_labels": spec.velocity.use_class_labels,
+            "t_scale": spec.velocity.t_scale,
+        }
+        for name, value in taken.items():
+            asked = getattr(given, name)
+            if asked not in (value, TrainConfig.model_fields[name].default):
+                raise ConfigError(f"{name} {asked}: a student has its teacher's, which is {value}; leave it out")
+        return given.model_copy(update=taken | {"categories": given.categories or names})
 
     def velocity(self, config: TrainConfig) -> VelocityConfig:
         """The student's velocity field: the teacher's, of another width and depth.
@@ -82,13 +100,24 @@ class Teacher:
         Raises:
             ConfigError: the sizes do not fit.
         """
-        own = self.model.config
-        fields = config.velocity(max(own.num_classes, 1)).model_dump()
-        kept = ("num_classes", "use_class_labels", "pred_type", "step_grid", "t_scale")
-        return VelocityConfig(**fields | {name: getattr(own, name) for name in kept} | {"class_dropout_prob": 0.0})
+        sizes = {
+            name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads", "mlp_ratio", "patch_size")
+        }
+        fields = self.model.config.model_dump() | sizes | {"class_dropout_prob": 0.0}
+        return parse(VelocityConfig, fields, "the student's sizes")
 
-    def student(self, config: TrainConfig) -> ModelConfig:
-        """The student's description: the teacher's but for the velocity field, and what it may be used for."""
+    def student(self, config: TrainConfig, categories: Sequence[str]) -> ModelConfig:
+        """The student's description: the teacher's but for the velocity field, and what it may be used for.
+
+        Raises:
+            ConfigError: the sizes do not fit, or classes without names are not as many as the categories.
+        """
+        own = self.model.config
+        if own.use_class_labels and not self.model.class_names and own.num_classes != len(categories):
+            raise ConfigError(
+                f"the teacher has {own.num_classes} classes without names, got the categories {', '.join(categories)}; "
+                "give as many, in the order of its classes"
+            )
         student = Student(teacher=self.sha256, scorer=scorer_adapter.dump_python(self.scorer, mode="json"))
         return self.model.spec.model_copy(update={"velocity": self.velocity(config), "student": student})
 
