@@ -61,6 +61,8 @@ def model_card(manifest: Manifest) -> str:
         lines.append(f"| {name} | {a.engine} | {a.precision} | {' | '.join(_certificate(a))} |")
     if manifest.location is not None:
         lines += ["", "## Location statistics", "", *(f"- {line.strip()}" for line in in_words(manifest.location))]
+    if manifest.model.student is not None:
+        lines += ["", "## Student", "", *(f"- {line}" for line in manifest.model.student.lines())]
     lines += ["", "## Calibration", ""]
     if manifest.calibration is None:
         lines.append("None: scores are available, verdicts are not. `flowad-export calibrate BUNDLE GOOD_FOLDER`.")

@@ -425,6 +425,8 @@ def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome]
     common.out.print(_table(manifest, outcomes))
     _print_reasons(outcomes)
     common.say(f"written by flowad-fast {manifest.project_version} on {manifest.created}")
+    for line in () if manifest.model.student is None else manifest.model.student.lines():
+        common.say(line)
     if doubt:
         common.say(doubt)
     _print_calibration(manifest)

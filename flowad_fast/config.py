@@ -212,8 +212,75 @@ class ImageConfig(Frozen):
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
+class Ranking(Frozen):
+    """How one image score of a student orders parts, beside its teacher's on the same parts.
+
+    `spearman` is the rank correlation of the two scores. With labelled parts, AUROC of each in [0, 1], the difference
+    (student - teacher), and its 95 % interval over a paired bootstrap of the parts; None without labels.
+    """
+
+    spearman: float
+    teacher_auroc: float | None = None
+    student_auroc: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        line = f"rank correlation {self.spearman:.4f}"
+        if self.difference is None:
+            return line
+        return (
+            f"{line}, AUROC {self.student_auroc:.4f} (teacher {self.teacher_auroc:.4f}), "
+            f"difference {self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        )
+
+
+class StudentCertificate(Frozen):
+    """A student measured against its teacher, fp32, with the scorer that it was trained for.
+
+    `operations` is the student's share of the teacher's floating-point operations per evaluation, as `kernels.account`
+    counts them. `others` are defective parts where `labelled`, else good ones perturbed in feature space.
+    """
+
+    parts: str
+    labelled: bool
+    good: int = Field(ge=0)
+    others: int = Field(ge=0)
+    operations: float = Field(gt=0)
+    resamples: int = Field(ge=0)
+    rankings: dict[str, Ranking]
+
+
+class Student(Frozen):
+    """What a velocity field that was regressed on another one is good for: the evaluations of one scorer.
+
+    `teacher` is the SHA-256 of the teacher's file, `scorer` the scorer with its options as a manifest has them.
+    """
+
+    teacher: str
+    scorer: dict[str, bool | int | float | str]
+    certificate: StudentCertificate | None = None
+
+    def lines(self) -> list[str]:
+        """The record in words, for people."""
+        one = self.certificate
+        lines = [f"student of {self.teacher[:16]}…, for {self.scorer} alone"]
+        if one is None:
+            return [*lines, "certificate against the teacher: not measured"]
+        kind = "defective" if one.labelled else "perturbed"
+        lines += [
+            f"certificate against the teacher, on {one.good} good and {one.others} {kind} parts ({one.parts}); "
+            f"{one.operations:.1%} of its operations"
+        ]
+        return lines + [f"{name}: {ranking}" for name, ranking in one.rankings.items()]
+
+
 class ModelConfig(Frozen):
-    """A whole detector model: image, backbone, features and velocity field."""
+    """A whole detector model: image, backbone, features and velocity field.
+
+    `student` is None for a velocity field that was trained at all times, and so may be used with any scorer.
+    """
 
     schema_version: Literal[1] = 1
     velocity: VelocityConfig
@@ -221,6 +288,7 @@ class ModelConfig(Frozen):
     image: ImageConfig = ImageConfig()
     feature_normalisation: bool = False
     class_names: tuple[str, ...] = ()
+    student: Student | None = None
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ def option_names() -> tuple[str, ...]:
 
 
 def with_scorer_options(
-    function: Callable[..., Any], words: Mapping[str, str] | None = None, prefix: str = ""
+    function: Callable[..., Any], words: Mapping[str, str] | None = None, prefix: str = "", flag: str = ""
 ) -> Callable[..., Any]:
     """`function` with one option per field of any scorer, and `--evaluations`, in place of its **keywords.
 
@@ -46,6 +46,7 @@ def with_scorer_options(
         function: a command.
         words: options that take a word besides numbers, with its help; they arrive as text.
         prefix: put before every help text.
+        flag: put before every option's name, for a command that has options of these names itself.
     """
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -57,9 +58,9 @@ def with_scorer_options(
         word = (words or {}).get(name)
         kind = _plain(field.annotation) if word is None else str
         text = f"{prefix}{whose}{field.description}{'' if word is None else f', or {word}'}{shown}"
-        parameters.append(_option(name, kind, text))
-    text = f"{prefix}function evaluations per frame, instead of --steps (or --draws)"
-    parameters.append(_option(EVALUATIONS, int, text))
+        parameters.append(_option(flag + name, kind, text))
+    text = f"{prefix}function evaluations per frame, instead of --{flag}steps (or --{flag}draws)"
+    parameters.append(_option(flag + EVALUATIONS, int, text))
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 
@@ -129,4 +130,6 @@ def _plain(annotation: Any) -> type:
 
 def _option(name: str, kind: Any, help: str) -> inspect.Parameter:
     annotation = Annotated[kind | None, typer.Option(f"--{name}", help=help)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(
+        name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )

@@ -61,8 +61,33 @@ class BaseScorer:
         """The value of the option that sets the number of function evaluations."""
         return int(getattr(self, self.counted_by))
 
+    def covers(self, other: "BaseScorer") -> bool:
+        """Whether every evaluation of the network that `other` makes is one that this scorer makes too."""
+        return self == other
+
+    def check_model(self, model: object) -> None:
+        """Refuse a student that was trained for other evaluations than this scorer's.
+
+        Raises:
+            ConfigError: names the scorer that the student was trained for.
+        """
+        student = getattr(getattr(model, "spec", None), "student", None)
+        if student is None:
+            return
+        trained = scorer_adapter.validate_python(student.scorer)
+        if not trained.covers(self):
+            raise ConfigError(
+                f"the model is a student trained for {trained!r} alone, got {self!r}; use that scorer, its teacher, or "
+                f"train a student for this one (flowad-train --teacher CHECKPOINT --scorer {self.kind})"
+            )
+
     def prepare(self, model: "FlowField", how: "Arithmetic | None" = None) -> "MapModule[Any]":
-        """Bind the scorer to a model: the module that engines run and exporters trace."""
+        """Bind the scorer to a model: the module that engines run and exporters trace.
+
+        Raises:
+            ConfigError: the model does not have this scorer, or is a student for another one.
+        """
+        self.check_model(model)
         from flowad_fast.stages.arithmetic import FP32
         from flowad_fast.stages.maps import MAPS
 
@@ -87,6 +112,7 @@ class BaseScorer:
         """
         from flowad_fast.reference_path import reference_map
 
+        self.check_model(model)
         return self.map(model, x1, y) if self.reverse_mode else reference_map(model, self, x1, y)  # type: ignore[arg-type]
 
 
@@ -178,6 +204,10 @@ class Inversion(BaseScorer):
         """The schedule."""
         return schedule.inversion(config, self.steps)
 
+    def covers(self, other: BaseScorer) -> bool:
+        """See `BaseScorer`; the power comes after the last evaluation."""
+        return isinstance(other, Inversion) and other.steps == self.steps
+
     def schedules(self, config: VelocityConfig) -> tuple[Row, ...]:
         """See `BaseScorer`."""
         return self.rows(config)
@@ -254,6 +284,12 @@ class Mismatch(BaseScorer):
     def schedules(self, config: VelocityConfig) -> tuple[Row, ...]:
         """See `BaseScorer`."""
         return (self.row(config),)
+
+    def covers(self, other: BaseScorer) -> bool:
+        """See `BaseScorer`; fewer draws are the first of these."""
+        if not isinstance(other, Mismatch):
+            return False
+        return (other.tau, other.seed) == (self.tau, self.seed) and other.draws <= self.draws
 
     def evaluations(self, config: VelocityConfig) -> int:
         """One per draw."""

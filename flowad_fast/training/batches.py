@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from flowad_fast.config import ImageConfig
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.errors import ConfigError, nearest
@@ -76,9 +77,15 @@ class FeatureSource(Protocol):
 class DirectFeatures:
     """Features computed from the image files whenever they are asked for."""
 
-    def __init__(self, extractor: FeatureExtractor, paths: Sequence[Path], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        paths: Sequence[Path],
+        config: TrainConfig,
+        image: ImageConfig | None = None,
+    ) -> None:
         self.extractor, self.paths, self.images = extractor, paths, len(paths)
-        self.image, self.variants = config.image(), FLIPS[config.flips]
+        self.image, self.variants = image or config.image(), FLIPS[config.flips]
         self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="flowad-read")
 
     def read(self, index: int) -> Tensor:

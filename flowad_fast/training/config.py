@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from flowad_fast.config import Backbone, Frozen, ImageConfig, Target, VelocityConfig, grid_side, parse
 from flowad_fast.data.layouts import LAYOUTS
+from flowad_fast.stages.scorers import Scorer
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
@@ -16,6 +17,8 @@ FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "both": ((), (-1,), (-2,), (-2, -1)),
 }
 """Flip variants of a setting, each as the image axes to reverse; the first is the image itself."""
+_OF_THE_OBJECTIVE = ("predict", "loss", "t_sampling", "train_steps", "class_dropout")
+"""Fields that describe what is learned from data, and so have no meaning with a teacher."""
 
 
 class TrainConfig(Frozen):
@@ -59,6 +62,11 @@ class TrainConfig(Frozen):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the DiT (bf16: autocast)")
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, batches, flips, times and noise")
     feature_cache: Path | None = Field(None, description="folder for features on disk, computed once for all flips")
+    teacher: str | None = Field(None, description="checkpoint whose output a smaller field learns, or demo")
+    scorer: Annotated[Scorer, Field(discriminator="kind")] | None = Field(
+        None, description="with a teacher: the scorer whose evaluations are learned"
+    )
+    perturbed: float = Field(0.5, ge=0, le=1, description="with a teacher: share of parts with perturbed features")
     log_every: int = Field(50, gt=0, description="steps between lines of the log")
     save_every: int = Field(500, gt=0, description="steps between saved states")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="of the weights in the result")
@@ -68,6 +76,13 @@ class TrainConfig(Frozen):
     def _size_of_the_backbone(cls, data: Any) -> Any:
         if isinstance(data, dict) and "image_size" not in data and str(data.get("backbone")).startswith("dinov2"):
             return data | {"image_size": 224}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_evaluation(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("teacher") is not None and data.get("scorer") is None:
+            return data | {"scorer": {"kind": "mismatch"}}
         return data
 
     @model_validator(mode="after")
@@ -80,8 +95,24 @@ class TrainConfig(Frozen):
                 raise ValueError(f"{name} {getattr(self, name)} must not exceed lr {self.lr}")
         if self.t_sampling == "logistic" and self.train_steps is not None:
             raise ValueError(f"train_steps {self.train_steps} are equally spaced; got t_sampling logistic; give one")
+        if self.teacher is None and self.scorer is not None:
+            raise ValueError("scorer says what a student learns; got no teacher, give one")
+        if self.teacher is not None:
+            self._check_student()
         grid_side(self.backbone, self.image_size)
         return self
+
+    def _check_student(self) -> None:
+        if self.scorer is not None and self.scorer.kind == "density":
+            raise ValueError(
+                "scorer density needs the network's derivative, which a student does not learn; "
+                "give mismatch, inversion or reconstruction"
+            )
+        for name in _OF_THE_OBJECTIVE:
+            if getattr(self, name) != (default := type(self).model_fields[name].default):
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: a teacher and its scorer set it; leave it at {default}"
+                )
 
     def counted(self, images: int) -> "TrainConfig":
         """The configuration with steps and warm-up steps in place of epochs of so many images.

@@ -22,9 +22,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from pydantic_core import PydanticUndefined
 from torch import Tensor, nn
@@ -51,12 +52,14 @@ from flowad_fast.training.batches import (
     seed_of,
     training_samples,
 )
+from flowad_fast.training.certify import add_certificate, divided
 from flowad_fast.training.config import TrainConfig
 from flowad_fast.training.objective import draw_times, drop_classes, flow_loss
+from flowad_fast.training.students import Teacher
 
 STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "config.json"
 """Files of an output folder: resumable state, loss curve, trained model (with its JSON), what was asked for."""
-_WHERE_AND_WHEN = {"root", "lists", "feature_cache", "backbone_weights", "log_every", "save_every", "dtype"}
+_WHERE_AND_WHEN = {"root", "lists", "feature_cache", "backbone_weights", "teacher", "log_every", "save_every", "dtype"}
 """Fields that say where data lie and when files are written, and so may differ between a run and its resumption."""
 _SCHEMA = 1
 
@@ -68,6 +71,7 @@ class Identity(TypedDict):
     data: dict[str, str | int]
     backbone_sha256: str
     processes: int
+    teacher_sha256: NotRequired[str]
 
 
 class DivergedError(FlowADError, RuntimeError):
@@ -101,7 +105,8 @@ def train(
 ) -> TrainResult:
     """Train and write `output`/model.safetensors with its JSON, in the project's own format.
 
-    The result are the averaged weights, or those of the last step where `ema_decay` is 0.
+    The result are the averaged weights, or those of the last step where `ema_decay` is 0. With a teacher they are a
+    student's, with its certificate; the same call on a finished training measures the certificate again.
 
     State is saved every `save_every` steps, and on Ctrl-C or SIGTERM after the step that runs; with `resume` a run
     goes on from there. `distributed` takes part in the processes that `accelerate launch` started.
@@ -126,25 +131,42 @@ def train(
             stack.enter_context(_sole_writer(output))
             if config.feature_cache is not None:
                 require_writable(config.feature_cache)
+        teacher = None
+        if config.teacher is not None:
+            teacher = Teacher.of(config, runtime.device)
+            config = teacher.config(config)
         dataset = read_dataset(config.layout, config.root, config.lists)
         categories, samples = training_samples(config, dataset)
+        parts = None
+        if teacher is not None:
+            parts = divided(dataset, categories, samples)
+            samples = parts.training
         config = config.counted(len(samples))
-        velocity = config.velocity(len(categories))
-        labels = torch.tensor([categories.index(sample.category) for sample in samples])
-        names = categories if velocity.use_class_labels else ()
-        spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
-        extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
+        if teacher is None:
+            velocity = config.velocity(len(categories))
+            names = categories if velocity.use_class_labels else ()
+            spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
+            extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
+        else:
+            spec = teacher.student(config, categories)
+            velocity, names, extractor = spec.velocity, spec.class_names, teacher.raw_features()
+        order = names or categories
+        labels = torch.tensor([order.index(sample.category) for sample in samples])
         identity = _identity(config, dataset.name, samples, extractor, runtime.world)
-        learner = Learner(config, velocity, runtime)
+        if teacher is not None:
+            identity["teacher_sha256"] = teacher.sha256
+        learner = Learner(config, velocity, runtime, teacher)
         if resume and (output / STATE).is_file():
             learner.load(output / STATE, identity)
-        direct = DirectFeatures(extractor, [sample.path for sample in samples], config)
+        direct = DirectFeatures(extractor, [sample.path for sample in samples], config, spec.image)
         stack.callback(direct.pool.shutdown)
         source: FeatureSource = direct
         if config.feature_cache is not None:
             shown = progress if runtime.rank == 0 else None
             source = cached_features(direct, config.feature_cache, identity["backbone_sha256"], shown)
-        if config.normalise_features and learner.step == 0:
+        if teacher is not None:
+            learner.mean, learner.std = extractor.mean.clone(), extractor.std.clone()
+        elif config.normalise_features and learner.step == 0:
             learner.mean, learner.std = feature_statistics(source)
         first = learner.step
         if runtime.rank == 0:
@@ -155,6 +177,8 @@ def train(
         finished = learner.step == config.steps
         if finished and runtime.rank == 0:
             _save_result(config, learner, spec, extractor, identity, output / CHECKPOINT)
+            if teacher is not None and parts is not None:
+                add_certificate(output / CHECKPOINT, teacher, parts, config, progress)
     checkpoint = output / CHECKPOINT if finished else None
     seconds = time.perf_counter() - started
     return TrainResult(
@@ -168,8 +192,10 @@ class Learner:
     `losses` are those since the last line of the log, `mean_loss` is the mean that this line gave.
     """
 
-    def __init__(self, config: TrainConfig, velocity: VelocityConfig, runtime: "Runtime") -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(
+        self, config: TrainConfig, velocity: VelocityConfig, runtime: "Runtime", teacher: Teacher | None = None
+    ) -> None:
+        self.config, self.runtime, self.teacher = config, runtime, teacher
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.dit = DiT(velocity).initialise()
@@ -209,14 +235,17 @@ class Learner:
         config, device = self.config, self.runtime.device
         generator = torch.Generator(device).manual_seed(seed_of(config.seed, 3, self.step, self.runtime.rank))
         x1 = (features - self.mean) / self.std
-        x0 = torch.randn(x1.shape, generator=generator, device=device)
-        t = draw_times(config, len(x1), generator)
-        if y is not None and config.class_dropout:
-            y = drop_classes(y, config.class_dropout, self.dit.config.num_classes, generator)
-        along = t[:, None, None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            u = self.field(along * x1 + (1 - along) * x0, t, y)
-        loss = flow_loss(u.float(), x0, x1, t, config.predict, config.loss, config.div_eps)
+        if self.teacher is not None:
+            lesson = self.teacher.lesson(x1, y, generator)
+            loss = F.mse_loss(self._output(lesson.x, lesson.t, lesson.y), lesson.target)
+        else:
+            x0 = torch.randn(x1.shape, generator=generator, device=device)
+            t = draw_times(config, len(x1), generator)
+            if y is not None and config.class_dropout:
+                y = drop_classes(y, config.class_dropout, self.dit.config.num_classes, generator)
+            along = t[:, None, None]
+            u = self._output(along * x1 + (1 - along) * x0, t, y)
+            loss = flow_loss(u, x0, x1, t, config.predict, config.loss, config.div_eps)
         self.optimizer.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.weights, config.grad_clip or math.inf))
@@ -232,6 +261,12 @@ class Learner:
             self.ema.update_parameters(self.dit)
         self.step += 1
         return value, norm
+
+    def _output(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The network's output (B, h*w, C) float32, computed in the configuration's precision."""
+        with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            out: Tensor = self.field(x, t, y)
+        return out.float()
 
     def save(self, path: Path, identity: Identity) -> None:
         """Write the state aside and rename it: a crash at any moment leaves the old or the new one."""
@@ -348,7 +383,8 @@ def _save_result(
     dit = DiT(spec.velocity)
     dit.load_state_dict((learner.dit if learner.ema is None else learner.ema.module).state_dict())
     spec = spec.model_copy(update={"feature_normalisation": config.normalise_features, "provenance": provenance})
-    save_checkpoint(FlowModel(spec, dit, extractor), path, getattr(torch, config.dtype))
+    alone = learner.teacher is not None and learner.teacher.stands_alone
+    save_checkpoint(FlowModel(spec, dit, extractor), path, getattr(torch, config.dtype), include_backbone=alone)
 
 
 @dataclass(frozen=True)
