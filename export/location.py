@@ -9,13 +9,13 @@ import numpy as np
 from flowad_fast.bundle import Location
 from flowad_fast.config import ModelConfig
 from flowad_fast.detector import Detector
-from flowad_fast.errors import CalibrationError, FlowADError, FrameError
-from flowad_fast.evaluation.scanning import scan
+from flowad_fast.errors import CalibrationError, FrameError
+from flowad_fast.evaluation.location import measure_location
 from flowad_fast.export.frames import GoodParts
 from flowad_fast.stages.aggregates import Aggregate, terms
 from flowad_fast.stages.decision import parts_needed
 from flowad_fast.stages.frames import invalid_frames
-from flowad_fast.stages.location import MIN_PARTS, LocationStatistics, cells
+from flowad_fast.stages.location import MIN_PARTS, LocationStatistics
 
 SEED = 0
 
@@ -93,18 +93,8 @@ def fit_location(detector: Detector, parts: GoodParts, spec: ModelConfig) -> Loc
         FrameError: a good part that cannot be read or judged.
         CalibrationError: a map that is not finite.
     """
-    height, width = spec.velocity.height, spec.velocity.width
-    given = [spec.classes.label(name) for name in parts.classes] if spec.classes.conditional else None
-    maps = []
-    for one, label in zip(scan(detector, parts.frames, given), parts.labels, strict=True):
-        if isinstance(one, FlowADError):
-            raise one
-        if reason := one.detection.invalid[one.place]:
-            raise FrameError(f"frame {label} for the location statistics: {reason}; remove it")
-        maps.append(cells(one.detection.map[one.place][None], height, width)[0])
-    stack = np.stack(maps) if maps else np.zeros((0, height, width), np.float32)
-    classes = None if given is None else spec.classes.indices(given, len(parts))
-    return LocationStatistics.fit(stack, classes, spec.classes.rows)
+    classes = parts.classes if spec.classes.conditional else None
+    return measure_location(detector, parts.frames, classes, parts.labels, spec)
 
 
 def check_parts(parts: GoodParts) -> None:

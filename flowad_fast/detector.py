@@ -221,6 +221,7 @@ class Detector:
         aggregate: Aggregate = "max",
         ops: str | None = None,
         threads: int | None = None,
+        location: np.ndarray | None = None,
     ) -> "Detector":
         """A detector without a bundle and so without a calibration.
 
@@ -234,13 +235,17 @@ class Detector:
             ops: operators of the velocity field and the loop: `reference` (plain torch) or `fused` (Triton kernels);
                 None takes fused for the cudagraph engine, otherwise reference.
             threads: see `load`.
+            location: location statistics, a table (classes, 2, h, w) of `stages.location`; None for none.
 
         Raises:
             EngineUnavailableError: engine, precision or operators cannot run here; says what is missing.
         """
         from flowad_fast.pipeline import ScoringPipeline
 
-        pipeline = ScoringPipeline(model, scorer, aggregate, arithmetic(engine, precision, ops))
+        how = arithmetic(engine, precision, ops)
+        pipeline = ScoringPipeline(model, scorer, aggregate, how, located=location is not None)
+        if location is not None:
+            pipeline.locate(location)
         return cls(start_from_model(engine, pipeline, device, threads), model.spec, aggregate=aggregate)
 
     @classmethod

@@ -64,7 +64,7 @@ FLOORS = (
     ("line.runner",),
     ("line",),
     ("evaluation.certificate", "evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
-    ("evaluation.results", "evaluation.report"),
+    ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
     ("evaluation.evaluate",),
     ("tuning.defects", "tuning.grid", "tuning.judge", "tuning.parts", "tuning.work"),

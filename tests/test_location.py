@@ -345,3 +345,40 @@ def test_real_cells_gain_and_lose_nothing_without_a_fixed_pose() -> None:
             for parts in (413, 60, 20):
                 fitted = LocationStatistics.fit(loose(train[:parts], random))
                 assert ranking(fitted.apply(moved)) >= ranking(test) - 0.003, (highest, seed, parts)
+
+
+def test_evaluation_of_a_checkpoint_takes_them_from_training_parts_and_a_recipe_asks_for_them(
+    tmp_path: Path, onnx_bundle: Path
+) -> None:
+    from PIL import Image
+
+    from flowad_fast.checkpoints.own import save_checkpoint
+    from flowad_fast.cli.eval import Asked, _load
+    from flowad_fast.data.samples import Sample
+    from flowad_fast.tuning.recipe import read_recipe, write_recipe
+
+    model, path = tiny_model(real_backbone=True), tmp_path / "tiny.safetensors"
+    save_checkpoint(model, path, include_backbone=True)
+    parts = []
+    for i, frame in enumerate(tiny_frames(20, seed=2)):
+        Image.fromarray(frame).save(tmp_path / f"{i:02}.png")
+        parts.append(Sample(tmp_path / f"{i:02}.png", "part", "train", 0))
+    detector, _, remarks = _load(Asked(str(path), "mismatch", aggregate="top", location=True, training=tuple(parts)))
+    assert "location statistics of 20 good training parts" in remarks
+    frames = tiny_frames(5, seed=9)
+    seen, new = (
+        reference_outputs(model, Mismatch(), "top", each, None)[0] for each in (tiny_frames(20, seed=2), frames)
+    )
+    expected = ops.upsample(_tensor(LocationStatistics.fit(cells(seen, 4, 4)).apply(cells(new, 4, 4))), 64).numpy()
+    assert np.abs(detector(frames).map - expected).max() < 1e-2 * expected.std()
+
+    chosen = read_recipe(Path(__file__).parents[1] / "benchmarks" / "demo" / "recipe.json")
+    change = {"checkpoint": sha256(path), "location": True, "scorer": Inversion(steps=2), "aggregate": "mean"}
+    write_recipe(chosen.model_copy(update=change), tmp_path / "recipe.json")
+    asked = Asked(str(path), recipe=tmp_path / "recipe.json", training=tuple(parts))
+    detector, _, remarks = _load(asked)
+    assert detector.aggregate == "mean" and "location statistics of 20 good training parts" in remarks
+    with pytest.raises(ConfigError, match="the data have none"):
+        _load(Asked(str(path), location=True))
+    with pytest.raises(ConfigError, match="has its scorer fixed, got --location"):
+        _load(Asked(str(onnx_bundle), location=True))

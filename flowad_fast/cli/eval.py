@@ -1,6 +1,6 @@
 """`flowad-eval`: metrics of a bundle or a checkpoint on a data set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -9,26 +9,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowad_fast.bundle import MANIFEST, read
-from flowad_fast.checkpoints.defaults import evaluation_defaults
+from flowad_fast.checkpoints.defaults import EvaluationDefaults, evaluation_defaults
 from flowad_fast.cli import common
 from flowad_fast.cli.authors import AUTHORS, BUILT_IN, choose
 from flowad_fast.cli.scorer_options import with_scorer_options
-from flowad_fast.config import VelocityConfig, Weights
+from flowad_fast.config import ModelConfig, VelocityConfig, Weights
 from flowad_fast.data.layouts import LAYOUTS
+from flowad_fast.data.samples import Sample
 from flowad_fast.errors import ConfigError, FrameError, require
+from flowad_fast.evaluation.scanning import FrameFiles
 from flowad_fast.files import make_folder, replacing
-from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, terms
+from flowad_fast.shipped import weight_file
+from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, check_located, terms
 from flowad_fast.stages.scorers import SCORERS
+from flowad_fast.tuning.recipe import RecipeDefaults, check_recipe, read_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from flowad_fast.detector import Detector
     from flowad_fast.evaluation.evaluate import Report
+    from flowad_fast.stages.location import LocationStatistics
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Bundle folder, checkpoint file, or `demo`.")],
+    model: Annotated[str, typer.Argument(help="Bundle folder, checkpoint file, `demo` or `cells`.")],
     data: Annotated[Path | None, typer.Option(help="Root of the data set; not needed for layout `elpv`.")] = None,
     layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}; MPDD has that of mvtec.")] = "mvtec",
     lists: Annotated[
@@ -44,6 +49,12 @@ def evaluate(
     weights: Annotated[
         Weights | None, typer.Option(help="Checkpoint only: its trained or its averaged weights [model].")
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Checkpoint only: what flowad-tune chose for it, recipe.json; options win.")
+    ] = None,
+    location: Annotated[
+        bool, typer.Option("--location", help="Checkpoint only: location statistics, of the good training parts.")
+    ] = False,
     threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     output: Annotated[
@@ -75,7 +86,10 @@ def evaluate(
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
     if output is not None:
         _make_writable(output)
-    asked = Asked(model, scorer, scoring, config, backbone_weights, weights, aggregate, test_set_normalisation)
+    asked = Asked(
+        model, scorer, scoring, config, backbone_weights, weights, aggregate, test_set_normalisation, recipe, location,
+        tuple(part for name in category or dataset.categories for part in dataset.select("train", name, label=0)),
+    )  # fmt: skip
     detector, scaled, remarks = _load(asked)
     for remark in remarks:
         common.note(remark)
@@ -101,7 +115,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says of the model; `authors` asks for the evaluation of the authors' code."""
+    """What the command line says of the model; `authors` asks for the evaluation of the authors' code.
+
+    `training` are the good parts that location statistics would be of.
+    """
 
     model: str
     scorer: str | None = None
@@ -111,6 +128,9 @@ class Asked:
     weights: Weights | None = None
     aggregate: str | None = None
     authors: bool = False
+    recipe: Path | None = None
+    location: bool = False
+    training: tuple[Sample, ...] = ()
 
 
 def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
@@ -124,7 +144,8 @@ def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
     if (Path(asked.model) / MANIFEST).is_file():
         fixed = {
             "scorer": asked.scorer, **asked.scoring, "aggregate": asked.aggregate, "config": asked.config,
-            "backbone-weights": asked.backbone_weights, "weights": asked.weights,
+            "backbone-weights": asked.backbone_weights, "weights": asked.weights, "recipe": asked.recipe,
+            "location": asked.location or None,
         }  # fmt: skip
         given = [f"--{name}" for name, value in fixed.items() if value is not None]
         if given:
@@ -141,7 +162,12 @@ def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
                 f"export it with --aggregate {theirs}, or give the checkpoint"
             )
         return detector, theirs, ()
-    defaults = evaluation_defaults(asked.model, asked.config)
+    defaults: EvaluationDefaults | RecipeDefaults | None = evaluation_defaults(asked.model, asked.config)
+    located = asked.location
+    if asked.recipe is not None:
+        recipe = read_recipe(asked.recipe)
+        check_recipe(recipe, weight_file(asked.model), asked.recipe)
+        defaults, located = RecipeDefaults(recipe, asked.recipe.name), located or recipe.location
     choice = choose(asked.scorer, asked.aggregate, asked.scoring, defaults, asked.authors)
     remarks: tuple[str, ...] = ()
     if terms(choice.aggregate) > 1 and not asked.authors:
@@ -161,9 +187,32 @@ def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
                 f"the authors' evaluation of this model has the image score {choice.aggregate}, got --aggregate "
                 f"{asked.aggregate}; leave one of the two out"
             )
+    if located:
+        check_located(choice.aggregate)
     detector = Detector.from_model(network, choice.scorer, aggregate=choice.aggregate)
+    if located:
+        statistics = _statistics(detector, network.spec, asked.training)
+        table = statistics.table
+        detector = Detector.from_model(network, choice.scorer, aggregate=choice.aggregate, location=table)
+        remarks = (*remarks, f"location statistics of {sum(statistics.parts)} good training parts")
     shown = (str(choice),) if defaults or asked.authors else ()
     return detector, choice.aggregate if asked.authors else None, (*shown, *remarks)
+
+
+def _statistics(detector: "Detector", spec: ModelConfig, training: Sequence[Sample]) -> "LocationStatistics":
+    """Location statistics of the maps of good training parts.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from flowad_fast.evaluation.location import measure_location
+
+    if not training:
+        raise ConfigError("location statistics are of good training parts, and the data have none; leave them out")
+    classes = [part.category for part in training] if detector.conditional else None
+    paths = [part.path for part in training]
+    with common.err.status(f"location statistics of {len(paths)} good training parts"):
+        return measure_location(detector, FrameFiles(paths), classes, [str(path) for path in paths], spec)
 
 
 def _authors_aggregate(config: VelocityConfig) -> "Aggregate":
