@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from flowad_fast.model import FlowModel
 from flowad_fast.stages import location
 from flowad_fast.stages.aggregates import Aggregate, Heat, check_located, check_scorer, norm_power
-from flowad_fast.stages.arithmetic import FP32, Arithmetic
+from flowad_fast.stages.arithmetic import FP32, NUMBERS, Arithmetic
+from flowad_fast.stages.fused_backbone import with_fused_backbone
 from flowad_fast.stages.image import normalise
 from flowad_fast.stages.integration import StepField
 from flowad_fast.stages.score import aggregated
@@ -20,7 +21,8 @@ class ScoringPipeline(nn.Module):
     """Frames (B, H, W, 3) uint8 and class indices (B,) to map (B, S, S) and raw score (B,), float32.
 
     S is the model's image size. The raw score is (B, n) for an aggregate of n > 1 terms, see `aggregates.Rule`.
-    `how` is the arithmetic of the velocity field and the loop; the backbone, the map and the score are float32.
+    `how` is the arithmetic of the velocity field and the loop; the map and the score are float32, and so is the
+    backbone but for `with_fused_backbone`.
     `located` puts the map in units of location statistics before it is enlarged, see `locate`.
     """
 
@@ -80,6 +82,18 @@ class ScoringPipeline(nn.Module):
         """The map before it is enlarged, (B, N)."""
         cells: Tensor = self.scorer(self.backbone(normalise(frames, self.image), self.ops), y)
         return cells
+
+    def with_fused_backbone(self) -> "ScoringPipeline":
+        """The pipeline with its backbone on its operators, where its precision lets features be of a half type.
+
+        Everything else is shared, and this one stays as it is; so do backbones that have no such form.
+        """
+        dtype = NUMBERS[self.precision].features
+        if dtype == torch.float32:
+            return self
+        fused = copy.copy(self)
+        fused._modules = self._modules | {"backbone": with_fused_backbone(self.backbone, self.ops, dtype)}
+        return fused
 
     def on(self, device: torch.device) -> "ScoringPipeline":
         """The pipeline on a device, for inference; the model that it was made of stays where it is."""

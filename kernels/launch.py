@@ -54,6 +54,17 @@ def check_rows(*tensors: Tensor) -> None:
             raise ValueError(f"channels must be contiguous, got strides {tensor.stride()}: call .contiguous() first")
 
 
+def check_contiguous(*tensors: Tensor | None) -> None:
+    """Check operands that kernels index as whole arrays.
+
+    Raises:
+        ValueError: one is not contiguous.
+    """
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"expected a contiguous tensor, got strides {tensor.stride()}: call .contiguous() first")
+
+
 def check_same_shape(x: Tensor, other: Tensor) -> None:
     """Check that `other` has the shape of x.
 

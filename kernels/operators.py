@@ -44,6 +44,30 @@ class Operators(Protocol):
 
     __name__: str
 
+    def stem(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, before: int, activation: str) -> Tensor:
+        """See `reference.stem`."""
+
+    def depthwise(
+        self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, before: int, activation: str, sums: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.depthwise`."""
+
+    def squeeze_excite(
+        self, sums: Tensor, pixels: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str
+    ) -> Tensor:
+        """See `reference.squeeze_excite`."""
+
+    def pointwise(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        activation: str,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `reference.pointwise`."""
+
     def pyramid_gather(self, stages: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """See `reference.pyramid_gather`."""
 

@@ -18,6 +18,9 @@ from torch import Tensor
 
 LN_EPS = 1e-6
 """LayerNorm epsilon of the DiT."""
+TILE = 8
+"""Side in pixels of the tiles that `depthwise` sums."""
+ACTIVATIONS = ("none", "silu", "relu6")
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """Largest finite float8_e4m3fn."""
@@ -50,6 +53,69 @@ def pyramid_gather(stages: list[Tensor], dtype: torch.dtype | None = None) -> Te
         rows = stage[:, :, low::s] + stage[:, :, low + 1 :: s]
         cells.append((rows[..., low::s] + rows[..., low + 1 :: s]) * 0.25)
     return _cast(torch.cat(cells, 1).flatten(2).transpose(1, 2), dtype or stages[-1].dtype)
+
+
+def stem(x: Tensor, weight: Tensor, bias: Tensor, stride: int, before: int, activation: str = "none") -> Tensor:
+    """A convolution of x (B, C, H, W) by weight (N, k, k, C) as channels-last maps (B, H', W', N), in its dtype.
+
+    H' is ceil(H / stride), W' likewise; `before` rows and columns of zeros are above and left of x, as many as are
+    needed below and right. bias (N,) float32; see `activate`.
+    """
+    x = _padded(_wide(_cast(x, weight.dtype)), weight.shape[1], stride, before)
+    out = F.conv2d(x, _wide(weight).permute(0, 3, 1, 2), _wide(bias), stride)
+    return _cast(activate(out, activation), weight.dtype).permute(0, 2, 3, 1).contiguous()
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, before: int, activation: str = "none", sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A convolution of each channel of x (B, H, W, C) by its own of weight (k, k, C), padded as in `stem`.
+
+    Returns:
+        (B, H', W', C) in the dtype of x, and the sums of its `TILE` x `TILE` tiles before rounding, (B, tiles, C),
+        tiles row by row, float32 or wider; (B, 0, C) unless `sums`.
+    """
+    wide = _padded(_wide(x).permute(0, 3, 1, 2), weight.shape[0], stride, before)
+    channels = x.shape[-1]
+    out = activate(
+        F.conv2d(wide, _wide(weight).permute(2, 0, 1)[:, None], _wide(bias), stride, groups=channels), activation
+    )
+    tiles = out.new_empty(len(x), 0, channels)
+    if sums:
+        rest = (-out.shape[3] % TILE, -out.shape[2] % TILE)
+        tiles = F.avg_pool2d(F.pad(out, (0, rest[0], 0, rest[1])), TILE, divisor_override=1).flatten(2).mT.contiguous()
+    return _cast(out, x.dtype).permute(0, 2, 3, 1).contiguous(), tiles
+
+
+def squeeze_excite(
+    sums: Tensor, pixels: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "silu"
+) -> Tensor:
+    """sigmoid(W2 activate(W1 mean + b1) + b2), (B, C) float32 or wider, of the means over images of `pixels` pixels.
+
+    sums (B, tiles, C) as `depthwise` gives them; w1 (R, C), w2 (C, R).
+    """
+    mean = sums.sum(1) / pixels
+    hidden = activate(F.linear(mean, _wide(w1), _wide(b1)), activation)
+    return torch.sigmoid(F.linear(hidden, _wide(w2), _wide(b2)))
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activate((x * gate) W^T + b) + residual; x (B, H, W, K), weight (N, K), bias (N,) float32, see `activate`.
+
+    gate (B, K) is float32 and its product with x rounded to the dtype of x, which is that of the residual
+    (B, H, W, N) and of the result.
+    """
+    if gate is not None:
+        x = _cast(_wide(x) * _wide(gate)[:, None, None], x.dtype)
+    out = activate(F.linear(_wide(x), _wide(weight), _wide(bias)), activation)
+    return _cast(out if residual is None else out + _wide(residual), x.dtype)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -230,6 +296,28 @@ def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Ten
     large = upsample(maps, size)
     flat = large.flatten(1)
     return large, flat.amax(1), flat.amin(1), flat.sum(1)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """x through `none`, `silu` or `relu6`."""
+    check_activation(name)
+    return F.silu(x) if name == "silu" else F.relu6(x) if name == "relu6" else x
+
+
+def check_activation(name: str) -> None:
+    """Check a name that `activate` takes.
+
+    Raises:
+        ValueError: another one.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"got the activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
+def _padded(x: Tensor, size: int, stride: int, before: int) -> Tensor:
+    """x (B, C, H, W) with zeros around it for a convolution to ceil(H / stride) by ceil(W / stride) pixels."""
+    after = [(-(-side // stride) - 1) * stride + size - side - before for side in x.shape[:1:-1]]
+    return F.pad(x, (before, after[0], before, after[1]))
 
 
 def _residual(x: Tensor, o: Tensor, gate: Tensor) -> Tensor:

@@ -125,6 +125,27 @@ def _calls() -> dict[str, Callable[[], object]]:
             ],
             f32,
         ),
+        "stem": lambda: fused.stem(
+            _empty(B, 3, 256, 256, dtype=f32), _half(48, 3, 3, 3), _empty(48, dtype=f32), 2, 0, "silu"
+        ),
+        "depthwise": lambda: fused.depthwise(
+            _half(B, 64, 64, 192), _half(5, 5, 192), _empty(192, dtype=f32), 2, 2, "silu", True
+        ),
+        "depthwise-relu6": lambda: fused.depthwise(
+            _half(1, 128, 128, 24), _half(3, 3, 24), _empty(24, dtype=f32), 1, 1, "relu6"
+        ),
+        "squeeze_excite": lambda: fused.squeeze_excite(
+            _empty(B, 64, 960, dtype=f32),
+            4096,
+            _half(40, 960),
+            _empty(40, dtype=f32),
+            _half(960, 40),
+            _empty(960, dtype=f32),
+        ),
+        "pointwise": lambda: _pointwise(B, 24, 144),
+        "pointwise-project": lambda: _pointwise(B, 960, 160, residual=True),
+        "pointwise-one": lambda: _pointwise(1, 960, 160, residual=True),
+        "pointwise-narrow": lambda: _pointwise(1, 144, 24),
         "upsample_score": lambda: fused.upsample_score(_empty(B, 16, 16, dtype=f32), 256),
         "ln_modulate-fp32": lambda: fused.ln_modulate(_stream(dtype=f32), *_mods(2), torch.bfloat16),
         "gate_residual_ln_modulate-fp32": lambda: fused.gate_residual_ln_modulate(
@@ -140,6 +161,18 @@ def _calls() -> dict[str, Callable[[], object]]:
             calls["linear_split_k" + suffix] = partial(_linear, tiling)
             calls["linear_split_k_fp8" + suffix] = partial(_linear_fp8, tiling)
     return calls | _row_calls("") | _row_calls("_fp8")
+
+
+def _half(*shape: int) -> Tensor:
+    return _empty(*shape, dtype=torch.float16)
+
+
+def _pointwise(batch: int, inner: int, width: int, residual: bool = False) -> Tensor:
+    f32 = torch.float32
+    x, weight, bias = _half(batch, 16, 16, inner), _half(width, inner), _empty(width, dtype=f32)
+    if not residual:
+        return fused.pointwise(x, weight, bias, "silu")
+    return fused.pointwise(x, weight, bias, "none", _empty(batch, inner, dtype=f32), _half(batch, 16, 16, width))
 
 
 def _linear(tiling: tuple[int, int, int]) -> Tensor:

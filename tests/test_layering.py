@@ -40,7 +40,7 @@ FLOORS = (
     # What needs torch: the computation, and the engines that run it.
     ("stages.arithmetic", "stages.image", "stages.plan", "stages.score"),
     ("stages.features", "stages.linear"),
-    ("stages.velocity", "stages.integration"),
+    ("stages.velocity", "stages.integration", "stages.fused_backbone"),
     ("model",),
     ("stages.maps",),
     ("reference_path", "pipeline"),

@@ -7,6 +7,7 @@ torch runs for it, on tensors without memory.
 import json
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.config import ModelConfig, Precision
@@ -27,16 +28,17 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """One call of a backbone in float32: operations, bytes to and from memory, and operators launched."""
+    """One call of a backbone: operations, bytes to and from memory, operators launched, and its precision."""
 
     flops: float
     bytes: float
     launches: int
+    precision: str = "fp32"
 
     @property
     def seconds(self) -> float:
         """What the H100's roofs allow."""
-        return max(self.flops / H100.flops["fp32"], self.bytes / H100.bytes)
+        return max(self.flops / H100.flops[self.precision], self.bytes / H100.bytes)
 
 
 @cache
@@ -66,6 +68,40 @@ def backbone_cost(name: str, size: int, batch: int) -> Backbone:
     with torch.no_grad(), FlopCounterMode(display=False) as flops, Traffic() as traffic:
         extractor(torch.empty(batch, 3, size, size, device="meta"))
     return Backbone(flops.get_total_flops(), traffic.bytes, traffic.launches)
+
+
+@cache
+def fused_backbone_cost(name: str, size: int, batch: int) -> Backbone:
+    """Count a backbone as the captured graph runs it in half precision; each operator is one launch."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from flowad_fast.kernels import reference
+    from flowad_fast.stages.features import FeatureExtractor
+    from flowad_fast.stages.fused_backbone import with_fused_backbone
+
+    class Counter:
+        """The operators, each call of which is counted."""
+
+        __name__ = "counter"
+        launches, bytes = 0, 0
+
+        def __getattr__(self, operator: str) -> Any:
+            def call(*args: Any) -> Any:
+                out = getattr(reference, operator)(*args)
+                self.launches += 1
+                self.bytes += sum(x.numel() * x.element_size() for x in tree_leaves((args, out)) if torch.is_tensor(x))
+                return out
+
+            return call
+
+    counter = Counter()
+    with torch.device("meta"):
+        extractor = with_fused_backbone(FeatureExtractor(name, size=size), counter, torch.float16)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        extractor(torch.empty(batch, 3, size, size, device="meta"), counter)
+    return Backbone(flops.get_total_flops(), counter.bytes, counter.launches, "fp16")
 
 
 @dataclass(frozen=True)

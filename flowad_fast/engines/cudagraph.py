@@ -28,6 +28,7 @@ from flowad_fast.engines.memory import out_of_memory
 from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.kernels import fused
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.aggregates import columns
 from flowad_fast.stages.arithmetic import NUMBERS
@@ -231,7 +232,8 @@ class CudaGraphEngine(Engine):
     suffice is left out with a warning; larger batches are then split to the buckets that exist.
     `attention` is the backend that was captured: the fastest, measured here unless a stored choice is given. With
     `measure_products` a bucket's matrix products are the fastest of the candidates in `products`, measured before its
-    first capture; without, they are the library's.
+    first capture; without, they are the library's. With the fused operators the backbone runs on them, too, where the
+    precision allows it (`NUMBERS`).
     """
 
     name = "cudagraph"
@@ -254,6 +256,8 @@ class CudaGraphEngine(Engine):
         check_precision(pipeline.precision, self._device)
         self.device = str(self._device)
         self.pipeline = pipeline.on(self._device)
+        if pipeline.ops.__name__ == fused.__name__:
+            self.pipeline = self.pipeline.with_fused_backbone()
         dtype = NUMBERS[pipeline.precision].dtype
         self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
         self.products: dict[int, list[ProductChoice]] | None = {} if measure_products else None

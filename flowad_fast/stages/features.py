@@ -174,7 +174,7 @@ class FeatureExtractor(nn.Module):
         if not torch.compiler.is_exporting():  # engines lay their own graphs out
             # Depthwise convolutions want channels last; on a CPU it takes a quarter off the backbone's time.
             images = images.contiguous(memory_format=torch.channels_last)
-        tokens = ops.pyramid_gather(self.backbone(images))
+        tokens = ops.pyramid_gather(self.backbone(images), torch.float32)
         return (tokens - self.mean) / self.std if self.normalise else tokens
 
 
@@ -191,7 +191,7 @@ def fold_batch_norms(network: nn.Module) -> None:
             if isinstance(child, nn.Conv2d):
                 convolution = child
             elif isinstance(child, nn.BatchNorm2d) and convolution is not None:
-                scale, shift = _affine(child)
+                scale, shift = affine(child)
                 bias = shift if convolution.bias is None else shift + scale * convolution.bias
                 weight = convolution.weight * scale[:, None, None, None]
                 convolution.weight = nn.Parameter(weight, requires_grad=False)
@@ -200,7 +200,7 @@ def fold_batch_norms(network: nn.Module) -> None:
                 convolution = None
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Factor and summand per channel of a batch norm that only infers."""
     assert norm.running_mean is not None and norm.running_var is not None and not norm.training
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
