@@ -8,6 +8,7 @@ import triton.language as tl
 @triton.jit
 def activate(x, NAME: tl.constexpr):
     """float32 values through `reference.activate`."""
+    tl.static_assert((NAME == "none") or (NAME == "silu") or (NAME == "relu6"))
     if NAME == "silu":
         x = x * tl.sigmoid(x)
     if NAME == "relu6":

@@ -75,12 +75,12 @@ def _kernel(
     store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
     if dx_ptr is not None:
         for k in range(K):
-            dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
-            dx += gate * load_row(do_ptr + k * do_k + b * do_b + n * do_n, cols, mask)
+            dx = load_row(dx_ptr + tl.cast(k, tl.int64) * dx_k + b * dx_b + n * dx_n, cols, mask)
+            dx += gate * load_row(do_ptr + tl.cast(k, tl.int64) * do_k + b * do_b + n * do_n, cols, mask)
             dstored = dx.to(dx_out_ptr.dtype.element_ty)
-            tl.store(dx_out_ptr + (k * rows + row) * D + cols, dstored, mask=mask)
+            tl.store(dx_out_ptr + (tl.cast(k, tl.int64) * rows + row) * D + cols, dstored, mask=mask)
             dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
-            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+            store_row(dy_ptr, dy_scale_ptr, tl.cast(k, tl.int64) * rows + row, dy, cols, mask, D)
 
 
 def _launch(

@@ -43,8 +43,8 @@ def _kernel(
     slope = half + x * half * (1.0 - half) * _C * (1.0 + 3.0 * _CUBIC * x * x)
     if dx_ptr is not None:
         for k in range(K):
-            dy = slope * load_row(dx_ptr + k * dx_k + row * dx_m, cols, mask)
-            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+            dy = slope * load_row(dx_ptr + tl.cast(k, tl.int64) * dx_k + row * dx_m, cols, mask)
+            store_row(dy_ptr, dy_scale_ptr, tl.cast(k, tl.int64) * rows + row, dy, cols, mask, D)
 
 
 def _launch(

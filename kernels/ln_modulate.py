@@ -59,9 +59,9 @@ def _kernel(
     store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
     if dx_ptr is not None:
         for k in range(K):
-            dx = load_row(dx_ptr + k * dx_k + b * dx_b + n * dx_n, cols, mask)
+            dx = load_row(dx_ptr + tl.cast(k, tl.int64) * dx_k + b * dx_b + n * dx_n, cols, mask)
             dy = normalise_tangent(dx, y, r, D) * gain
-            store_row(dy_ptr, dy_scale_ptr, k * rows + row, dy, cols, mask, D)
+            store_row(dy_ptr, dy_scale_ptr, tl.cast(k, tl.int64) * rows + row, dy, cols, mask, D)
 
 
 def _launch(

@@ -20,7 +20,6 @@ LN_EPS = 1e-6
 """LayerNorm epsilon of the DiT."""
 TILE = 8
 """Side in pixels of the tiles that `depthwise` sums."""
-ACTIVATIONS = ("none", "silu", "relu6")
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """Largest finite float8_e4m3fn."""
@@ -299,19 +298,14 @@ def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """x through `none`, `silu` or `relu6`."""
-    check_activation(name)
-    return F.silu(x) if name == "silu" else F.relu6(x) if name == "relu6" else x
-
-
-def check_activation(name: str) -> None:
-    """Check a name that `activate` takes.
+    """x through `none`, `silu` or `relu6`.
 
     Raises:
-        ValueError: another one.
+        ValueError: another name.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"got the activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if name not in ("none", "silu", "relu6"):
+        raise ValueError(f"got the activation {name!r}, expected none, silu or relu6")
+    return F.silu(x) if name == "silu" else F.relu6(x) if name == "relu6" else x
 
 
 def _padded(x: Tensor, size: int, stride: int, before: int) -> Tensor:

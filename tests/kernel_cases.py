@@ -223,8 +223,9 @@ def _cases() -> list[Case]:
         Case("pyramid_gather", "four-channels-last", _stages((6, 10, 24, 40), (8, 4, 2, 1), last=True)),
         Case("pyramid_gather", "two", _stages((3, 5), (4, 1), last=False)),
         Case("pyramid_gather", "to-float32", lambda d: (*_stages((6, 24), (2, 1), False)(d), torch.float32)),
-        Case("upsample_score", "16to64", lambda d: (d(3, 16, 16), 64)),
-        Case("upsample_score", "5x7to33", lambda d: (d(2, 5, 14)[..., ::2] + 3, 33)),
+        Case("upsample_score", "16to64", lambda d: (d(3, 16, 16), 64), 2),
+        Case("upsample_score", "5x7to33", lambda d: (d(2, 5, 14)[..., ::2] + 3, 33), 2),
+        Case("upsample_score", "16to90-parts", lambda d: (d(2, 16, 16), 90), 2),
     ]
     return cases
 

@@ -115,3 +115,14 @@ def test_scores_repeat_bit_for_bit() -> None:
     inputs = _loop_inputs(4)
     first, second = _Loop(fused)(*inputs), _Loop(fused)(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_results_of_more_than_two_billion_values() -> None:
+    """The offset of the last tangent does not fit 32 bits; 4.3 GB."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    d = Draw(torch.bfloat16, "cuda")
+    x, dx = d(128, 8192), d(1, 128, 8192)
+    tangents = 2**31 // x.numel() + 2
+    _, dy = fused.gelu_tanh_dual(x, dx.expand(tangents, -1, -1))
+    assert dy.numel() > 2**31
+    torch.testing.assert_close(dy[-1], fused.gelu_tanh_dual(x, dx)[1][0], rtol=0, atol=0)

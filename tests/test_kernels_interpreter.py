@@ -52,7 +52,7 @@ def test_the_whole_field_on_its_kernels(precision: str, largest: float, split: s
 
 def test_every_operator_has_a_case() -> None:
     assert set(fused.KERNELS) == {case.operator for case in CASES}
-    assert set(fused.__all__) - set(fused.KERNELS) == {"attention", "layer_norm", "upsample"}
+    assert set(fused.__all__) - set(fused.KERNELS) == {"activate", "attention", "layer_norm", "upsample"}
 
 
 def test_fused_and_reference_are_interchangeable() -> None:

@@ -139,6 +139,21 @@ def test_launchers_refuse_what_they_cannot_do() -> None:
         fused.pyramid_gather([d(1, 2, 9, 9), d(1, 2, 3, 3)])
     with pytest.raises(ValueError, match="at most 4"):
         fused.pyramid_gather([d(1, 2, 3, 3)] * 5)
+    x, weight, bias = d(1, 4, 4, 8), d(16, 8), d(16)
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 8\)"):
+        fused.pointwise(d(1, 4, 4, 9), weight, bias)
+    with pytest.raises(TypeError, match="must be equal"):
+        fused.pointwise(x, weight.half(), bias)
+    with pytest.raises(ValueError, match=r"contiguous.*\.contiguous\(\)"):
+        fused.pointwise(x.transpose(1, 2), weight, bias)
+    with pytest.raises(ValueError, match=r"\(k, k, 8\)"):
+        fused.depthwise(x, d(3, 3, 9), bias, 1, 1)
+    with pytest.raises(ValueError, match="8 channels"):
+        fused.squeeze_excite(d(1, 2, 8), 16, d(2, 9), d(2), d(8, 2), d(8))
+    with pytest.raises(ValueError, match=r"\(N, k, k, 3\)"):
+        fused.stem(d(1, 3, 4, 4), d(8, 3, 3, 4), d(8), 2, 0)
+    with pytest.raises(ValueError, match="'tanh', expected none, silu or relu6"):
+        reference.pointwise(x, weight, bias, "tanh")
     q, dq = d(1, 1, 4, 8).half(), d(2, 1, 1, 4, 8).half()
     with pytest.raises(TypeError, match="one element type"):
         attention_dual(q, q, q, dq, dq, dq.float())
