@@ -30,7 +30,7 @@ from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
 from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
 from flowad_fast.stages.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine
-from flowad_fast.stages.frames import FrozenFrames, check_frames, invalid_frames
+from flowad_fast.stages.frames import FrozenFrames, check_frames, doubts_of
 from flowad_fast.stages.regions import Region, RegionSettings, find_regions, marked
 
 if TYPE_CHECKING:
@@ -364,12 +364,13 @@ class Detector:
         engine = self.running()
         batch = check_frames(frames, self.frame_size)
         y = self.classes.indices(classes, len(batch))
-        doubts = [invalid_frames(batch)] + ([camera.doubts(batch)] if camera else [])
+        frozen = [camera.doubts(batch)] if camera else []
         if len(batch):
-            maps, raw = engine.run(batch, y)
+            maps, raw, low, high, finite = engine.judge(batch, y)
         else:
             maps, raw = np.zeros((0, self.image_size, self.image_size), np.float32), np.zeros(0, np.float32)
-        doubts.append(_not_finite(maps, raw))
+            low = high = finite = np.zeros(0, np.uint8)
+        doubts = [doubts_of(low, high), *frozen, _not_finite(raw, finite)]
         invalid = tuple(next((reason for reason in all if reason), None) for all in zip(*doubts, strict=True))
         size = (batch.shape[1], batch.shape[2])
         return Detection(maps, raw, self.classes.of(y, len(batch)), invalid, self.engine, self.calibration, size)
@@ -389,8 +390,8 @@ class Camera:
         return self.detector._judge(frames, classes, self._shown)
 
 
-def _not_finite(maps: np.ndarray, raw: np.ndarray) -> list[str | None]:
-    finite = np.isfinite(maps).all((1, 2)) & np.isfinite(raw).all(tuple(range(1, raw.ndim)))
+def _not_finite(raw: np.ndarray, finite: np.ndarray) -> list[str | None]:
+    finite = finite & np.isfinite(raw).all(tuple(range(1, raw.ndim)))
     return [None if ok else "the map is not finite" for ok in finite]
 
 

@@ -12,6 +12,7 @@ from flowad_fast.detector import Detector
 from flowad_fast.engines import cudagraph
 from flowad_fast.engines.cudagraph import CudaGraphEngine, CudaGraphStep, DirectStep, cut
 from flowad_fast.engines.eager import EagerEngine
+from flowad_fast.engines.flight import KEPT, Buffers
 from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.model import FlowModel
@@ -86,6 +87,46 @@ def test_results_of_a_call_outlive_the_next_call(pipeline: ScoringPipeline) -> N
     np.testing.assert_array_equal(scores, kept[1])
 
 
+def test_results_that_nobody_holds_are_written_again(pipeline: ScoringPipeline) -> None:
+    engine = CudaGraphEngine(pipeline, "cpu", BUCKETS, DirectStep)
+    first = engine.run(frames(3), None)[0].__array_interface__["data"][0]
+    again, _ = engine.run(frames(2), None)
+    assert again.__array_interface__["data"][0] == first
+    one = again[1]  # a view holds the whole
+    del again
+    kept = one.copy()
+    assert engine.run(frames(3, seed=4), None)[0].__array_interface__["data"][0] != first
+    np.testing.assert_array_equal(one, kept)
+    held = [engine.run(frames(1, seed=i), None) for i in range(2 * KEPT)]
+    for i, (maps, _) in enumerate(held):
+        np.testing.assert_array_equal(maps, engine.run(frames(1, seed=i), None)[0])
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_what_a_verdict_needs_to_know_of_frames_comes_out_of_the_step(pipeline: ScoringPipeline, batch: int) -> None:
+    engine = CudaGraphEngine(pipeline, "cpu", BUCKETS, DirectStep)
+    shown = frames(batch)
+    shown[-1] = 7
+    got, expected = engine.judge(shown, None), EagerEngine(pipeline, "cpu").judge(shown, None)
+    np.testing.assert_array_equal(got.low, expected.low)
+    np.testing.assert_array_equal(got.high, expected.high)
+    assert got.low[-1] == got.high[-1] == 7 and got.finite.all()
+    detector = Detector(engine, small_model().spec)
+    assert detector(shown).invalid[-1] == "the frame is black (all pixels between 7 and 7)"
+
+
+def test_a_map_that_is_not_finite_is_found_in_the_step(pipeline: ScoringPipeline) -> None:
+    class Broken(DirectStep):
+        def replay(self) -> None:
+            self.buffers.frames[1:2].fill_(0)
+            super().replay()
+            self.buffers.out.maps[1, 3, 5] = torch.nan
+            self.buffers.out.total[:] = self.buffers.out.maps.sum((1, 2))
+
+    engine = CudaGraphEngine(pipeline, "cpu", (4,), Broken)
+    assert engine.judge(frames(3), None).finite.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("scorer", [Density(probes=2), Reconstruction(steps=2)])
 def test_classes_are_a_static_input_of_conditional_models(scorer: Density | Reconstruction) -> None:
     pipeline = ScoringPipeline(small_model(conditional=True), scorer, "diff+sum")
@@ -119,7 +160,7 @@ def test_captures_are_kept_for_a_bounded_number_of_frame_sizes(
 
 def test_a_bucket_without_memory_is_left_out_with_a_warning(pipeline: ScoringPipeline) -> None:
     class Hungry(DirectStep):
-        def __init__(self, pipeline: ScoringPipeline, buffers: cudagraph.Buffers, *rest: object) -> None:
+        def __init__(self, pipeline: ScoringPipeline, buffers: Buffers, *rest: object) -> None:
             if len(buffers.frames) > 2:
                 try:
                     raise torch.OutOfMemoryError("fake")

@@ -45,7 +45,7 @@ FLOORS = (
     ("stages.maps",),
     ("reference_path", "pipeline"),
     ("engines.device", "engines.precision", "engines.memory"),
-    ("engines.attention", "engines.products"),
+    ("engines.attention", "engines.products", "engines.flight"),
     ("engines.eager", "engines.cudagraph", "engines.inductor", "engines.tensorrt"),
     ("checkpoints.reading",),
     ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),

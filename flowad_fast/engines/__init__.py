@@ -9,16 +9,35 @@ import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from flowad_fast.errors import EngineUnavailableError, nearest
+from flowad_fast.stages.frames import extremes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flowad_fast.bundle import Artefact
+
+
+class Judged(NamedTuple):
+    """Results of B frames, and what a verdict needs to know beside them.
+
+    Attributes:
+        maps: (B, S, S) float32.
+        raw: scores (B,) or (B, n) float32.
+        low: smallest value of each frame (B,) uint8.
+        high: largest value of each frame (B,) uint8.
+        finite: whether each map is finite (B,) bool.
+    """
+
+    maps: np.ndarray
+    raw: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    finite: np.ndarray
 
 
 class Engine(ABC):
@@ -39,6 +58,11 @@ class Engine(ABC):
     @abstractmethod
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Frames uint8 (B, H, W, 3), classes int64 (B,) or None: map (B, S, S) and raw score (B,) float32."""
+
+    def judge(self, frames: np.ndarray, y: np.ndarray | None) -> Judged:
+        """As `run`, with what a verdict needs to know of frames and maps: found by passes over them on the host."""
+        maps, raw = self.run(frames, y)
+        return Judged(maps, raw, *extremes(frames), np.isfinite(maps).all((1, 2)))
 
     def on_device(self, frames: "Tensor", y: "Tensor | None") -> "tuple[Tensor, Tensor]":
         """As `run`, on tensors of the engine's device, results left there.

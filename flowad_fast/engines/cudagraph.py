@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowad_fast.engines import Engine
+from flowad_fast.engines import Engine, Judged
 from flowad_fast.engines.attention import AttentionChoice, choose_attention
 from flowad_fast.engines.device import torch_device
+from flowad_fast.engines.flight import Buffers, Outputs, Results, Slot, Streams
 from flowad_fast.engines.memory import out_of_memory
 from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.kernels import fused
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.aggregates import columns
 from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.velocity import TabledDiT
 
@@ -60,45 +60,13 @@ def cut(batch: int, buckets: tuple[int, ...]) -> list[Piece]:
     return pieces
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Inputs and outputs of up to B frames: uint8 (B, H, W, 3), int64 (B,) or None, float32 (B, S, S) and (B, ...)."""
-
-    frames: Tensor
-    y: Tensor | None
-    maps: Tensor
-    scores: Tensor
-
-    @classmethod
-    def make(cls, pipeline: ScoringPipeline, batch: int, height: int, width: int, device: torch.device,
-             pinned: bool = False) -> "Buffers":  # fmt: skip
-        """Zeroed buffers; the score has one column per term where there are several."""
-        size = pipeline.image.size
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
-
-        return cls(
-            zeros(batch, height, width, 3, dtype=torch.uint8),
-            zeros(batch, dtype=torch.int64) if pipeline.conditional else None,
-            zeros(batch, size, size),
-            zeros(batch, *columns(pipeline.aggregate)),
-        )
-
-    def first(self, rows: int) -> "Buffers":
-        """Views of the first rows."""
-        return Buffers(
-            self.frames[:rows], None if self.y is None else self.y[:rows], self.maps[:rows], self.scores[:rows]
-        )
-
-
 class DirectStep:
     """One bucket: `replay` runs the pipeline from static inputs to static outputs, here by calling it."""
 
     needs_gpu = False
 
     def __init__(
-        self, pipeline: ScoringPipeline, buffers: Buffers, streams: "Streams", attention: AttentionChoice
+        self, pipeline: ScoringPipeline, buffers: Buffers, streams: Streams, attention: AttentionChoice
     ) -> None:
         self.pipeline, self.buffers, self.attention = pipeline, buffers, attention
 
@@ -106,8 +74,9 @@ class DirectStep:
         """Fill the outputs."""
         with arithmetic(self.pipeline.precision, self.buffers.frames.device), self.attention.active():
             maps, scores = self.pipeline(self.buffers.frames, self.buffers.y)
-        self.buffers.maps.copy_(maps)
-        self.buffers.scores.copy_(scores)
+        # Whether frame and map can be judged is found out where they are, not by passes over them on the host.
+        low, high = torch.aminmax(self.buffers.frames.flatten(1), dim=1)
+        self.buffers.out.fill(Outputs(maps, scores, low, high, maps.flatten(1).sum(1)))
 
 
 class CudaGraphStep(DirectStep):
@@ -116,7 +85,7 @@ class CudaGraphStep(DirectStep):
     needs_gpu = True
 
     def __init__(
-        self, pipeline: ScoringPipeline, buffers: Buffers, streams: "Streams", attention: AttentionChoice
+        self, pipeline: ScoringPipeline, buffers: Buffers, streams: Streams, attention: AttentionChoice
     ) -> None:
         super().__init__(pipeline, buffers, streams, attention)
         for _ in range(WARM_UP):
@@ -141,88 +110,12 @@ class CudaGraphStep(DirectStep):
         self.graph.replay()
 
 
-class Streams:
-    """The engine's streams and graph memory pool; on the CPU all of them are absent and everything runs in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.compute, self.upload, self.download = (torch.cuda.Stream(device) if self.cuda else None for _ in range(3))
-        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
-
-    def on(
-        self, stream: "torch.cuda.Stream | None", after: "torch.cuda.Event | None" = None
-    ) -> AbstractContextManager[object]:
-        """Make `stream` current, after an event of another one."""
-        if stream is None:
-            return nullcontext()
-        if after is not None:
-            stream.wait_event(after)
-        return torch.cuda.stream(stream)
-
-    @contextmanager
-    def in_order(self) -> Iterator[None]:
-        """The compute stream, after what the caller's current stream holds; that one then waits for it."""
-        if self.compute is None:
-            yield
-            return
-        callers = torch.cuda.current_stream(self.compute.device)
-        self.compute.wait_stream(callers)
-        with torch.cuda.stream(self.compute):
-            yield
-        callers.wait_stream(self.compute)
-
-    def event(self, stream: "torch.cuda.Stream | None") -> "torch.cuda.Event | None":
-        """An event that marks the present end of `stream`."""
-        return None if stream is None else stream.record_event()
-
-
-class _Slot:
-    """Host and device buffers of one piece in flight. It is collected before it is used again."""
-
-    def __init__(self, host: Buffers, device: Buffers, streams: Streams) -> None:
-        self.host, self.device, self.streams = host, device, streams
-        self._done: torch.cuda.Event | None = None
-
-    def submit(self, step: DirectStep, frames: np.ndarray, y: np.ndarray | None) -> None:
-        """Queue upload, computation and download of a piece; `frames` has been read when this returns."""
-        streams, rows = self.streams, len(frames)
-        host, device, static = self.host.first(rows), self.device.first(rows), step.buffers.first(rows)
-        host.frames.numpy()[:] = frames
-        with streams.on(streams.upload):
-            device.frames.copy_(host.frames, non_blocking=True)
-            if host.y is not None and device.y is not None:
-                host.y.numpy()[:] = y
-                device.y.copy_(host.y, non_blocking=True)
-        with streams.on(streams.compute, after=streams.event(streams.upload)):
-            static.frames.copy_(device.frames)
-            if static.y is not None and device.y is not None:
-                static.y.copy_(device.y)
-            step.replay()
-            device.maps.copy_(static.maps)
-            device.scores.copy_(static.scores)
-        with streams.on(streams.download, after=streams.event(streams.compute)):
-            host.maps.copy_(device.maps, non_blocking=True)
-            host.scores.copy_(device.scores, non_blocking=True)
-        self._done = streams.event(streams.download)
-
-    def collect(self, maps: np.ndarray, scores: np.ndarray) -> None:
-        """Wait for the piece and copy its results out."""
-        self.wait()
-        maps[:] = self.host.maps[: len(maps)].numpy()
-        scores[:] = self.host.scores[: len(scores)].numpy()
-
-    def wait(self) -> None:
-        """Wait until nothing of the slot is in flight."""
-        if self._done is not None:
-            self._done.synchronize()
-
-
 @dataclass(frozen=True)
 class _Capture:
-    """What exists for one frame size: a step a bucket, ascending, and the two slots."""
+    """What exists for one frame size: one step per bucket, ascending, and the two slots."""
 
     steps: dict[int, DirectStep]
-    slots: tuple[_Slot, _Slot]
+    slots: tuple[Slot, Slot]
 
 
 class CudaGraphEngine(Engine):
@@ -265,6 +158,7 @@ class CudaGraphEngine(Engine):
         self._step = step
         self._streams = Streams(self._device)
         self._captures: OrderedDict[tuple[int, int], _Capture] = OrderedDict()
+        self._results = Results(self.pipeline, self._streams.cuda)
         self._lock = threading.Lock()
 
     @property
@@ -293,8 +187,13 @@ class CudaGraphEngine(Engine):
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
+        found = self.judge(frames, y)
+        return found.maps, found.raw
+
+    def judge(self, frames: np.ndarray, y: np.ndarray | None) -> Judged:
+        """See `Engine`."""
         with self._lock, self._running():
-            return self._run(frames, y)
+            return self._judge(frames, y)
 
     def on_device(self, frames: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `run`, on tensors of the engine's device, in order with the caller's current stream."""
@@ -309,25 +208,25 @@ class CudaGraphEngine(Engine):
                     if static.y is not None and y is not None:
                         static.y.copy_(y[rows])
                     step.replay()
-                    found.append((static.maps.clone(), static.scores.clone()))
+                    found.append((static.out.maps.clone(), static.out.scores.clone()))
             maps, scores = zip(*found, strict=True)
             return torch.cat(maps), torch.cat(scores)
 
-    def _run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _judge(self, frames: np.ndarray, y: np.ndarray | None) -> Judged:
         capture = self._capture(*frames.shape[1:3])
-        like = capture.slots[0].host
-        maps = np.empty((len(frames), *like.maps.shape[1:]), np.float32)
-        scores = np.empty((len(frames), *like.scores.shape[1:]), np.float32)
+        out, arrays = self._results.take(len(frames))
         pieces = cut(len(frames), tuple(capture.steps))
         for i, piece in enumerate(pieces):
             slot = capture.slots[i % 2]
-            if i >= 2:
-                _collect(slot, pieces[i - 2], maps, scores)
-            rows = slice(piece.start, piece.start + piece.take)
-            slot.submit(capture.steps[piece.bucket], frames[rows], None if y is None else y[rows])
-        for i in range(max(0, len(pieces) - 2), len(pieces)):
-            _collect(capture.slots[i % 2], pieces[i], maps, scores)
-        return maps, scores
+            slot.wait()
+            stop = piece.start + piece.take
+            classes = None if y is None else y[piece.start : stop]
+            room = out.rows(piece.start, stop)
+            slot.submit(capture.steps[piece.bucket], frames[piece.start : stop], classes, room, len(pieces) == 1)
+        for slot in capture.slots:
+            slot.wait()
+        maps, scores, low, high, total = arrays
+        return Judged(maps, scores, low, high, np.isfinite(total))
 
     def _capture(self, height: int, width: int) -> _Capture:
         key = (height, width)
@@ -356,15 +255,8 @@ class CudaGraphEngine(Engine):
                 f"split to {max(steps)}",
                 stacklevel=4,
             )
-        cpu, largest = torch.device("cpu"), max(steps)
-        slots = tuple(
-            _Slot(
-                Buffers.make(self.pipeline, largest, height, width, cpu, pinned=self._streams.cuda),
-                Buffers.make(self.pipeline, largest, height, width, self._device),
-                self._streams,
-            )
-            for _ in range(2)
-        )
+        largest = max(steps)
+        slots = [Slot(self.pipeline, largest, height, width, self._device, self._streams) for _ in range(2)]
         if self._streams.cuda:
             # The buffers were filled on another stream than those that will use them.
             torch.cuda.synchronize(self._device)
@@ -406,8 +298,3 @@ class CudaGraphEngine(Engine):
                     for slot in capture.slots:
                         slot.wait()
                 raise
-
-
-def _collect(slot: _Slot, piece: Piece, maps: np.ndarray, scores: np.ndarray) -> None:
-    rows = slice(piece.start, piece.start + piece.take)
-    slot.collect(maps[rows], scores[rows])

@@ -40,21 +40,33 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
     return np.require(array, requirements=["C", "W"])
 
 
+def extremes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest value of each uint8 frame (B, H, W, 3): (B,) each."""
+    # Frame by frame: the second pass then finds the frame in the cache.
+    found = [(frame.min(), frame.max()) for frame in frames]
+    low, high = zip(*found, strict=True) if found else ((), ())
+    return np.array(low, np.uint8), np.array(high, np.uint8)
+
+
 def invalid_frames(frames: np.ndarray) -> list[str | None]:
     """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture."""
-    reasons: list[str | None] = []
-    for frame in frames:
-        low, high = int(frame.min()), int(frame.max())
-        if high - low <= 2:
-            kind = "black" if high <= 16 else "saturated" if low >= 250 else "uniform"
-            reasons.append(f"the frame is {kind} (all pixels between {low} and {high})")
-        elif high <= 16:
-            reasons.append(f"the frame is black (brightest pixel {high})")
-        elif low >= 240:
-            reasons.append(f"the frame is saturated (darkest pixel {low})")
-        else:
-            reasons.append(None)
-    return reasons
+    return doubts_of(*extremes(frames))
+
+
+def doubts_of(low: np.ndarray, high: np.ndarray) -> list[str | None]:
+    """As `invalid_frames`, from the frames' extremes (B,)."""
+    return [_doubt(int(a), int(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _doubt(low: int, high: int) -> str | None:
+    if high - low <= 2:
+        kind = "black" if high <= 16 else "saturated" if low >= 250 else "uniform"
+        return f"the frame is {kind} (all pixels between {low} and {high})"
+    if high <= 16:
+        return f"the frame is black (brightest pixel {high})"
+    if low >= 240:
+        return f"the frame is saturated (darkest pixel {low})"
+    return None
 
 
 class FrozenFrames:
