@@ -51,6 +51,8 @@ class Request:
     device: str = "cpu"
     workspace: int = WORKSPACE_MIB
     frames: tuple[np.ndarray, np.ndarray | None] | None = None
+    traced_batch: int | None = None
+    """See `stages.arithmetic.Arithmetic`: set by formats whose engines plan memory for their largest batch."""
     location: np.ndarray | None = None
     """Location statistics (classes, 2, h, w): an input of the graph, or, where a format's clients cannot give them,
     constants in it."""

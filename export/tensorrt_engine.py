@@ -5,7 +5,7 @@ builds anywhere, for a list of compute capabilities.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,7 +52,7 @@ def write_rtx(request: Request, folder: Path) -> Built:
 def _write(flavour: Flavour, request: Request, folder: Path) -> Built:
     check_available(flavour)  # before the graph is traced, which takes a while
     graph, engine = folder / "model.onnx", folder / f"model.{flavour.name}.engine"
-    write_graph(request, graph)
+    write_graph(replace(request, traced_batch=request.batch[-1]), graph)
     built = build(
         flavour, graph, engine, batch=request.batch, precision=request.precision, workspace=request.workspace,
         device=request.device,

@@ -174,16 +174,46 @@ def test_memory_budgets_change_nothing_but_memory(exact: bool, monkeypatch: pyte
     scorer = Density(steps=2, probes=7, exact=exact)
     whole = scorer.prepare(model)
     count = len(whole.probes)
-    assert whole.plan(2, x.device) == pytest.approx((Arithmetic().probe_bytes // (whole.state_bytes * 2),
-                                                     maps.WIDE_BYTES["cpu"] // (whole.wide_bytes * 2)))  # fmt: skip
+    assert whole.plan(2, x.device) == (count, count)
     expected, error = whole(x), whole.with_error(x)[1]
-    for together in (1, 3, count):
+    for most, together in ((1, 1), (3, -(-count // -(-count // 3))), (count, count)):
         for wide in (1, 2, count):
-            part = scorer.prepare(model, Arithmetic(probe_bytes=whole.state_bytes * 2 * together))
-            monkeypatch.setitem(maps.WIDE_BYTES, "cpu", whole.wide_bytes * 2 * wide)
-            assert part.plan(2, x.device) == (together, wide)
+            part = scorer.prepare(model, Arithmetic(probe_bytes=whole.state_bytes * 2 * most))
+            monkeypatch.setattr(maps, "WIDE_BYTES", whole.wide_bytes * 2 * wide)
+            assert part.plan(2, x.device) == (together, -(-together // -(-together // min(wide, together))))
             assert relative(part(x), expected) < 1e-5
             assert torch.allclose(part.with_error(x)[1], error, atol=1e-4)
+
+
+def test_probes_are_cut_into_parts_of_one_size_by_what_a_gpu_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Density(steps=2, probes=10).prepare(random_model())
+    asked = []
+
+    def free(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 8 * 8 * module.state_bytes * 2, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    gpu = torch.device("cuda", 0)
+    assert module.plan(2, gpu)[0] == 5, "8 fit, so 10 go in two parts, of 5"
+    assert module.plan(4, gpu)[0] == 4, "4 fit, so 10 go in three parts: 4, 4 and 2"
+    assert module.plan(2, gpu)[0] == 5 and len(asked) == 2, "asked once for a batch, never while it is captured"
+
+
+def test_a_traced_graph_comes_in_chunks_for_the_batch_that_its_engine_plans_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flowad_fast.stages import maps
+
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    model, scorer = random_model(), Density(steps=2, probes=10)
+    whole = scorer.prepare(model)
+    assert whole.plan(2, torch.device("cpu")) == (10, 10)
+    monkeypatch.setattr(maps, "TRACED_BYTES", 64 * 5 * max(whole.wide_bytes, whole.state_bytes))
+    planned = scorer.prepare(model, Arithmetic(traced_batch=64))
+    together, wide = planned.plan(2, torch.device("cpu"))
+    assert 5 in (together, wide) and 64 * together * whole.state_bytes <= maps.TRACED_BYTES
+    assert 64 * wide * whole.wide_bytes <= maps.TRACED_BYTES
 
 
 class LiveTangents(TorchDispatchMode):

@@ -20,8 +20,14 @@ from flowad_fast.stages.schedule import Row
 from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction, Scorer
 from flowad_fast.stages.velocity import TabledDiT
 
-WIDE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
-"""Memory of one widest activation of the tangents: on the CPU what its cache holds, on a GPU what fills the machine."""
+WIDE_BYTES = 16 * 2**20
+"""Memory of one widest activation of the tangents on a CPU: what its cache holds."""
+STATE_SHARE, WIDE_SHARE = 8, 32
+"""Parts of a GPU's free memory that the states of the tangents, and one widest activation of them, may be."""
+PROBE_BYTES = 3 * 2**30
+"""Of the states on a CPU."""
+TRACED_BYTES = 512 * 2**20
+"""Of either in a graph that an engine is built from; its builder holds several at a time."""
 
 
 _Scorer = TypeVar("_Scorer", bound=Scorer)
@@ -127,10 +133,12 @@ class DensityMap(MapModule[Density]):
         probes: Tensor,
         config: VelocityConfig,
         exact: bool,
-        probe_bytes: int,
+        probe_bytes: int | None,
+        traced_batch: int | None,
     ) -> None:
         super().__init__(field)
-        self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
+        self.rows, self.exact, self.probe_bytes, self.traced_batch = rows, exact, probe_bytes, traced_batch
+        self._budgets: dict[int, tuple[int, int]] = {}
         self.register_buffer("probes", probes, persistent=False)
         # Four states of a tangent exist at a time: its residual and the norm of it, before and after a branch.
         self.state_bytes = 4 * 4 * config.tokens * config.hidden_size
@@ -142,7 +150,7 @@ class DensityMap(MapModule[Density]):
         rows = scorer.rows(model.config)
         field = model.at(_times(rows), how)
         probes = scorer.draw(model.config).to(_device(field))
-        return cls(field, rows, probes, model.config, scorer.exact, how.probe_bytes)
+        return cls(field, rows, probes, model.config, scorer.exact, how.probe_bytes, how.traced_batch)
 
     @staticmethod
     def reference(scorer: Density, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
@@ -165,13 +173,24 @@ class DensityMap(MapModule[Density]):
             x = row.a * x + row.b * out[:batch]
         return -(_log_normal(x.detach()) + (total.sum(0) if scorer.exact else total.mean(0)))
 
-    def plan(self, batch: int, device: torch.device) -> tuple[int, int | None]:
-        """Probes that are integrated together, and of those the ones whose wide activations exist at a time."""
+    def plan(self, batch: int, device: torch.device) -> tuple[int, int]:
+        """Probes that are integrated together, and of those the ones whose wide activations exist at a time.
+
+        What is integrated apart repeats the primal, so each number is the smallest that needs as few rounds.
+        """
         if torch.compiler.is_exporting():
-            # An exported graph has one chunk: its batch is symbolic, and engines plan their own memory.
-            return len(self.probes), None
-        together = max(1, self.probe_bytes // (self.state_bytes * batch))
-        return together, max(1, WIDE_BYTES[device.type] // (self.wide_bytes * batch))
+            # The batch is symbolic there. Engines that plan memory for the largest one say which it is.
+            batch, states, wide = self.traced_batch or 0, TRACED_BYTES, TRACED_BYTES
+        elif device.type == "cuda":
+            # Once for each batch: while a graph is captured the free memory is not to be asked for.
+            if batch not in self._budgets:
+                free, _ = torch.cuda.mem_get_info(device)
+                self._budgets[batch] = (min(self.probe_bytes or free, free // STATE_SHARE), free // WIDE_SHARE)
+            states, wide = self._budgets[batch]
+        else:
+            states, wide = self.probe_bytes or PROBE_BYTES, WIDE_BYTES
+        together = _equal(len(self.probes), states // max(self.state_bytes * batch, 1))
+        return together, _equal(together, wide // max(self.wide_bytes * batch, 1))
 
     def shares(self, tokens: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """X0 (B, N, C) and the probes' shares (k, B, N), for as many probes at a time as the budget allows."""
@@ -245,6 +264,11 @@ def euler(model: VelocityModel, rows: tuple[Row, ...], x: Tensor, y: Tensor | No
     for row in rows:
         x = row.a * x + row.b * model.dit(x, torch.full(x.shape[:1], row.t, device=x.device), y)
     return x
+
+
+def _equal(count: int, most: int) -> int:
+    """The largest part where `count` is cut into as few parts of nearly one size as have at most `most` each."""
+    return -(-count // -(-count // min(max(most, 1), count)))
 
 
 def _log_normal(x: Tensor) -> Tensor:
