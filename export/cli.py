@@ -103,7 +103,10 @@ def make(
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
-    workspace: Annotated[int, typer.Option(help="Memory for engine builders, MiB.", min=1)] = 4096,
+    workspace: Annotated[
+        int | None,
+        typer.Option(help="Scratch memory of TensorRT engines, MiB; by default what the engine needs.", min=1),
+    ] = None,
     data: Data = None,
     calibrate: Annotated[str | None, typer.Option(help="Folder of good parts, to calibrate at once.")] = None,
     alpha: Alpha = 0.01,

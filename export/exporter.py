@@ -24,7 +24,7 @@ from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import CalibrationError, EngineUnavailableError, FlowADError
 from flowad_fast.export.calibration import check_good, fit
 from flowad_fast.export.card import write_card
-from flowad_fast.export.formats import BATCH, FORMATS, OPSET, WORKSPACE_MIB, Request
+from flowad_fast.export.formats import BATCH, FORMATS, OPSET, Request
 from flowad_fast.export.frames import GoodParts, ParityFrames
 from flowad_fast.export.location import (
     StatisticsParts,
@@ -204,7 +204,7 @@ def export_bundle(
     opset: int = OPSET,
     batch: tuple[int, int, int] = BATCH,
     device: str = "cpu",
-    workspace: int = WORKSPACE_MIB,
+    workspace: int | None = None,
     good: GoodParts | None = None,
     alpha: float = 0.01,
     location: StatisticsParts | None = None,
@@ -232,7 +232,7 @@ def export_bundle(
         batch: smallest, optimal and largest batch, for engines that are built for a range.
         device: what is built for and checked on: cpu, cuda, cuda:N, or auto: built for a GPU where there is one, and
             checked on what each engine prefers; the certificate says which.
-        workspace: memory that an engine builder may use, MiB.
+        workspace: memory that an engine builder may use, MiB; None for what the engine turns out to need.
         good: good parts (see `frames.good_parts`); thresholds go into the manifest.
         alpha: accepted false-reject rate of the calibration.
         location: good parts that location statistics are fitted on, see `location.split`; None for none.

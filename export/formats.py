@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 AUTO = "auto"
 BATCH = (1, 8, 64)
 """Default range of batch sizes, for formats whose engines are built for one: smallest, optimal, largest."""
-WORKSPACE_MIB = 4096
+WORKSPACE_MIB = (4096, 65536)
+"""What an engine builder may allocate where nothing is asked for: from the first, doubled while the engine does not
+fit, up to the last."""
 OPSET = 20
 """Default opset: accepted by ONNX Runtime since 1.17 and TensorRT since 10.1.
 
@@ -37,7 +39,8 @@ class Request:
     """What is exported: a model with a scorer, for frames of one size or (None) of any.
 
     `batch` is (smallest, optimal, largest); formats that take any batch ignore it. `device` is what the artefact is
-    built for: `cpu`, `cuda` or `cuda:N`. `workspace` is what an engine builder may allocate, in MiB. `frames` are real
+    built for: `cpu`, `cuda` or `cuda:N`. `workspace` is what an engine builder may allocate, in MiB, None for what the
+    engine turns out to need. `frames` are real
     frames uint8 (n, H, W, 3) with class indices (n,) or None: fp8 graphs take ranges from them.
     """
 
@@ -49,10 +52,8 @@ class Request:
     precision: Precision = "fp32"
     batch: tuple[int, int, int] = BATCH
     device: str = "cpu"
-    workspace: int = WORKSPACE_MIB
+    workspace: int | None = None
     frames: tuple[np.ndarray, np.ndarray | None] | None = None
-    traced_batch: int | None = None
-    """See `stages.arithmetic.Arithmetic`: set by formats whose engines plan memory for their largest batch."""
     location: np.ndarray | None = None
     """Location statistics (classes, 2, h, w): an input of the graph, or, where a format's clients cannot give them,
     constants in it."""

@@ -42,7 +42,7 @@ def boundary(request: Request, constant_location: bool = False) -> Boundary:
     Location statistics are its last input, unless they are to be constants.
     """
     model, table = request.model, request.location
-    how = Arithmetic(request.precision, traced_batch=request.traced_batch)
+    how = Arithmetic(request.precision)
     pipeline = ScoringPipeline(model, request.scorer, request.aggregate, how, located=table is not None).eval()
     if table is not None:
         pipeline.locate(table)

@@ -5,7 +5,7 @@ builds anywhere, for a list of compute capabilities.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.tensorrt import FLAVOURS, Flavour, Log, import_library
 from flowad_fast.errors import ConfigError, EngineUnavailableError, ExportError
-from flowad_fast.export.formats import Built, Request
+from flowad_fast.export.formats import WORKSPACE_MIB, Built, Request
 from flowad_fast.export.onnx_graph import write_graph
 from flowad_fast.files import replacing
 
@@ -31,12 +31,16 @@ LOWEST_CAPABILITY: dict[Precision, tuple[int, int]] = {"fp32": (8, 0), "fp16": (
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What the manifest records of an engine: library and version, and the GPUs that it runs on."""
+    """What the manifest records of an engine.
+
+    Library and version, the GPUs that it runs on, and the scratch memory in MiB that it needs at most, beside weights.
+    """
 
     versions: dict[str, str]
     capabilities: tuple[str, ...]
     layers: int
     timing_cache: str
+    workspace: int
 
 
 def write_tensorrt(request: Request, folder: Path) -> Built:
@@ -52,7 +56,7 @@ def write_rtx(request: Request, folder: Path) -> Built:
 def _write(flavour: Flavour, request: Request, folder: Path) -> Built:
     check_available(flavour)  # before the graph is traced, which takes a while
     graph, engine = folder / "model.onnx", folder / f"model.{flavour.name}.engine"
-    write_graph(replace(request, traced_batch=request.batch[-1]), graph)
+    write_graph(request, graph)
     built = build(
         flavour, graph, engine, batch=request.batch, precision=request.precision, workspace=request.workspace,
         device=request.device,
@@ -63,6 +67,7 @@ def _write(flavour: Flavour, request: Request, folder: Path) -> Built:
         "opset": request.opset,
         "layers": built.layers,
         "timing_cache": built.timing_cache,
+        "workspace_mib": built.workspace,
     }
     return Built((engine.name,), built.versions, details)
 
@@ -87,7 +92,7 @@ def build(
         engine_path: written.
         batch: smallest, usual and largest batch of the optimisation profile.
         precision: of the graph; decides which GPUs can run it. fp32 has TF32 switched off.
-        workspace: scratch memory of the builder in MiB, None for the library's limit.
+        workspace: scratch memory of the engine in MiB; None for the smallest that it fits into, see `WORKSPACE_MIB`.
         device: TensorRT: the GPU to build on and for.
         capabilities: TensorRT-RTX: compute capabilities such as "8.9"; None for all that can run the precision.
         timing_cache: TensorRT: a folder for measured timings, which make a second build faster; None for the user's
@@ -111,8 +116,6 @@ def build(
         _parse(flavour, library, network, log, onnx_path)
         config = builder.create_builder_config()
         config.clear_flag(library.BuilderFlag.TF32)
-        if workspace is not None:
-            config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, workspace * 2**20)
         config.add_optimization_profile(_profile(builder, network, batch))
         cache: Path | None = None
         cache_use = "none"
@@ -123,14 +126,27 @@ def build(
             name = torch.cuda.get_device_name(gpu).replace(" ", "-")
             cache = (timing_cache or CACHE) / f"{flavour.name}-{library.__version__}-{name}.timing"
             cache_use = _set_timing_cache(config, cache)
-        serialized = builder.build_serialized_network(network, config)
+        least, most = (workspace, workspace) if workspace is not None else WORKSPACE_MIB
+        while True:
+            config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, least * 2**20)
+            serialized = builder.build_serialized_network(network, config)
+            if serialized is not None or _OUT_OF_MEMORY not in log.last() or 2 * least > most:
+                break
+            least *= 2
     if serialized is None:
-        raise ExportError(f"{flavour.name} {library.__version__} cannot build the graph: {log.last()}; {_ALTERNATIVES}")
+        what = log.last()
+        remedy = _ALTERNATIVES
+        if _OUT_OF_MEMORY in what:  # its own words give the limit as what was asked for
+            what = f"it needs more than {least} MiB of scratch memory at batch {batch[-1]}"
+            remedy = (
+                f"try --workspace {2 * least}, a smaller largest batch (--batch 1:4:8), or, of density, fewer --probes"
+            )
+        raise ExportError(f"{flavour.name} {library.__version__} cannot build the graph: {what}; {remedy}")
     with engine_path.open("wb") as file:
         file.write(memoryview(serialized))
     if cache is not None:
         _save_timing_cache(config, cache)
-    return BuiltEngine({flavour.module: library.__version__}, targets, network.num_layers, cache_use)
+    return BuiltEngine({flavour.module: library.__version__}, targets, network.num_layers, cache_use, least)
 
 
 def check_available(flavour: Flavour) -> ModuleType:
@@ -148,6 +164,8 @@ def check_available(flavour: Flavour) -> ModuleType:
     return library
 
 
+_OUT_OF_MEMORY = "OutOfMemory"
+"""In a library's message."""
 _ALTERNATIVES = "try another --opset or --precision, a fixed --frame-size, or --format onnx or aoti"
 
 

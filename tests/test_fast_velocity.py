@@ -200,22 +200,6 @@ def test_probes_are_cut_into_parts_of_one_size_by_what_a_gpu_has_free(monkeypatc
     assert module.plan(2, gpu)[0] == 5 and len(asked) == 2, "asked once for a batch, never while it is captured"
 
 
-def test_a_traced_graph_comes_in_chunks_for_the_batch_that_its_engine_plans_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from flowad_fast.stages import maps
-
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    model, scorer = random_model(), Density(steps=2, probes=10)
-    whole = scorer.prepare(model)
-    assert whole.plan(2, torch.device("cpu")) == (10, 10)
-    monkeypatch.setattr(maps, "TRACED_BYTES", 64 * 5 * max(whole.wide_bytes, whole.state_bytes))
-    planned = scorer.prepare(model, Arithmetic(traced_batch=64))
-    together, wide = planned.plan(2, torch.device("cpu"))
-    assert 5 in (together, wide) and 64 * together * whole.state_bytes <= maps.TRACED_BYTES
-    assert 64 * wide * whole.wide_bytes <= maps.TRACED_BYTES
-
-
 class LiveTangents(TorchDispatchMode):
     """The most tangents whose activations of one width were alive at once."""
 

@@ -23,7 +23,7 @@ from flowad_fast.engines.tensorrt import FLAVOURS, Session, TensorRTEngine, chec
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, ExportError, FrameError
 from flowad_fast.export import onnx_graph, tensorrt_engine
 from flowad_fast.export.exporter import export_bundle
-from flowad_fast.export.formats import FORMATS, Request
+from flowad_fast.export.formats import BATCH, FORMATS, WORKSPACE_MIB, Request
 from flowad_fast.export.tensorrt_engine import FRAME_SIDES, build
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
@@ -68,18 +68,23 @@ def test_a_bundle_with_an_rtx_engine_says_what_was_not_measured(demo: FlowModel,
 
 
 @needs_rtx
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "scorer", (Reconstruction(steps=4), Density(steps=2, probes=1)), ids=lambda scorer: scorer.kind
+    ("scorer", "batch"),
+    [(Reconstruction(steps=4), (1, 4, 16)), (Density(steps=3), BATCH)],
+    ids=("reconstruction", "density"),
 )
 def test_rtx_engines_are_built_from_the_other_scorers_of_the_demo(
-    demo: FlowModel, scorer: Scorer, tmp_path: Path
+    demo: FlowModel, scorer: Scorer, batch: tuple[int, int, int], tmp_path: Path
 ) -> None:
     import tensorrt_rtx
 
-    built = FORMATS["tensorrt-rtx"].write(Request(demo, scorer, batch=(1, 4, 16)), tmp_path)
+    built = FORMATS["tensorrt-rtx"].write(Request(demo, scorer, batch=batch), tmp_path)
+    # Ten probes at batches to 64 do not fit what suffices for all else.
+    assert (int(built.details["workspace_mib"]) > WORKSPACE_MIB[0]) == (scorer.kind == "density")
     assert built.files == ("model.tensorrt-rtx.engine",)
     assert built.versions == {"tensorrt_rtx": tensorrt_rtx.__version__}
-    assert built.details["batch"] == "1:4:16"
+    assert built.details["batch"] == ":".join(map(str, batch))
     assert {"8.6", "8.9", "12.0"} <= set(str(built.details["capabilities"]).split())
     # The engine holds the weights, once: unrolled steps do not repeat them.
     weights, engine = ((tmp_path / name).stat().st_size for name in ("model.onnx", built.files[0]))
@@ -470,16 +475,47 @@ def test_tensorrt_builds_on_and_for_its_gpu_strongly_typed_without_tf32(
     assert log == [
         ("flags", 1 << 3),
         ("clear", "tf32"),
-        ("workspace", 3 * 2**20),
         ("frames", (1, 300, 200, 3), (8, 300, 200, 3), (64, 300, 200, 3)),
         ("timings", b""),
+        ("workspace", 3 * 2**20),
     ]
     (cache,) = (tmp_path / "cache").glob("*.timing")
     assert cache.read_bytes() == b"measured" and "11.2.0" in cache.name and "H100" in cache.name
     assert build(TRT, tmp_path / "m.onnx", tmp_path / "e", **arguments).timing_cache == "reused"  # type: ignore[arg-type]
     cache.write_bytes(b"of another GPU")
     assert build(TRT, tmp_path / "m.onnx", tmp_path / "e", **arguments).timing_cache == "new"  # type: ignore[arg-type]
-    assert log[-2:] == [("timings", b"of another GPU"), ("timings", b"")]
+    assert log[-3:-1] == [("timings", b"of another GPU"), ("timings", b"")]
+
+
+def test_the_workspace_grows_to_what_the_engine_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log: list[Any] = []
+    library = fake_builder(log)
+    needed = 16384
+
+    class Builder(library.Builder):  # type: ignore[misc, name-defined]
+        def __init__(self, logger: Any) -> None:
+            super().__init__(logger)
+            self.logger = logger
+
+        def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+            if log[-1][1] >= needed * 2**20:
+                return b"plan"
+            self.logger.log(library.ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 1 bytes.)")
+            return None
+
+    library.Builder = Builder
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+    monkeypatch.setattr(tensorrt_engine, "_set_targets", lambda *_: ("8.9",))
+    arguments = {"batch": (1, 8, 64)}
+    assert build(RTX, tmp_path / "m.onnx", tmp_path / "e", **arguments).workspace == needed  # type: ignore[arg-type]
+    assert [entry[1] // 2**20 for entry in log if entry[0] == "workspace"] == [4096, 8192, 16384]
+    with pytest.raises(
+        ExportError, match=r"more than 512 MiB .* at batch 64; try --workspace 1024, .*--batch 1:4:8.*pro"
+    ):
+        build(RTX, tmp_path / "m.onnx", tmp_path / "e", workspace=512, **arguments)  # type: ignore[arg-type]
+    needed = 10**6
+    with pytest.raises(ExportError, match="more than 65536 MiB"):
+        build(RTX, tmp_path / "m.onnx", tmp_path / "e", **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

@@ -44,14 +44,11 @@ class Arithmetic:
         ops: namespace of operators: `kernels.reference` (plain torch), or `kernels.fused` with the same names.
         probe_bytes: memory that the states of the density's tangents may take, None for what the device can spare; more
             probes are processed in turn, each time with the primal again.
-        traced_batch: of a graph that is traced for an engine: the largest batch that the engine plans memory for, so
-            that probes come in chunks; None traces all of them at once.
     """
 
     precision: Precision = "fp32"
     ops: Operators = reference
     probe_bytes: int | None = None
-    traced_batch: int | None = None
 
 
 FP32 = Arithmetic()

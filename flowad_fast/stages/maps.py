@@ -26,8 +26,6 @@ STATE_SHARE, WIDE_SHARE = 8, 32
 """Parts of a GPU's free memory that the states of the tangents, and one widest activation of them, may be."""
 PROBE_BYTES = 3 * 2**30
 """Of the states on a CPU."""
-TRACED_BYTES = 512 * 2**20
-"""Of either in a graph that an engine is built from; its builder holds several at a time."""
 
 
 _Scorer = TypeVar("_Scorer", bound=Scorer)
@@ -134,10 +132,9 @@ class DensityMap(MapModule[Density]):
         config: VelocityConfig,
         exact: bool,
         probe_bytes: int | None,
-        traced_batch: int | None,
     ) -> None:
         super().__init__(field)
-        self.rows, self.exact, self.probe_bytes, self.traced_batch = rows, exact, probe_bytes, traced_batch
+        self.rows, self.exact, self.probe_bytes = rows, exact, probe_bytes
         self._budgets: dict[int, tuple[int, int]] = {}
         self.register_buffer("probes", probes, persistent=False)
         # Four states of a tangent exist at a time: its residual and the norm of it, before and after a branch.
@@ -150,7 +147,7 @@ class DensityMap(MapModule[Density]):
         rows = scorer.rows(model.config)
         field = model.at(_times(rows), how)
         probes = scorer.draw(model.config).to(_device(field))
-        return cls(field, rows, probes, model.config, scorer.exact, how.probe_bytes, how.traced_batch)
+        return cls(field, rows, probes, model.config, scorer.exact, how.probe_bytes)
 
     @staticmethod
     def reference(scorer: Density, model: VelocityModel, x: Tensor, y: Tensor | None) -> Tensor:
@@ -179,9 +176,10 @@ class DensityMap(MapModule[Density]):
         What is integrated apart repeats the primal, so each number is the smallest that needs as few rounds.
         """
         if torch.compiler.is_exporting():
-            # The batch is symbolic there. Engines that plan memory for the largest one say which it is.
-            batch, states, wide = self.traced_batch or 0, TRACED_BYTES, TRACED_BYTES
-        elif device.type == "cuda":
+            # An exported graph has one chunk: its batch is symbolic, and engines plan their own memory. Chunks in it
+            # make builders slow (TensorRT-RTX ten times at 10) and save them little.
+            return len(self.probes), len(self.probes)
+        if device.type == "cuda":
             # Once for each batch: while a graph is captured the free memory is not to be asked for.
             if batch not in self._budgets:
                 free, _ = torch.cuda.mem_get_info(device)
@@ -189,8 +187,8 @@ class DensityMap(MapModule[Density]):
             states, wide = self._budgets[batch]
         else:
             states, wide = self.probe_bytes or PROBE_BYTES, WIDE_BYTES
-        together = _equal(len(self.probes), states // max(self.state_bytes * batch, 1))
-        return together, _equal(together, wide // max(self.wide_bytes * batch, 1))
+        together = _equal(len(self.probes), states // (self.state_bytes * batch))
+        return together, _equal(together, wide // (self.wide_bytes * batch))
 
     def shares(self, tokens: Tensor, y: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """X0 (B, N, C) and the probes' shares (k, B, N), for as many probes at a time as the budget allows."""
