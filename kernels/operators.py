@@ -74,6 +74,9 @@ class Operators(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `reference.attention`."""
 
+    def attention_short(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+        """See `reference.attention_short`."""
+
     def attention_dual(
         self, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
     ) -> tuple[Tensor, Tensor]:

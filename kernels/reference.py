@@ -249,6 +249,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
+    """`attention`; how many queries a GPU's program takes (`rows`) changes nothing here. Stored token-major."""
+    return attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     """`attention` of (B, heads, N, d) with tangents (K, B, heads, N, d): dO = P dV + H V - rowsum(H) O, H = P dS."""
     scale = 1 / math.sqrt(q.shape[-1])

@@ -113,6 +113,9 @@ def _calls() -> dict[str, Callable[[], object]]:
         "attention_dual-longest": lambda: fused.attention_dual(
             *_heads(B, tokens=MAX_KEYS), *_heads(K, B, tokens=MAX_KEYS)
         ),
+        "attention_short-16": lambda: fused.attention_short(*_heads(1), 16),
+        "attention_short-32": lambda: fused.attention_short(*_heads(1), 32),
+        "attention_short-longest": lambda: fused.attention_short(*_heads(1, tokens=MAX_KEYS), 32),
         "quantise_rows": lambda: fused.quantise_rows(_stream()),
         "quantise_rows-mlp": lambda: fused.quantise_rows(_empty(B, N, 4 * D)),
         "pyramid_gather": lambda: fused.pyramid_gather(
@@ -272,7 +275,8 @@ def test_compiles_without_spills(name: str, target: str, launches: list[Launch],
         assert occupancy > 0
         if ".dot" in launch.kernel.src:
             # Hopper's own instruction needs 64 rows per program; with fewer Triton takes the one of Ampere.
-            instruction = "mma.sync" if name.endswith("-longest") else chip.tensor_cores
+            few = name.endswith("-longest") or name.startswith("attention_short")
+            instruction = "mma.sync" if few else chip.tensor_cores
             assert instruction in compiled.asm["ptx"], "the products miss the tensor cores"
 
 

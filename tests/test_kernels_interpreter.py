@@ -31,7 +31,7 @@ def measured() -> dict:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_equals_reference(case: kernel_cases.Case, dtype: str, measured: dict) -> None:
     result = measured["cases"][f"{case}-{dtype}"]
-    takes_reference = case.operator == "attention_dual" and dtype == "fp32"
+    takes_reference = case.operator in ("attention_dual", "attention_short") and dtype == "fp32"
     assert result["launches"] == (0 if takes_reference else case.launches)
     kernel_cases.check(result["entries"])
 

@@ -1,0 +1,129 @@
+"""Attention with few queries per program, for calls that are too small to fill a GPU otherwise.
+
+torch's kernels give a program 64 or 128 queries. One frame of 256 tokens and 8 heads is then 32 programs or fewer for
+the 132 multiprocessors of an H100; with 16 queries it is 128. Keys and values are read more often for it, out of the
+L2 cache, so larger batches are better served by torch. A program holds the scores of its queries against all keys.
+"""
+# mypy: allow-untyped-defs
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from flowad_fast.kernels import reference
+from flowad_fast.kernels.launch import check_same_shape, runs_triton
+
+MAX_KEYS = 512
+"""Rows of scores longer than this do not stay in registers."""
+ROWS = (16, 32)
+"""Queries per program."""
+
+
+def has_kernel(dtype: torch.dtype, keys: int) -> bool:
+    """Whether the Triton kernel is made for these operands; all others take the reference on a GPU too."""
+    return dtype in (torch.bfloat16, torch.float16) and keys <= MAX_KEYS
+
+
+@triton.jit
+def _load(ptr, rows, cols, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr):
+    """A tile of a head, 0 outside."""
+    at = ptr + rows[:, None] * stride_n + cols[None, :] * stride_d
+    return tl.load(at, mask=(rows[:, None] < N) & (cols[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    s_b,
+    s_h,
+    s_n,
+    s_d,
+    o_b,
+    o_h,
+    o_n,
+    scale,
+    H,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pair = tl.program_id(1)
+    b, h = (pair // H).to(tl.int64), pair % H
+    at = b * s_b + h * s_h
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, D, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        q = _load(q_ptr + at, rows, cols, s_n, s_d, N, D)
+        s = tl.dot(q, tl.trans(_load(k_ptr + at, keys, cols, s_n, s_d, N, D)), s)
+    s = tl.where(keys[None, :] < N, s * scale, -float("inf"))
+    p = tl.exp(s - tl.max(s, 1)[:, None])
+    total = tl.sum(p, 1)[:, None]
+    p = p.to(v_ptr.dtype.element_ty)
+    target = o_ptr + b * o_b + h * o_h
+    for start in range(0, D, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        out = tl.dot(p, _load(v_ptr + at, keys, cols, s_n, s_d, N, D)) / total
+        inside = (rows[:, None] < N) & (cols[None, :] < D)
+        tl.store(target + rows[:, None] * o_n + cols[None, :], out.to(o_ptr.dtype.element_ty), mask=inside)
+
+
+@triton_op("flowad::attention_short", mutates_args=())
+def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, products accumulated in float32. The kernel takes what `has_kernel` says.
+
+    Bytes moved: queries and result once, keys and values once for each `rows` queries, out of the L2 cache. Operands
+    that do not share strides, as the views of one qkv projection do, are copied first.
+
+    Args:
+        q: (B, heads, N, d), any floating dtype.
+        k: as q.
+        v: as q.
+        rows: queries per program, a power of two from 16.
+
+    Returns:
+        (B, heads, N, d), stored token-major: heads merge without a copy.
+
+    Raises:
+        TypeError: several element types.
+        ValueError: shapes that do not fit.
+    """
+    if not (runs_triton(q) and has_kernel(q.dtype, q.shape[-2])):
+        return reference.attention_short(q, k, v, rows)
+    if len({t.dtype for t in (q, k, v)}) != 1:
+        raise TypeError(f"got {[t.dtype for t in (q, k, v)]}; all operands must have one element type")
+    check_same_shape(q, k)
+    check_same_shape(q, v)
+    if not q.stride() == k.stride() == v.stride():
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    batch, heads, tokens, head = q.shape
+    out = q.new_empty(batch, tokens, heads, head).transpose(1, 2)
+    block = max(triton.next_power_of_2(tokens), 16)
+    wrap_triton(_kernel)[(triton.cdiv(tokens, rows), batch * heads)](
+        q,
+        k,
+        v,
+        out,
+        *q.stride(),
+        *out.stride()[:3],
+        1 / math.sqrt(head),
+        heads,
+        N=tokens,
+        D=head,
+        BLOCK_M=rows,
+        BLOCK_N=block,
+        CHUNK=32,
+        num_warps=4 if block <= 256 else 8,
+        num_stages=3,
+    )
+    return out
