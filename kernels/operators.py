@@ -11,6 +11,7 @@ operator runs. Results that are as wide as an MLP come chunk by chunk, when the 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -134,9 +135,31 @@ def gelu_tanh(
     return _primal_first(lambda: _variant(ops, "gelu_tanh", to, (x,))[0], duals)
 
 
+_short: int | None = None
+"""Queries per program of `attention_short`, see `short_attention`. A plain variable, which compilers can read."""
+
+
+@contextmanager
+def short_attention(rows: int) -> Iterator[None]:
+    """Plain `attention` runs on `attention_short`, with so many queries per program, inside the context.
+
+    The switch belongs to the process, as torch's own between backends does: other threads get the same values from it.
+    """
+    global _short
+    before, _short = _short, rows
+    try:
+        yield
+    finally:
+        _short = before
+
+
 def attention(ops: Operators, qkv: Heads, tangents: Iterable[Heads] = ()) -> tuple[Tensor, Iterator[Tensor]]:
     """Attention (B, heads, N, d) of q, k and v, and of each chunk's tangents of them."""
-    return _primal_first(lambda: ops.attention(*qkv), map(lambda dqkv: ops.attention_dual(*qkv, *dqkv), tangents))
+
+    def plain() -> Tensor:
+        return ops.attention(*qkv) if _short is None else ops.attention_short(*qkv, _short)
+
+    return _primal_first(plain, map(lambda dqkv: ops.attention_dual(*qkv, *dqkv), tangents))
 
 
 def _variant(ops: Operators, name: str, to: torch.dtype, tensors: tuple[Tensor, ...], kept: int = 0) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from flowad_fast.benchmarks.measure.cases import (
     reference_of,
     spec_of,
 )
+from flowad_fast.benchmarks.measure.memory import held_by_graphs
 from flowad_fast.benchmarks.measure.processes import started
 from flowad_fast.benchmarks.measure.turns import Effort, Turn
 from flowad_fast.benchmarks.measure.turns import measured as figures_of
-from flowad_fast.benchmarks.measure.worker import Samples, Worker, WorkerError
+from flowad_fast.benchmarks.measure.worker import Held, Samples, Worker, WorkerError
 from flowad_fast.benchmarks.record import clock, compare, paper, record, report, scaling
 from flowad_fast.benchmarks.record.record import Memory, NoProducts, Products, Ratio, Record, Row
 from flowad_fast.benchmarks.runs import gpu_check, ladder
@@ -410,8 +412,68 @@ def test_finished_rows_are_kept_while_others_run():
         quiet,
         keep=lambda found: kept.append(json.loads(json.dumps(found.dump()))),
     )
-    assert [len(found["cases"]) for found in kept] == [2, 4]
-    assert kept[0]["cases"][1]["status"] == "ok" and kept[0]["roofs"]["reason"] == "not measured yet"
+    assert [len(found["cases"]) for found in kept] == [1, 2, 3, 4], "after every row, and with the reference path's"
+    first = kept[0]["cases"][0]
+    assert first["status"] == "ok" and first["parity"]["passed"] and kept[0]["roofs"]["reason"] == "not measured yet"
+
+
+def test_the_deadline_holds_inside_a_group_and_keeps_what_was_measured():
+    """Two engines of one group: the second is not begun, the first keeps the calls that it has made."""
+    long = replace(EFFORT, seconds=600.0, most=10**6)
+    begun = time.monotonic()
+    result = harness.run([tiny(), tiny(precision="bf16")], long, quiet, deadline=12.0)
+    assert time.monotonic() - begun < 30
+    rows = {row.precision: row for row in result.cases if row.engine != REFERENCE}
+    assert rows["fp32"].status == "ok" and rows["fp32"].measured.latency_ms.n >= 3, rows["fp32"].reason
+    assert rows["fp32"].parity.passed and rows["fp32"].ratio_to_reference.pairs >= 1
+    assert rows["bf16"].status in ("skipped", "timeout") and rows["bf16"].measured is None
+
+
+def test_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 6, (3, 4, 5)).astype(np.float32)  # with ties
+    b = a + rng.normal(size=a.shape).astype(np.float32)
+    expected = np.mean([spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a, b, strict=True)])
+    assert gate._rank_correlation(a, b) == pytest.approx(expected, abs=1e-6)
+    assert gate._rank_correlation(a * 0, b) is None and gate._rank_correlation(a * np.nan, b) is None
+
+
+def test_figures_that_are_not_finite_are_null_and_cost_nothing(measured, tmp_path):
+    density = row_of(measured, "eager", "density")
+    wrong = gate._density(10, np.zeros((1, 4, 4)), np.zeros((1, 4, 4)), np.ones((1, 4, 4)))
+    assert wrong.spread == 0 and np.isnan(wrong.share_of_spread)
+    odd = density.but(density=wrong, details={"attentions": {8: {"error": {"flash": float("inf")}}}})
+    record.write(measured.but(cases=(odd,)), tmp_path / "r.json")
+    (row,) = json.loads((tmp_path / "r.json").read_text())["cases"]
+    assert row["density"]["share_of_spread"] is None and row["details"]["attentions"]["8"]["error"]["flash"] is None
+    (again,) = record.read(tmp_path / "r.json").cases
+    assert np.isnan(again.density.share_of_spread) and again.measured == density.measured
+
+
+def test_memory_of_a_row_includes_its_graphs_and_not_what_the_process_keeps():
+    pool = {"total_size": 100, "allocated_size": 30, "segment_pool_id": (0, 1)}
+    usual = {"total_size": 1000, "allocated_size": 10, "segment_pool_id": (0, 0)}
+    assert held_by_graphs([pool, usual]) == 70
+
+
+def test_a_process_keeps_its_model_for_several_rows_and_notices_when_it_is_changed(tmp_path):
+    with started(tmp_path, EFFORT.timeout) as process:
+        assert process.ask(Worker.hold, tiny()) > 0
+        for case in (tiny(), tiny(precision="bf16"), tiny("reconstruction", batch=2)):
+            row = process.ask(Worker.load, case)
+            process.ask(Worker.outputs, tmp_path / "got.npz")
+            process.ask(Worker.expected, reference_of(case), tmp_path / "want.npz", None)
+            row = row.but(measured=figures_of(case.batch, [process.ask(Worker.run, 3)], process.ask(Worker.peak)))
+            judged = gate.judged(row, tmp_path / "got.npz", gate.Expected(tmp_path / "want.npz", tmp_path / "none.npz"))
+            assert judged.status == "ok" and judged.parity.passed, judged.reason
+            assert row.load_s < 0.05, "the model is there"
+    held = Held("tiny", random_model(PRESETS["tiny"].spec, torch.device("cpu")))
+    held.check()
+    held.model.dit.final_layer.linear.weight.data *= 1.01
+    with pytest.raises(RuntimeError, match="was changed by an engine"):
+        held.check()
 
 
 def test_an_engine_without_memory_beside_the_reference_is_measured_after_it(monkeypatch):

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flowad_fast.engines.products import TILES
-from flowad_fast.kernels import fused
+from flowad_fast.kernels import fused, linear_split_k
 from flowad_fast.kernels.attention_dual import MAX_KEYS
 
 B, N, C, D, K = 32, 256, 272, 2048, 10
@@ -300,6 +300,16 @@ def test_compilers_see_what_a_kernel_writes(name: str, launches: list[Launch], m
         assert written
         assert set(identify_mutated_tensors(launch.kernel, values, {})) == set(written)
         stored |= set(tensors.values())  # what this kernel reads, an earlier one may have written
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linear_split_k_fp8-64x64", 2**30), ("linear_split_k-64x64", 0)])
+def test_the_sums_of_fp8_products_are_the_chosen_ones(name: str, expected: int, launches: list[Launch]) -> None:
+    """`PROMOTE_FP8` leaves a part's sum to the tensor cores: said by what was compiled, not by Triton's default."""
+    assert linear_split_k.PROMOTE_FP8 is None
+    CALLS[name]()
+    text = _compile(launches[0], CHIPS["sm_90"]).asm["ttgir"]
+    found = set(re.findall(r"maxNumImpreciseAcc = (\d+)", text)) or {"0"}
+    assert "warp_group_dot" in text and found == {str(expected)}
 
 
 def test_every_operator_is_compiled() -> None:

@@ -36,16 +36,18 @@ def _needs_fp8(operator: str) -> None:
 def test_kernel_equals_reference(case: kernel_cases.Case, dtype: str) -> None:
     _needs_fp8(case.operator)
     assert launch.runs_triton(torch.empty(0, device="cuda"))
-    kernel_cases.check(kernel_cases.measure(case, DTYPES[dtype], "cuda"))
+    kernel_cases.check(kernel_cases.measure(case, DTYPES[dtype], "cuda"), case.summed)
 
 
 def _paper_cases() -> list[kernel_cases.Case]:
     ln, attention, case = kernel_cases._ln, kernel_cases._attention, kernel_cases.Case
     cases = [case("attention_dual", "paper", attention(2, 8, N, D // 8, K, views=True))]
+    linear = kernel_cases._linear
     for suffix in ("", "_fp8"):
+        summed = D if suffix else 0  # by a part
         cases += [
-            case("linear_split_k" + suffix, "paper", kernel_cases._linear(N, 4 * D, D, 128, 128, 4, fp8=bool(suffix))),
-            case("linear_split_k" + suffix, "paper-whole", kernel_cases._linear(N, D, D, 64, 64, 1, fp8=bool(suffix))),
+            case("linear_split_k" + suffix, "paper", linear(N, 4 * D, D, 128, 128, 4, fp8=bool(suffix)), 2, summed),
+            case("linear_split_k" + suffix, "paper-whole", linear(N, D, D, 64, 64, 1, fp8=bool(suffix)), 1, summed),
             case("gate_residual_ln_modulate" + suffix, "paper", ln(2, N, D, False, residual=True)),
             case("gate_residual_ln_modulate_dual" + suffix, "paper", ln(2, N, D, False, K, residual=True)),
             case("gelu_tanh" + suffix, "paper", lambda d: (3 * d(2, N, 4 * D),)),
@@ -62,7 +64,7 @@ def test_paper_scale(case: kernel_cases.Case) -> None:
         tolerance = kernel_cases.TOLERANCES[getattr(torch, entry["dtype"].removeprefix("torch."))]
         # A hundred times the values of the other cases reach further into the tails: only the rms is bounded.
         assert entry["error"][1] <= tolerance.rms
-        assert entry["error"][1] <= tolerance.ratio * entry["torch"][1], entry
+        assert entry["error"][1] <= kernel_cases.allowed(tolerance, entry["torch"][1], case.summed), entry
 
 
 class _Loop(nn.Module):

@@ -166,3 +166,43 @@ def test_attention_dual_kernel_is_for_half_types_and_short_rows() -> None:
 
 def test_kernels_run_on_gpus_only() -> None:
     assert not launch.runs_triton(torch.empty(0)) and not launch.runs_triton(torch.empty(0, device="meta"))
+
+
+def _cut(x: torch.Tensor, bits: int = kernel_cases.NARROW_BITS) -> torch.Tensor:
+    """x towards zero to so many bits behind the leading one."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.trunc(torch.ldexp(mantissa, torch.tensor(bits + 1))), exponent - bits - 1)
+
+
+def _aligned(terms: torch.Tensor, bits: int = kernel_cases.NARROW_BITS) -> torch.Tensor:
+    """The sum over dim 0, every term first cut to the place of the largest one's last bit."""
+    last = torch.exp2(torch.frexp(terms.abs().amax(0))[1].double() - 1 - bits)
+    return (torch.trunc(terms / last) * last).sum(0)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(("inner", "parts"), [(8192, 4), (2048, 1)])
+def test_the_tolerance_of_fp8_products_covers_narrow_sums(inner: int, parts: int, aligned: bool) -> None:
+    """Two published models of Hopper's accumulator (its exact form is disputed), on the GPU tests' own inputs."""
+    q, scale, w, w_scale, bias, *_ = kernel_cases._linear(48, inner, 96, 64, 64, parts, fp8=True)(
+        Draw(torch.bfloat16, "cpu")
+    )
+    total = torch.zeros(48, 96, dtype=torch.float64)
+    for x_part, w_part in zip(q.double().chunk(parts, 1), w.double().chunk(parts, 1), strict=True):
+        acc = torch.zeros_like(total)
+        steps = [one.split(kernel_cases.NARROW_STEP, 1) for one in (x_part, w_part)]
+        for x_step, w_step in zip(*steps, strict=True):
+            if aligned:
+                products = x_step.T[:, :, None] * w_step.T[:, None, :]
+                acc = _aligned(torch.cat([acc[None], products]))
+            else:
+                acc = _cut(acc + x_step @ w_step.T)
+        total += acc
+    exact = q.double() @ w.double().T * (scale.double() * w_scale.double()) + bias.double()
+    narrow = (total * scale.double() * w_scale.double() + bias.double()).bfloat16()
+    plain = exact.float().bfloat16()
+    (_, error), (_, torchs) = (kernel_cases._errors(one, None, exact) for one in (narrow, plain))
+    tolerance = kernel_cases.TOLERANCES[torch.bfloat16]
+    assert error <= min(tolerance.rms, kernel_cases.allowed(tolerance, torchs, inner // parts))
+    assert error > tolerance.ratio * torchs, "without its own tolerance this would fail"
+    assert kernel_cases.allowed(tolerance, torchs) == tolerance.ratio * torchs, "all other operators keep theirs"

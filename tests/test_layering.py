@@ -44,7 +44,7 @@ FLOORS = (
     ("model",),
     ("stages.maps",),
     ("reference_path", "pipeline"),
-    ("engines.device", "engines.precision", "engines.memory"),
+    ("engines.device", "engines.precision", "engines.memory", "engines.timing"),
     ("engines.attention", "engines.products", "engines.flight"),
     ("engines.eager", "engines.cudagraph", "engines.inductor", "engines.tensorrt"),
     ("checkpoints.reading",),

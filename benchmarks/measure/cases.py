@@ -302,15 +302,17 @@ def random_model(spec: ModelConfig, device: torch.device, seed: int = 0) -> Flow
     with torch.no_grad():
         # A trained velocity is as large as features less noise.
         dit.final_layer.linear.weight.mul_(3)
-    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation, spec.image.size).to(device)
+    backbone = FeatureExtractor(spec.backbone, spec.feature_normalisation, spec.image.size)
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
+    # On the CPU, in float32: a GPU's library may choose other algorithms where memory is short, and every process of a
+    # run must make the same model.
     with torch.no_grad():
-        backbone(normalise(torch.from_numpy(random_pictures(4, spec.image.size)).to(device), spec.image))
+        backbone(normalise(torch.from_numpy(random_pictures(4, spec.image.size)), spec.image))
     backbone.eval()
-    return FlowModel(spec, dit, backbone)
+    return FlowModel(spec, dit, backbone.to(device))
 
 
 def make_frames(case: Case, count: int, image_size: int) -> tuple[np.ndarray, str]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from flowad_fast.benchmarks.measure.worker import WorkerError
 from flowad_fast.benchmarks.record.record import DensityError, Parity, Row
@@ -53,9 +52,24 @@ def judged(row: Row, output: Path, expected: Expected) -> Row:
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's over a map's cells, frame by frame, averaged; None where a map is constant or not finite."""
-    values = [spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a, b, strict=True)]
-    return round(float(np.mean(values)), 6) if np.isfinite(values).all() else None
+    """Spearman's over a map's cells, frame by frame, averaged; None where a map is constant or not finite.
+
+    Not SciPy's: importing that takes longer than many a row, and a bare GPU machine need not have it.
+    """
+    values = []
+    for pair in zip(a, b, strict=True):
+        one, other = (_ranks(cells.ravel()) for cells in pair)
+        if not np.isfinite(pair).all() or np.ptp(one) == 0 or np.ptp(other) == 0:
+            return None
+        values.append(np.corrcoef(one, other)[0, 1])
+    return round(float(np.mean(values)), 6)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Each value's place in the order; equal ones share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts + 1) / 2)[place]
 
 
 def _density(probes: int, cells: np.ndarray, other: np.ndarray, errors: np.ndarray) -> DensityError:
@@ -64,10 +78,10 @@ def _density(probes: int, cells: np.ndarray, other: np.ndarray, errors: np.ndarr
     The standard error at K follows from the spread of ten independent probes; the rank correlation is with those ten,
     so it holds for K = 10 as well.
     """
-    error = float(np.sqrt((errors**2).mean()) * np.sqrt(10 / probes))
+    error, spread = float(np.sqrt((errors**2).mean()) * np.sqrt(10 / probes)), float(other.std())
     return DensityError(
         standard_error=round(error, 4),
-        spread=round(float(other.std()), 4),
-        share_of_spread=round(error / float(other.std()), 4),
+        spread=round(spread, 4),
+        share_of_spread=round(error / spread, 4) if spread else float("nan"),  # null in the record
         spearman_with_10=_rank_correlation(cells, other),
     )

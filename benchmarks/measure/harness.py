@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -38,12 +39,13 @@ def run(
         cases: one row each; rows of the reference path are added.
         effort: how long to measure.
         tell: receives one line of progress at a time.
-        deadline: seconds after which no further row is begun; rows that were not begun are skipped. Ctrl-C is such a
-            deadline, and skips the rows under way.
-        keep: receives the record so far, without roofs, whenever rows are finished.
+        deadline: seconds after which no further row is begun, and no answer waited for; a row under way keeps the calls
+            that it has, rows that were not begun are skipped. Ctrl-C is such a deadline, and skips the rows under way.
+        keep: receives the record so far, without roofs, after every row.
     """
     before = moment()
-    begun = time.time()
+    begun = time.monotonic()
+    end = begun + deadline
     rows: list[Row] = []
     position = {case.name: i for i, case in enumerate(cases)}
 
@@ -51,10 +53,14 @@ def run(
         ordered = sorted(rows, key=lambda r: position.get(r.name, -1 if r.engine == REFERENCE else len(cases)))
         return Record(
             preset=", ".join(dict.fromkeys(case.preset for case in cases)),
-            environment=environment(before, seconds=round(time.time() - begun, 1)),
+            environment=environment(before, seconds=round(time.monotonic() - begun, 1)),
             cases=tuple(roofs.attached(row, found) for row in ordered),
             roofs=found,
         )
+
+    def keep_rows(done: int, found: Sequence[Row]) -> None:
+        rows[done:] = found
+        keep(record(Roofs(reason="not measured yet")))
 
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="flowad-bench-") as scratch:
@@ -62,37 +68,53 @@ def run(
         ordered = sorted(cases, key=lambda c: repr(reference_of(c)))
         for reference, group in groupby(ordered, key=reference_of):
             members = list(group)
-            if interrupted or time.time() - begun > deadline:
+            if interrupted or time.monotonic() > end:
                 reason = "interrupted" if interrupted else "no time was left"
                 rows += [empty_row(case, "skipped", reason) for case in members]
                 continue
+            done = len(rows)
             try:
-                rows += _group(reference, members, folder, effort, tell)
+                keep_rows(done, _group(reference, members, folder, effort, tell, end, partial(keep_rows, done)))
             except KeyboardInterrupt:  # what was finished is kept, and the record says that it is not whole
-                rows += [empty_row(case, "skipped", "interrupted") for case in members]
+                kept = {row.name for row in rows[done:]}
+                missing = [empty_row(case, "skipped", "interrupted") for case in members if case.name not in kept]
+                keep_rows(len(rows), missing)
                 interrupted = True
-            keep(record(Roofs(reason="not measured yet")))
         tell("roofs")
-        return record(Roofs(reason="interrupted") if interrupted else _roofs(rows, cases[0].device, folder, effort))
+        return record(
+            Roofs(reason="interrupted") if interrupted else _roofs(rows, cases[0].device, folder, effort, end)
+        )
 
 
-def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort, tell: Tell) -> list[Row]:
+def _group(
+    reference: Case, cases: Sequence[Case], folder: Path, effort: Effort, tell: Tell, end: float,
+    keep: Callable[[Sequence[Row]], None],
+) -> list[Row]:  # fmt: skip
     """All engines on the same work: each takes turns with one process that runs the reference path.
 
-    An engine that does not fit into memory beside the reference path runs once more when that has ended.
+    An engine that does not fit into memory beside the reference path runs once more when that has ended. `keep`
+    receives the rows so far after each.
     """
     rows: list[Row] = []
-    outputs: dict[str, Path] = {}
     taken: list[Turn] = []
     crowded: list[Case] = []
+    tell(f"{reference.name}: parity")
+    expected = Expected(folder / "expected.npz", folder / f"{digest([reference.preset, reference.scorer.count])}.npz")
+    try:
+        with started(folder, effort.timeout, end) as judge:
+            judge.ask(Worker.expected, reference, expected.maps, expected.independent)
+    except WorkerError as error:
+        expected = replace(expected, error=error)
 
     def candidate(case: Case, ref: Process | None, note: str = "") -> tuple[Row, list[Turn]]:
-        outputs[case.name] = folder / f"{uuid.uuid4().hex}.npz"
-        row, turns = _candidate(case, ref, outputs[case.name], folder, effort)
+        if time.monotonic() > end:
+            return empty_row(case, "skipped", "no time was left"), []
+        output = folder / f"{uuid.uuid4().hex}.npz"
+        row, turns = _candidate(case, ref, output, folder, effort, end)
         tell(f"{case.name}{note}: {_said(row)}")
-        return row, turns
+        return (row if row.measured is None else judged(row, output, expected)), turns
 
-    with started(folder, effort.timeout) as process:
+    with started(folder, effort.timeout, end) as process:
         tell(f"{reference.name}: loading")
         ref_row = empty_row(reference)
         ref: Process | None = process
@@ -111,10 +133,11 @@ def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort,
                 continue
             taken += turns
             rows.append(row)
+            keep(rows)
         if ref is not None:
             try:
                 theirs = [turn.theirs for turn in taken if turn.theirs]
-                theirs = theirs or [turn.ours for turn in take_turns(ref, None, effort, reference.mode)]
+                theirs = theirs or [turn.ours for turn in take_turns(ref, None, effort, reference.mode, end)]
                 ref_row = ref_row.but(
                     measured=measured(reference.batch, theirs, ref.ask(Worker.peak)),
                     ratio_to_reference=Ratio(speed=1, low=1, high=1, pairs=0, memory=1),
@@ -122,16 +145,7 @@ def _group(reference: Case, cases: Sequence[Case], folder: Path, effort: Effort,
             except WorkerError as error:
                 ref_row = ref_row.without_speed(error.status, error.reason)
     rows += [candidate(case, None, ", without the reference path in memory")[0] for case in crowded]
-    tell(f"{reference.name}: parity")
-    expected = Expected(folder / "expected.npz", folder / f"{digest([reference.preset, reference.scorer.count])}.npz")
-    try:
-        with started(folder, effort.timeout) as judge:
-            judge.ask(Worker.expected, reference, expected.maps, expected.independent)
-    except WorkerError as error:
-        expected = replace(expected, error=error)
-    return [ref_row] + [
-        row if row.measured is None else judged(_beside(row, ref_row), outputs[row.name], expected) for row in rows
-    ]
+    return [ref_row] + [row if row.measured is None else _beside(row, ref_row) for row in rows]
 
 
 def _beside(row: Row, reference: Row) -> Row:
@@ -161,7 +175,9 @@ def _said(row: Row) -> str:
     return f"p50 {row.measured.latency_ms.p50:.1f} ms{beside}"
 
 
-def _candidate(case: Case, ref: Process | None, output: Path, folder: Path, effort: Effort) -> tuple[Row, list[Turn]]:
+def _candidate(
+    case: Case, ref: Process | None, output: Path, folder: Path, effort: Effort, end: float
+) -> tuple[Row, list[Turn]]:
     """A row without its parity, and the turns that it took with the reference."""
     row, artefact, export_s = empty_row(case), None, None
     try:
@@ -169,13 +185,13 @@ def _candidate(case: Case, ref: Process | None, output: Path, folder: Path, effo
             if is_bundle(case.preset):
                 artefact = case.preset
             else:
-                with started(folder, effort.timeout) as exporter:
+                with started(folder, effort.timeout, end) as exporter:
                     artefact, export_s = exporter.ask(Worker.export, case, Path(tempfile.mkdtemp(dir=folder)))
-        with started(folder, effort.timeout) as process:
+        with started(folder, effort.timeout, end) as process:
             row = process.ask(Worker.load, case, artefact).but(export_s=export_s)
-            turns = take_turns(process, ref, effort, case.mode)
+            process.ask(Worker.outputs, output)  # first: a row that is cut short has been checked
+            turns = take_turns(process, ref, effort, case.mode, end)
             memory = process.ask(Worker.peak)
-            process.ask(Worker.outputs, output)
     except EngineUnavailableError as error:
         return row.without_speed("not available", str(error)), []
     except WorkerError as error:
@@ -184,12 +200,12 @@ def _candidate(case: Case, ref: Process | None, output: Path, folder: Path, effo
     return (row, []) if ref is None else (row.but(ratio_to_reference=paired(turns)), turns)
 
 
-def _products(precision: Precision) -> tuple[Precision, ...]:
+def products_of(precision: Precision) -> tuple[Precision, ...]:
     """Precisions of a row's matrix products: beside fp8 some layers stay in bf16."""
     return ("fp8", "bf16") if precision == "fp8" else (precision,)
 
 
-def _roofs(rows: Sequence[Row], device: str, folder: Path, effort: Effort) -> Roofs:
+def _roofs(rows: Sequence[Row], device: str, folder: Path, effort: Effort, end: float) -> Roofs:
     """Roofs for the matrix products of the measured rows."""
     like: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
@@ -200,9 +216,9 @@ def _roofs(rows: Sequence[Row], device: str, folder: Path, effort: Effort) -> Ro
         shape = group[0].shape
         assert shape is not None
         sizes = sorted({roofs.rows_of(shape, row.batch, row.probes) for row in group})
-        precisions = sorted({"fp32", *(p for row in group for p in _products(row.precision))})
+        precisions = sorted({"fp32", *(p for row in group for p in products_of(row.precision))})
         try:
-            with started(folder, effort.timeout) as process:
+            with started(folder, effort.timeout, end) as process:
                 one = process.ask(Worker.roofs, shape, sizes, precisions, device, effort.roof_seconds)
         except WorkerError as error:
             return Roofs(reason=error.reason)

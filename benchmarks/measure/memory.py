@@ -2,7 +2,9 @@
 
 import os
 import resource
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,10 +30,13 @@ def limit_to_available() -> int:
 
 
 class PeakMemory:
-    """The peak since it was made, above the level that it found."""
+    """The peak since it was made, or since `restart`, above the level that it found.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    `kept` are bytes on the GPU that belong to the process and not to what is measured: they are taken off.
+    """
+
+    def __init__(self, device: torch.device, kept: int = 0) -> None:
+        self.device, self.kept = device, kept
         # Linux restarts the peak counter; elsewhere the figure would include loading, so it is not given.
         self.resettable = Path("/proc/self/clear_refs").exists()
         if self.resettable:
@@ -42,6 +47,12 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.allocated = torch.cuda.memory_allocated(device)
+
+    def restart(self) -> None:
+        """Leave out what preparing took on a GPU: warm-up calls, and operands of products that were measured."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> Memory:
         """What the process has taken since."""
@@ -55,12 +66,27 @@ class PeakMemory:
         if self.device.type != "cuda":
             return found
         used = nvml.process_memory(os.getpid())
+        graphs = held_by_graphs(torch.cuda.memory_snapshot())
+        less = f", less {self.kept / MB:.0f} MB that the process keeps for its next rows" if self.kept else ""
         return found.but(
-            allocator_idle=round(self.allocated / MB, 1),
-            allocator_peak=round(torch.cuda.max_memory_allocated(self.device) / MB, 1),
-            allocator_reserved=round(torch.cuda.max_memory_reserved(self.device) / MB, 1),
-            nvml_process=None if used is None else round(used / MB, 1),
+            method=f"{found.method}; GPU: the allocator's since it was prepared, captured graphs included{less}",
+            allocator_idle=round((self.allocated - self.kept) / MB, 1),
+            allocator_peak=round((torch.cuda.max_memory_allocated(self.device) + graphs - self.kept) / MB, 1),
+            allocator_reserved=round((torch.cuda.max_memory_reserved(self.device) - self.kept) / MB, 1),
+            nvml_process=None if used is None else round((used - self.kept) / MB, 1),
         )
+
+
+def held_by_graphs(segments: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of captured graphs' pools, in `torch.cuda.memory_snapshot`, that no tensor names any more.
+
+    A graph writes its intermediate results there whenever it is replayed, unseen by the allocator's peak.
+    """
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _status(field: str) -> int:

@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import signal
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from flowad_fast.benchmarks.measure.worker import Worker, WorkerError, serve
 
+PRELOAD = tuple(f"flowad_fast.benchmarks.{name}" for name in ("measure.worker", "cli", "gpu_check"))
+"""What the server imports once for all processes: the worker, and the commands, which each process imports again as
+its main module."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -18,13 +23,14 @@ class Process:
     """A worker process; `ask` sends one command and waits for its answer.
 
     It is forked from a server that has imported everything and computed nothing: as clean as a new interpreter,
-    without paying seconds of imports per row.
+    without paying seconds of imports per row. An answer may take `timeout` seconds, and none is waited for beyond
+    `deadline`, a time of `time.monotonic`.
     """
 
-    def __init__(self, log: Path, timeout: float) -> None:
-        self.log, self.timeout = log, timeout
+    def __init__(self, log: Path, timeout: float, deadline: float = float("inf")) -> None:
+        self.log, self.timeout, self.deadline = log, timeout, deadline
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["flowad_fast.benchmarks.measure.worker"])
+        context.set_forkserver_preload(list(PRELOAD))
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, str(log)), daemon=True)
         self._process.start()
@@ -39,15 +45,21 @@ class Process:
         name = do.__name__
         try:
             self._pipe.send((name, arguments, more))
-            if not self._pipe.poll(self.timeout):
+            allowed = max(min(self.timeout, self.deadline - time.monotonic()), 0.0)
+            if not self._pipe.poll(allowed if allowed < threading.TIMEOUT_MAX else None):
                 self._process.kill()
-                raise WorkerError("timeout", f"{name} took longer than {self.timeout:.0f} s")
+                raise WorkerError("timeout", f"{name} took longer than {allowed:.0f} s")
             answer: Any = self._pipe.recv()
         except (EOFError, OSError):
             raise self._crash(name) from None
         if isinstance(answer, WorkerError):
             raise answer
         return answer  # type: ignore[no-any-return]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+        return self._process.is_alive()
 
     def _crash(self, name: str) -> WorkerError:
         self._process.join()
@@ -66,9 +78,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def started(folder: Path, timeout: float) -> Iterator[Process]:
-    """A worker process that ends with the block; it logs into `folder`."""
-    process = Process(folder / f"{uuid.uuid4().hex}.log", timeout)
+def started(folder: Path, timeout: float, deadline: float = float("inf")) -> Iterator[Process]:
+    """A worker process that ends with the block; it logs into `folder`. See `Process`."""
+    process = Process(folder / f"{uuid.uuid4().hex}.log", timeout, deadline)
     try:
         yield process
     finally:

@@ -1,21 +1,28 @@
 """What this machine can do at most, measured beside the rows: copy bandwidth, and the model's own matrix products."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from flowad_fast.benchmarks.record.record import NoProducts, Prediction, Products, Roof, Roofs, Row
+from flowad_fast.benchmarks.record.record import BackboneTime, NoProducts, Prediction, Products, Roof, Roofs, Row
 from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
+from flowad_fast.engines.timing import graph_clock
 from flowad_fast.kernels.account import Roofs as AccountRoofs
 from flowad_fast.kernels.account import VelocityShape, account, predicted_seconds
+from flowad_fast.model import FlowModel
 from flowad_fast.stages.arithmetic import NUMBERS
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+WEIGHTS, FEW_WEIGHTS, MANY_ROWS = 16, 4, 2048
+"""Weights that a product on a GPU is timed over, so that each comes from memory as a model's do and not from the cache;
+fewer where a product has more rows than that, and its time is the multiplications'."""
 
 
 def gemm_shapes(shape: VelocityShape) -> dict[str, tuple[int, int]]:
@@ -38,12 +45,12 @@ def measure(
         rows: M, tokens times frames (times tangents) of the rows that are compared with it.
         precisions: those that this device cannot multiply in are listed with the reason.
         device: as everywhere.
-        seconds: time for each product.
+        seconds: time for each product on the CPU; on a GPU a captured graph over distinct weights is replayed.
     """
     where = torch_device(device)
     source = torch.randn(COPY_BYTES[where.type] // 4, device=where)
     target = torch.empty_like(source)
-    copy = median_ms(lambda: target.copy_(source), where, seconds)
+    copy = _milliseconds([lambda: target.copy_(source)], where, seconds)
     gemm: list[Products | NoProducts] = []
     for precision in precisions:
         if precision in ("tf32", "fp8") and where.type == "cpu":
@@ -58,11 +65,35 @@ def measure(
     )
 
 
+def backbone(
+    model: FlowModel, batches: Sequence[int], device: torch.device, seconds: float
+) -> tuple[BackboneTime, ...]:
+    """The backbone's stages alone: float32 channels last (as the pipeline runs it) and first, and on a GPU float16.
+
+    On a GPU a captured graph, so that launches do not count; nothing of `model` is changed.
+    """
+    network, size = model.backbone.backbone, model.spec.image.size
+    kinds: list[tuple[Literal["NHWC", "NCHW"], Literal["fp32", "fp16"]]] = [("NHWC", "fp32"), ("NCHW", "fp32")]
+    if device.type == "cuda":
+        kinds.append(("NHWC", "fp16"))
+    found = []
+    for layout, dtype in kinds:
+        memory = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+        kind = torch.float16 if dtype == "fp16" else torch.float32
+        ours = copy.deepcopy(network).to(device, kind).to(memory_format=memory).eval()  # type: ignore[call-overload]
+        for batch in batches:
+            images = torch.randn(batch, 3, size, size, device=device, dtype=kind).contiguous(memory_format=memory)
+            with torch.inference_mode(), arithmetic("fp32", device):
+                ms = _milliseconds([partial(ours, images)], device, seconds)
+            found.append(BackboneTime(batch=batch, layout=layout, dtype=dtype, ms=round(ms, 4)))
+    return tuple(found)
+
+
 def _products(shape: VelocityShape, m: int, precision: Precision, device: torch.device, seconds: float) -> Products:
     times, flops = {}, 0
     for name, (k, n) in gemm_shapes(shape).items():
         with arithmetic(precision, device):
-            times[name] = median_ms(_product(m, k, n, precision, device), device, seconds)
+            times[name] = _milliseconds(_product(m, k, n, precision, device), device, seconds)
         flops += 2 * m * k * n
     block = sum(times.values())
     return Products(
@@ -75,30 +106,48 @@ def _products(shape: VelocityShape, m: int, precision: Precision, device: torch.
     )
 
 
-def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> Callable[[], Any]:
-    """A linear layer of random operands, (m, k) to (m, n); in fp8 with one scale per row, as the model's are."""
+def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> list[Callable[[], Any]]:
+    """Linear layers of random operands, (m, k) to (m, n), one per weight; in fp8 with row scales, as the model's."""
     dtype = NUMBERS[precision].dtype
-    x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+    count = 1 if device.type == "cpu" else WEIGHTS if m <= MANY_ROWS else FEW_WEIGHTS
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    x, weights, bias = drawn(m, k), [drawn(n, k) for _ in range(count)], drawn(n)
     if precision != "fp8":
-        b = torch.randn(n, device=device, dtype=dtype)
-        return lambda: F.linear(x, w, b)
-    xq, wq = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-    xs, ws = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
-    return lambda: torch._scaled_mm(xq, wq.T, xs, ws, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return [partial(F.linear, x, w, bias) for w in weights]
+    q, scale = x.to(torch.float8_e4m3fn), torch.ones(m, 1, device=device)
+    weight_scale = torch.ones(1, n, device=device)
+    return [
+        partial(
+            torch._scaled_mm, q, w.to(torch.float8_e4m3fn).T, scale, weight_scale, out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        for w in weights
+    ]  # fmt: skip
 
 
-def median_ms(call: Callable[[], Any], device: torch.device, seconds: float, least: int = 3, most: int = 200) -> float:
-    """The median time of `call` after a warm-up, each call synchronised."""
+def _milliseconds(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> float:
+    """Median time of one of `calls`: on a GPU all of them in a graph, without launches and synchronising between."""
+    if device.type == "cpu":
+        return median_ms(calls[0], seconds)
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return graph_clock(run) / len(calls) / 1e3
+
+
+def median_ms(call: Callable[[], Any], seconds: float, least: int = 3, most: int = 200) -> float:
+    """The median time of `call` on the CPU after a warm-up."""
     samples: list[float] = []
     call()
     end = time.perf_counter() + seconds
     while len(samples) < least or (time.perf_counter() < end and len(samples) < most):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         samples.append((time.perf_counter() - start) * 1e3)
     return sorted(samples)[len(samples) // 2]
 

@@ -39,13 +39,21 @@ class Turn:
     theirs: Samples | None
 
 
-def take_turns(process: Process, ref: Process | None, effort: Effort, mode: Mode) -> list[Turn]:
-    """Blocks of calls, reference and candidate in turn, for the time that `effort` allows."""
+def take_turns(
+    process: Process, ref: Process | None, effort: Effort, mode: Mode, deadline: float = float("inf")
+) -> list[Turn]:
+    """Blocks of calls, reference and candidate in turn, for the time that `effort` allows.
+
+    Past `deadline`, a time of `time.monotonic`, no block is begun that would probably not end before it; there is one.
+    """
 
     def block_size(of: Process) -> int:
         """Calls per turn, after two of warm-up; short ones are grouped, so that a turn is longer than the switch."""
         of.ask(Worker.run, 1)
         return max(1, min(50, int(50 / of.ask(Worker.run, 1).ms[0])))
+
+    def late(seconds: float) -> bool:
+        return time.monotonic() + seconds > deadline
 
     ours_size, theirs_size = block_size(process), block_size(ref) if ref else 0
     turns: list[Turn] = []
@@ -54,6 +62,8 @@ def take_turns(process: Process, ref: Process | None, effort: Effort, mode: Mode
         theirs = ref.ask(Worker.run, theirs_size) if ref else None
         turns.append(Turn(process.ask(Worker.run, ours_size), theirs))
         spent = time.perf_counter() - begun
+        if late(spent / len(turns)):
+            return turns
         least = effort.least if spent / len(turns) < 10 else min(effort.least, 3)
         if len(turns) >= least and (spent > allowed or len(turns) * ours_size >= effort.most):
             noisy = clock.stability([turn.ours.median for turn in turns]).verdict == "noisy"
@@ -63,7 +73,8 @@ def take_turns(process: Process, ref: Process | None, effort: Effort, mode: Mode
     if mode == "single-stream":
         # Tail percentiles need many calls, and the reference has no say in them.
         each = float(np.median([v for turn in turns for v in turn.ours.ms]))
-        calls = int(min(max(effort.seconds * 1e3 / each, 1), effort.most))
+        allowed = min(effort.seconds, deadline - time.monotonic())
+        calls = int(min(max(allowed * 1e3 / each, 1), effort.most))
         turns.append(Turn(process.ask(Worker.run, calls), None))
     return turns
 

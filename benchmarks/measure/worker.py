@@ -17,11 +17,12 @@ import torch
 
 from flowad_fast import bundle
 from flowad_fast.benchmarks.measure import engines, roofs
-from flowad_fast.benchmarks.measure.cases import Case, empty_row, load_model, make_frames, scored_as
+from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, empty_row, load_model, make_frames, scored_as
 from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
-from flowad_fast.benchmarks.record.record import Memory, Roofs, Row, Status
+from flowad_fast.benchmarks.record.record import BackboneTime, Memory, Roofs, Row, Status
 from flowad_fast.config import Precision
 from flowad_fast.detector import Detection, Detector
+from flowad_fast.engines import Engine
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.errors import EngineUnavailableError, ParityError
@@ -59,30 +60,85 @@ class Samples:
         return float(np.median(self.ms))
 
 
+class Held:
+    """A model that a process keeps for several rows.
+
+    Every row's reference is computed from it, so it must stay what it was: an engine that changed it would be compared
+    with its own mistake.
+    """
+
+    def __init__(self, preset: str, model: FlowModel) -> None:
+        self.preset, self.model = preset, model
+        self._sums = self._fingerprint()
+
+    def check(self) -> None:
+        """Refuse to go on with a model that somebody has changed.
+
+        Raises:
+            RuntimeError: its weights are not those that were loaded.
+        """
+        found = self._fingerprint()
+        if len(found) != len(self._sums) or not np.allclose(found, self._sums, rtol=1e-9, atol=1e-9):
+            raise RuntimeError("the held model was changed by an engine: its rows have no reference any more")
+
+    def unused_by(self, engine: Engine) -> int:
+        """Bytes of the model on a GPU that an engine does not share."""
+        own = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in self._tensors() if one.is_cuda
+        }
+        if isinstance(engine, engines.ReferenceEngine):
+            return 0
+        pipeline = getattr(engine, "pipeline", None)
+        shared = () if pipeline is None else (*pipeline.parameters(), *pipeline.buffers())
+        for one in shared:
+            own.pop(one.untyped_storage().data_ptr(), None)
+        return sum(own.values())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        parts = (self.model.dit, self.model.backbone)
+        return [one for part in parts for one in (*part.parameters(), *part.buffers())]
+
+    @torch.no_grad()
+    def _fingerprint(self) -> list[float]:
+        sums = [one.sum(dtype=torch.float64) for one in self._tensors() if one.dtype == torch.float32]
+        return [float(one) for one in torch.stack(sums).cpu()]
+
+
 class Worker:
-    """A case, loaded once and then run on request."""
+    """A case, loaded once and then run on request; with `hold`, one after the other on the same model."""
 
     def __init__(self) -> None:
         self.case: Case
-        self.detector: Detector
+        self.detector: Detector | None = None
         self.memory: PeakMemory
         self.device: torch.device
+        self.held: Held | None = None
+
+    def hold(self, case: Case) -> float:
+        """Load the case's model and keep it for all that follows; returns the seconds."""
+        start = time.perf_counter()
+        device = torch_device(case.device)
+        self.held = Held(case.preset, load_model(case).to(device))
+        return round(time.perf_counter() - start, 3)
 
     def load(self, case: Case, artefact: str | None = None) -> Row:
         """Load the model, start the engine, and run the first call, each timed on its own: a row without figures."""
-        self.case = case
+        self.case, self.detector = case, None
         self.device = torch_device(self.case.device)
         if self.device.type == "cpu":
             limit_to_available()
+        else:  # what the engine before has left
+            gc.collect()
+            torch.cuda.empty_cache()
         start = time.perf_counter()
         if artefact is None:
-            model: FlowModel | None = load_model(self.case)
+            model: FlowModel | None = self._model(case)
             assert model is not None and model.backbone is not None
             spec = model.spec
         else:
             model, spec = None, bundle.read(artefact, verify=False)[1].model
         loaded = time.perf_counter()
-        self.detector = engines.start(case, model, artefact)
+        detector = self.detector = engines.start(case, model, artefact)
         # The engine holds what it needs; the training form's weights must not count as the engine's memory.
         del model
         gc.collect()
@@ -90,18 +146,20 @@ class Worker:
         frames, source = make_frames(self.case, max(self.case.parity_frames, 1), spec.image.size)
         self.distinct = frames
         self.batch = frames[np.arange(self.case.batch) % len(frames)]
-        self.memory = PeakMemory(self.device)
+        self.memory = PeakMemory(self.device, self.held.unused_by(detector.running()) if self.held else 0)
         before = time.perf_counter()
-        self.detector.prepare(*self.batch.shape[1:3])
+        detector.prepare(*self.batch.shape[1:3])
         prepared = time.perf_counter()
+        self.memory.restart()
+        called = time.perf_counter()
         first = self._score(self.batch)
-        first_call = time.perf_counter() - prepared
+        first_call = time.perf_counter() - called
         # A verdict needs thresholds; these make every call take the whole way from frame to verdict.
-        self.detector.calibration = calibrate(first.raw_score, 0.5, first.classes)
+        detector.calibration = calibrate(first.raw_score, 0.5, first.classes)
         velocity = spec.velocity
         return empty_row(case).but(
             ran=first.engine,
-            details=self.detector.details,
+            details=detector.details,
             load_s=round(loaded - start, 3),
             start_s=round(started - loaded, 3),
             compile_s=round(prepared - before, 3),
@@ -120,16 +178,21 @@ class Worker:
             ),
         )
 
-    def run(self, n: int) -> Samples:
-        """`n` calls: host frames to host verdict in ms, and the device's own time where events can be placed."""
+    def run(self, n: int, on_device: int | None = None) -> Samples:
+        """`n` calls: host frames to host verdict in ms, and the device's own time of as many, or of `on_device`.
+
+        The device's time is known where events can be placed. The reference path's is nobody's figure, and would double
+        what it costs.
+        """
         wall = []
         for _ in range(n):
             start = time.perf_counter()
             _ = self._score(self.batch).verdict
             wall.append((time.perf_counter() - start) * 1e3)
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.case.engine == REFERENCE or on_device == 0:
             return Samples(wall, [])
-        return Samples(wall, engines.device_times(self.detector, self.batch, self._classes(self.batch), n))
+        count = n if on_device is None else on_device
+        return Samples(wall, engines.device_times(self._running, self.batch, self._classes(self.batch), count))
 
     def peak(self) -> Memory:
         """Peak memory since the engine was started."""
@@ -164,7 +227,9 @@ class Worker:
         `independent` is a file that is made when it is missing: it serves every number of probes.
         """
         device = torch_device(case.device)
-        model = load_model(case).to(device)
+        model = self._model(case).to(device)
+        if self.held is not None:
+            self.held.check()
         frames, _ = make_frames(case, max(case.parity_frames, 1), model.spec.image.size)
         y = None
         if model.config.use_class_labels:
@@ -208,11 +273,27 @@ class Worker:
         """Measure this machine's roofs; see `roofs.measure`."""
         return roofs.measure(shape, rows, precisions, device, seconds)
 
+    def backbone(self, case: Case, batches: Sequence[int], seconds: float) -> tuple[BackboneTime, ...]:
+        """The backbone of the case's model alone, in the layouts and types that an engine may give it."""
+        return roofs.backbone(self._model(case), batches, torch_device(case.device), seconds)
+
+    def _model(self, case: Case) -> FlowModel:
+        """The held model, or the case's where none is held."""
+        if self.held is None:
+            return load_model(case)
+        assert case.preset == self.held.preset, "a process keeps one model"
+        return self.held.model
+
+    @property
+    def _running(self) -> Detector:
+        assert self.detector is not None, "load comes first"
+        return self.detector
+
     def _score(self, frames: np.ndarray, first: int = 0) -> Detection:
-        return self.detector(frames, self._classes(frames, first))
+        return self._running(frames, self._classes(frames, first))
 
     def _classes(self, frames: np.ndarray, first: int = 0) -> list[str | int] | None:
-        classes = self.detector.classes
+        classes = self._running.classes
         labels = [classes.label(text) for text in classes.labels]
         of = [(first + i) % len(self.distinct) for i in range(len(frames))]
         return [labels[i % len(labels)] for i in of] if labels else None

@@ -1,12 +1,26 @@
 """What every record says of the machine that it was made on, typed."""
 
+import math
 from typing import Any, Self
+
+from pydantic import ConfigDict, model_validator
 
 from flowad_fast.config import Frozen
 
 
 class Part(Frozen):
-    """A part of a record."""
+    """A part of a record. A figure that is not finite is null in its JSON: it must not cost the others."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_finite(cls, data: Any) -> Any:
+        """What `record.write` wrote as null is not a number again, where a number must stand."""
+        if not isinstance(data, dict):
+            return data
+        numbers = (name for name, field in cls.model_fields.items() if field.annotation is float)
+        return data | {name: math.nan for name in numbers if name in data and data[name] is None}
 
     def but(self, **changes: Any) -> Self:
         """The same with other values."""

@@ -5,6 +5,7 @@ belongs together. Measuring makes new rows and changes none.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -207,14 +208,24 @@ class Roofs(Part):
     gemm: tuple[Products | NoProducts, ...] = ()
 
 
+class BackboneTime(Part):
+    """The backbone alone, without launches where it runs on a GPU: ms for a batch in a layout and type."""
+
+    batch: int
+    layout: Literal["NHWC", "NCHW"]
+    dtype: Literal["fp32", "fp16"]
+    ms: float
+
+
 class CheckPart(Part):
-    """One part of a check of a GPU."""
+    """One part of a check of a GPU: `output` is what tests said, `backbone` what a smoke measured beside its rows."""
 
     name: str
     seconds: float
     status: Status
     reason: str | None = None
     output: tuple[str, ...] | None = None
+    backbone: tuple[BackboneTime, ...] | None = None
 
 
 class Header(Part):
@@ -347,10 +358,19 @@ Speedless = DriftRecord | EvaluationsRecord
 
 
 def write(record: Header, path: Path) -> None:
-    """Write a record aside and rename it."""
+    """Write a record aside and rename it; a figure that is not finite becomes null."""
     make_folder(path.parent)
     with replacing(path) as file:
-        file.write((json.dumps(record.dump(), allow_nan=False) + "\n").encode())
+        file.write((json.dumps(finite(record.dump()), allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def read(path: Path) -> Record | Speedless:

@@ -8,7 +8,6 @@ host and device buffers let the transfers of one piece run beside the computatio
 directly, on any device, which is how bucketing, padding and buffering are tested without a GPU.
 """
 
-import gc
 import threading
 import warnings
 from collections import OrderedDict
@@ -28,6 +27,7 @@ from flowad_fast.engines.flight import Buffers, Outputs, Results, Slot, Streams
 from flowad_fast.engines.memory import out_of_memory
 from flowad_fast.engines.precision import arithmetic, check_precision
 from flowad_fast.engines.products import ProductChoice, choose_products
+from flowad_fast.engines.timing import no_collection
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.kernels import fused
 from flowad_fast.pipeline import ScoringPipeline
@@ -92,18 +92,12 @@ class CudaGraphStep(DirectStep):
             super().replay()
         torch.cuda.synchronize(buffers.frames.device)
         self.graph = torch.cuda.CUDAGraph()
-        # A collection inside a capture could free another graph or a tensor, which CUDA forbids there. Other threads
-        # may go on using the GPU, hence the thread's own error mode.
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.cuda.graph(
-                self.graph, pool=streams.pool, stream=streams.compute, capture_error_mode="thread_local"
-            ):
-                super().replay()
-        finally:
-            if enabled:
-                gc.enable()
+        # Other threads may go on using the GPU, hence the thread's own error mode.
+        with (
+            no_collection(),
+            torch.cuda.graph(self.graph, pool=streams.pool, stream=streams.compute, capture_error_mode="thread_local"),
+        ):
+            super().replay()
 
     def replay(self) -> None:
         """Fill the outputs."""
@@ -123,7 +117,8 @@ class CudaGraphEngine(Engine):
 
     A frame size is captured when it is first seen, or ahead of time by `prepare`. A bucket for which memory does not
     suffice is left out with a warning; larger batches are then split to the buckets that exist.
-    `attention` is the backend that was captured: the fastest, measured here unless a stored choice is given. With
+    `attention` is the backend of the largest bucket, `attentions` that of each captured one: the fastest that is right,
+    measured here unless a stored choice is given. With
     `measure_products` a bucket's matrix products are the fastest of the candidates in `products`, measured before its
     first capture; without, they are the library's. With the fused operators the backbone runs on them, too, where the
     precision allows it (`NUMBERS`).
@@ -151,10 +146,11 @@ class CudaGraphEngine(Engine):
         self.pipeline = pipeline.on(self._device)
         if pipeline.ops.__name__ == fused.__name__:
             self.pipeline = self.pipeline.with_fused_backbone()
-        dtype = NUMBERS[pipeline.precision].dtype
-        self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
-        self.products: dict[int, list[ProductChoice]] | None = {} if measure_products else None
         self._buckets = tuple(sorted(set(buckets)))
+        self._stored = attention
+        self.attention = self._choose_attention(self._buckets[-1])
+        self.attentions = {self._buckets[-1]: self.attention}
+        self.products: dict[int, list[ProductChoice]] | None = {} if measure_products else None
         self._step = step
         self._streams = Streams(self._device)
         self._captures: OrderedDict[tuple[int, int], _Capture] = OrderedDict()
@@ -168,12 +164,21 @@ class CudaGraphEngine(Engine):
 
     @property
     def details(self) -> dict[str, Any]:
-        """See `Detector.details`: the attention backend, and by captured bucket what runs the matrix products."""
+        """See `Detector.details`: by captured bucket what runs attention and the matrix products."""
         chosen = {
             bucket: {choice.part: {"chosen": choice.chosen, "us": choice.microseconds} for choice in choices}
             for bucket, choices in (self.products or {}).items()
         }
-        return {"attention": self.attention.backend, "attention_ms": self.attention.milliseconds, "products": chosen}
+        attentions = {
+            bucket: {"chosen": one.backend, "ms": one.milliseconds, "error": one.errors}
+            for bucket, one in sorted(self.attentions.items())
+        }
+        return {
+            "attention": self.attention.backend,
+            "attention_ms": self.attention.milliseconds,
+            "attentions": attentions,
+            "products": chosen,
+        }
 
     def buckets(self, height: int, width: int) -> tuple[int, ...]:
         """The batch sizes, ascending, that frames of this size run in; captures them if need be."""
@@ -267,10 +272,12 @@ class CudaGraphEngine(Engine):
     def _make_step(self, static: Buffers | None, bucket: int, height: int, width: int) -> DirectStep | None:
         """The step of a bucket, None when memory does not suffice."""
         try:
+            if bucket not in self.attentions:
+                self.attentions[bucket] = self._choose_attention(bucket)
             self._choose_products(bucket)
             with self._streams.on(self._streams.compute):
                 buffers = static or Buffers.make(self.pipeline, bucket, height, width, self._device)
-                return self._step(self.pipeline, buffers.first(bucket), self._streams, self.attention)
+                return self._step(self.pipeline, buffers.first(bucket), self._streams, self.attentions[bucket])
         except RuntimeError as error:
             # An exhausted capture may end in another error than the one that ended it.
             if not out_of_memory(error):
@@ -278,6 +285,10 @@ class CudaGraphEngine(Engine):
         if self._streams.cuda:
             torch.cuda.empty_cache()
         return None
+
+    def _choose_attention(self, bucket: int) -> AttentionChoice:
+        config, dtype = self.pipeline.velocity.config, NUMBERS[self.pipeline.precision].dtype
+        return choose_attention(config, dtype, self._device, bucket, self._stored)
 
     def _choose_products(self, bucket: int) -> None:
         if self.products is None or bucket in self.products:

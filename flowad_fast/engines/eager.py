@@ -58,7 +58,11 @@ class EagerEngine(Engine):
     @property
     def details(self) -> dict[str, Any]:
         """See `Detector.details`."""
-        return {"attention": self.attention.backend, "attention_ms": self.attention.milliseconds}
+        return {
+            "attention": self.attention.backend,
+            "attention_ms": self.attention.milliseconds,
+            "attention_errors": self.attention.errors,
+        }
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 
@@ -43,17 +44,59 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     """float32 products on the GPU in float32, or in TF32 when `precision` is tf32, inside this context only.
 
     The switches belong to the process, so one thread at a time is inside; work is queued there, not waited for.
-    Convolutions follow: torch's own default lets them use TF32 while matrix products do not.
+    Convolutions follow: torch's own default lets them use TF32 while matrix products do not. Torch has an older and a
+    newer interface to each switch, and raises where one that is read disagrees with the other, so both are set.
     """
     if device.type != "cuda":
         yield
         return
-    mode = "tf32" if precision == "tf32" else "ieee"
+    tf32 = precision == "tf32"
     with _SWITCHES:
-        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before = products.fp32_precision, convolutions.fp32_precision
-        products.fp32_precision = convolutions.fp32_precision = mode
+        before = _Switches.read()
+        _Switches("high" if tf32 else "highest", tf32, *["tf32" if tf32 else "ieee"] * 4).write()
         try:
             yield
         finally:
-            products.fp32_precision, convolutions.fp32_precision = before
+            before.write()
+
+
+@dataclass(frozen=True)
+class _Switches:
+    """Torch's switches for float32 on a GPU: the two of the older interface, then the newer one's.
+
+    `products_cpu` belongs to the CPU, where the older switch for products reaches too.
+    """
+
+    legacy_products: str
+    legacy_convolutions: bool
+    products: str
+    products_cpu: str
+    convolutions: str
+    recurrent: str
+
+    @classmethod
+    def read(cls) -> "_Switches":
+        """What is set now; where only the newer interface was used, what the older one would say."""
+        own = [place.fp32_precision for place in _places()]
+        try:
+            products = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            products = "high" if own[0] == "tf32" else "highest"
+        try:
+            convolutions = torch.backends.cudnn.allow_tf32
+        except RuntimeError:
+            convolutions = own[2] == "tf32"
+        return cls(products, convolutions, *own)
+
+    def write(self) -> None:
+        """Set all of them; the newer interface last, since writing the older one changes it too."""
+        torch.set_float32_matmul_precision(self.legacy_products)
+        torch.backends.cudnn.allow_tf32 = self.legacy_convolutions
+        own = (self.products, self.products_cpu, self.convolutions, self.recurrent)
+        for place, value in zip(_places(), own, strict=True):
+            place.fp32_precision = value
+
+
+def _places() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn

@@ -8,12 +8,13 @@ No GPU has judged this yet: neither the split product nor the epilogue has a com
 and this module, stay until one has, and go if it shows none; with `measure_products=False` an engine uses the library.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from flowad_fast.kernels.operators import NARROW, quantise
+from flowad_fast.engines.timing import Clock, graph_clock
+from flowad_fast.kernels.operators import NARROW, Rows, quantise
 from flowad_fast.stages.linear import Layer
 from flowad_fast.stages.plan import Library, Product, Split
 from flowad_fast.stages.velocity import TabledDiT
@@ -23,10 +24,8 @@ TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
 PARTS = (1, 2, 4, 8)
 MOST_ROWS = 1024
 """With more rows a GPU is full without splitting."""
-_REPEATS = 10
-
-Clock = Callable[[Callable[[], object]], float]
-"""Microseconds of a call."""
+_DRAWN_ROWS = 256
+"""Rows that are drawn at random for the measurement, and repeated: float32 rows of all of them would be its peak."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def choose_products(field: TabledDiT, rows: int, clock: Clock | None = None) -> 
             times = {}
             for one in able:
                 field.use(before.at(rows, {part: one}))
-                times[one] = _microseconds(field, part, rows, clock or _graph_clock)
+                times[one] = _microseconds(field, part, rows, clock or graph_clock)
             best[part] = min(able, key=lambda one: times[one])
             us = {one.label: round(time, 2) for one, time in times.items()}
             choices.append(ProductChoice(part, rows, best[part].label, us))
@@ -101,9 +100,7 @@ def choose_products(field: TabledDiT, rows: int, clock: Clock | None = None) -> 
 def _microseconds(field: TabledDiT, part: str, rows: int, clock: Clock) -> float:
     """Time a block of a product and, for the first of the MLP, of the GELU behind it."""
     layers = [block.layers[part] for block in field.blocks]
-    takes = layers[0].takes
-    drawn = torch.randn(rows, layers[0].in_features, device=field.table.device)
-    x = quantise(field.ops, drawn if takes in NARROW else drawn.to(takes), takes)
+    x = _rows(field, layers[0], rows)
 
     def run() -> None:
         for layer, block in zip(layers, field.blocks, strict=True):
@@ -115,22 +112,13 @@ def _microseconds(field: TabledDiT, part: str, rows: int, clock: Clock) -> float
     return clock(run) / len(layers)
 
 
-def _graph_clock(run: Callable[[], object]) -> float:
-    """Microseconds of a call, captured and replayed: launches cost there what they cost in the engine's graph."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    stream.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        run()
-    times = []
-    with torch.cuda.stream(stream):
-        for _ in range(_REPEATS + 2):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3)
-    return sorted(times[2:])[_REPEATS // 2]
+def _rows(field: TabledDiT, layer: Layer, rows: int) -> Rows:
+    """Random rows as the layer takes them, in no more memory than the field itself needs for them."""
+    drawn = torch.randn(min(rows, _DRAWN_ROWS), layer.in_features, device=field.table.device)
+    x = quantise(field.ops, drawn if layer.takes in NARROW else drawn.to(layer.takes), layer.takes)
+    times = -(-rows // len(drawn))
+    if isinstance(x, Tensor):
+        return x.repeat(times, 1)[:rows]
+    q, scale = x
+    # repeat() of eight-bit floats is not in every build of torch; their bytes are.
+    return q.view(torch.uint8).repeat(times, 1)[:rows].view(q.dtype), scale.repeat(times, 1)[:rows]
