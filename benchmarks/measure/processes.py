@@ -12,9 +12,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from flowad_fast.benchmarks.measure.worker import Worker, WorkerError, serve
 
-PRELOAD = tuple(f"flowad_fast.benchmarks.{name}" for name in ("measure.worker", "cli", "gpu_check"))
-"""What the server imports once for all processes: the worker, and the commands, which each process imports again as
-its main module."""
+PRELOAD = ("flowad_fast.benchmarks.measure.worker", "flowad_fast.benchmarks.runs.gpu_check")
+"""What the server imports once for all processes: the worker, and what a process would import again as its main."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
