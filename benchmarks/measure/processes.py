@@ -47,6 +47,7 @@ class Process:
             allowed = max(min(self.timeout, self.deadline - time.monotonic()), 0.0)
             if not self._pipe.poll(allowed if allowed < threading.TIMEOUT_MAX else None):
                 self._process.kill()
+                self._process.join(10)
                 raise WorkerError("timeout", f"{name} took longer than {allowed:.0f} s")
             answer: Any = self._pipe.recv()
         except (EOFError, OSError):
@@ -64,7 +65,8 @@ class Process:
         self._process.join()
         code = self._process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        said = self.log.read_text(errors="replace") if self.log.exists() else ""
+        last = said.strip().splitlines()[-1:]
         return WorkerError("crashed", f"{how} during {name}{': ' + last[0][:300] if last else ''}")
 
     def close(self) -> None:

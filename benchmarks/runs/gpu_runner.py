@@ -14,6 +14,8 @@ RESERVE = 2.0
 """Times its modelled seconds that every later headline is left."""
 PATIENCE = 3.0
 """Times its modelled seconds after which a piece is cut off."""
+COLD_S = 16.0
+"""Modelled seconds of a row whose process has to be started anew, which any may meet after one that was killed."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,6 @@ def _deadline(work: Work, start: float, end: float, unreserved: float) -> float:
     A headline may use its own seconds whatever comes after it, since pieces come most important first; beyond that, and
     for all others, the time of later headlines (after `unreserved`) is not theirs.
     """
-    patient = start + (PATIENCE * work.needed if work.limit is None else work.limit)
+    patient = start + (PATIENCE * max(work.needed, COLD_S) if work.limit is None else work.limit)
     sure = start + work.needed if work.headline else start
     return min(end, max(sure, min(patient, unreserved)))
