@@ -70,7 +70,8 @@ def run(
     interrupted = False
     for i, work in enumerate(works):
         start = clock()
-        reserved = sum(RESERVE * later.needed for later in works[i + 1 :] if later.headline)
+        later = [RESERVE * one.needed for one in works[i + 1 :] if one.headline]
+        reserved = sum(later) + (COLD_S if later else 0)
         deadline = _deadline(work, start, end, headlines_end - reserved if reserved else end)
         if interrupted:
             outcome = Outcome("skipped", "interrupted")
@@ -93,11 +94,10 @@ def run(
 
 
 def _deadline(work: Work, start: float, end: float, unreserved: float) -> float:
-    """When a piece is cut off.
+    """When a piece is cut off: where it has taken too long, or where the time of later headlines begins (`unreserved`).
 
-    A headline may use its own seconds whatever comes after it, since pieces come most important first; beyond that, and
-    for all others, the time of later headlines (after `unreserved`) is not theirs.
+    A headline has the time that was kept for it whatever comes after, since pieces come most important first.
     """
     patient = start + (PATIENCE * max(work.needed, COLD_S) if work.limit is None else work.limit)
-    sure = start + work.needed if work.headline else start
+    sure = start + RESERVE * work.needed + COLD_S if work.headline else start
     return min(end, max(sure, min(patient, unreserved)))
