@@ -15,6 +15,7 @@ from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import MVTEC_CLASSES, ImageConfig, ModelConfig, Precision, VelocityConfig, Weights, validated
 from flowad_fast.engines.device import torch_device
 from flowad_fast.errors import ConfigError, nearest
+from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
@@ -66,6 +67,20 @@ def spec_of(
     )
     names = () if invad else MVTEC_CLASSES
     return ModelConfig(velocity=velocity, backbone=backbone, image=ImageConfig(size=size), class_names=names)  # type: ignore[arg-type]
+
+
+def shape_of(spec: ModelConfig) -> VelocityShape:
+    """A model's sizes, as the account of bytes and operations has them."""
+    velocity = spec.velocity
+    return VelocityShape(
+        hidden=velocity.hidden_size,
+        depth=velocity.depth,
+        heads=velocity.num_heads,
+        tokens=velocity.tokens,
+        channels=velocity.channels * velocity.patch_size**2,
+        mlp=velocity.mlp_hidden,
+        image=spec.image.size,
+    )
 
 
 PAPER = spec_of(2048, 16, 8)

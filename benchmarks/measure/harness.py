@@ -145,22 +145,21 @@ def _group(
             except WorkerError as error:
                 ref_row = ref_row.without_speed(error.status, error.reason)
     rows += [candidate(case, None, ", without the reference path in memory")[0] for case in crowded]
-    return [ref_row] + [row if row.measured is None else _beside(row, ref_row) for row in rows]
+    return [ref_row] + [row if row.measured is None else beside(row, ref_row) for row in rows]
 
 
-def _beside(row: Row, reference: Row) -> Row:
-    """A measured row with what the reference path's row says about it."""
+NO_ROOM = "not in turn with the reference path, since both do not fit in memory"
+
+
+def beside(row: Row, reference: Row, untaken: str = NO_ROOM) -> Row:
+    """A measured row with what the reference path's row says about it; `untaken` says why they took no turns."""
     ours, theirs = row.measured, reference.measured
     assert ours is not None, f"{row.name} was measured"
     if theirs is None:
         return row.but(note=f"no ratio: the reference path is {reference.status} ({reference.reason})")
     if row.ratio_to_reference is None:
         times = theirs.latency_ms.p50 / ours.latency_ms.p50
-        note = (
-            "not in turn with the reference path, since both do not fit in memory; the reference path's median is "
-            f"{times:.2f} times as long"
-        )
-        return row.but(note=note)
+        return row.but(note=f"{untaken}; the reference path's median is {times:.2f} times as long")
     mine, its = ours.memory_mb.footprint, theirs.memory_mb.footprint
     memory = None if mine is None or its is None else round(its / max(mine, 1.0), 3)
     return row.but(ratio_to_reference=row.ratio_to_reference.but(memory=memory))

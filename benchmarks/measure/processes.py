@@ -12,9 +12,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from flowad_fast.benchmarks.measure.worker import Worker, WorkerError, serve
 
-PRELOAD = tuple(f"flowad_fast.benchmarks.{name}" for name in ("measure.worker", "cli", "gpu_check"))
-"""What the server imports once for all processes: the worker, and the commands, which each process imports again as
-its main module."""
+PRELOAD = ("flowad_fast.benchmarks.measure.worker", "flowad_fast.benchmarks.runs.gpu_check")
+"""What the server imports once for all processes: the worker, and what a process would import again as its main."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -48,6 +47,7 @@ class Process:
             allowed = max(min(self.timeout, self.deadline - time.monotonic()), 0.0)
             if not self._pipe.poll(allowed if allowed < threading.TIMEOUT_MAX else None):
                 self._process.kill()
+                self._process.join(10)
                 raise WorkerError("timeout", f"{name} took longer than {allowed:.0f} s")
             answer: Any = self._pipe.recv()
         except (EOFError, OSError):
@@ -65,7 +65,8 @@ class Process:
         self._process.join()
         code = self._process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        said = self.log.read_text(errors="replace") if self.log.exists() else ""
+        last = said.strip().splitlines()[-1:]
         return WorkerError("crashed", f"{how} during {name}{': ' + last[0][:300] if last else ''}")
 
     def close(self) -> None:

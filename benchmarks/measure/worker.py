@@ -17,7 +17,15 @@ import torch
 
 from flowad_fast import bundle
 from flowad_fast.benchmarks.measure import engines, roofs
-from flowad_fast.benchmarks.measure.cases import REFERENCE, Case, empty_row, load_model, make_frames, scored_as
+from flowad_fast.benchmarks.measure.cases import (
+    REFERENCE,
+    Case,
+    empty_row,
+    load_model,
+    make_frames,
+    scored_as,
+    shape_of,
+)
 from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
 from flowad_fast.benchmarks.record.record import BackboneTime, Memory, Roofs, Row, Status
 from flowad_fast.config import Precision
@@ -167,15 +175,7 @@ class Worker:
             nfe=case.scorer.evaluations(velocity),
             frames=source,
             frame_size=(frames.shape[1], frames.shape[2]),
-            shape=VelocityShape(
-                hidden=velocity.hidden_size,
-                depth=velocity.depth,
-                heads=velocity.num_heads,
-                tokens=velocity.tokens,
-                channels=velocity.channels * velocity.patch_size**2,
-                mlp=velocity.mlp_hidden,
-                image=spec.image.size,
-            ),
+            shape=shape_of(spec),
         )
 
     def run(self, n: int, on_device: int | None = None) -> Samples:

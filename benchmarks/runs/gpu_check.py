@@ -1,63 +1,39 @@
 """Everything that needs a GPU, in under nine minutes, most important first: one JSON in `results/`.
 
-    python -m flowad_fast.benchmarks.gpu_check [--dry-run] [--output FILE]
+    python -m flowad_fast.benchmarks.gpu_check [--dry-run] [--output FILE] [--only PART]
 
-Tests that are marked `gpu`, the three scorers at the paper's scale with random weights, the ladder, and latency. A part
-that does not fit into the time left is listed as skipped; the file is rewritten after every part, so that whatever
-ends the run keeps what was measured. Exit codes: 0 all parts done and good, 1 a part failed or was skipped, 3 no usable
-GPU.
+What is done, in which order, and how long each piece may take is `gpu_plan`. A piece that does not fit into the time
+left is listed as skipped; the file is rewritten after every piece, so that whatever ends the run keeps what was
+measured. Exit codes: 0 all parts done and good, 1 a part failed or was skipped, 3 no usable GPU.
 """
 
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from flowad_fast.benchmarks.measure import harness
-from flowad_fast.benchmarks.measure.cases import Case, Mode, expand, make_scorer, make_scorers
+from flowad_fast.benchmarks.measure import roofs
+from flowad_fast.benchmarks.measure.cases import REFERENCE
 from flowad_fast.benchmarks.measure.environment import environment, moment
-from flowad_fast.benchmarks.measure.turns import Effort
+from flowad_fast.benchmarks.measure.harness import beside
 from flowad_fast.benchmarks.record import report
-from flowad_fast.benchmarks.record.record import CheckPart, Record, Roofs, Status, write
-from flowad_fast.benchmarks.runs import ladder
+from flowad_fast.benchmarks.record.machine import Moment
+from flowad_fast.benchmarks.record.record import CheckPart, Record, Roofs, Row, Status, write
+from flowad_fast.benchmarks.runs import gpu_plan, gpu_runner
+from flowad_fast.benchmarks.runs.gpu_executor import Workers
+from flowad_fast.benchmarks.runs.gpu_runner import Done
 from flowad_fast.cli import common
-from flowad_fast.config import Precision
+from flowad_fast.errors import ConfigError
 
-BUDGET_S = 510.0
-"""The whole check, in seconds; less than nine minutes with the start of the interpreter."""
+BUDGET_S = gpu_plan.BUDGET_S
 EXIT_NO_GPU = 3
-ROOT = report.HERE.parent
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a part of the check found: rows, or (of tests) what pytest said."""
-
-    status: Status
-    reason: str | None = None
-    record: Record | None = None
-    output: tuple[str, ...] | None = None
-
-    @classmethod
-    def of(cls, record: Record) -> "Outcome":
-        """A run of rows: failed where one of them did, apart from what this machine lacks."""
-        bad = [row.name for row in record.cases if row.status not in ("ok", "not available")]
-        return cls("failed" if bad else "ok", "; ".join(bad) or None, record)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the check: the seconds that it needs at least, and what runs it within the seconds given."""
-
-    name: str
-    needed: float
-    run: Callable[[float], Outcome]
+DRY_PACE = 0.02
+UNPAIRED = "not in turn with the reference path, in the same run"
 
 
 def missing() -> str | None:
@@ -76,127 +52,118 @@ def missing() -> str | None:
     return None
 
 
-def run(parts: Sequence[Part], budget: float, output: Path, tell: harness.Tell) -> Record:
-    """Run the parts in order within `budget` seconds; `output` is rewritten after each."""
-    begun = time.perf_counter()
-    before = moment()
-    found: list[tuple[CheckPart, Outcome]] = []
+def record_of(done: Sequence[Done], preset: str, before: Moment, seconds: float) -> Record:
+    """The record of what is done so far: a row once, as it was measured best, with the products of the same run."""
+    rows: dict[str, Row] = {}
+    for one in done:
+        rung = one.work.rung
+        for row in one.outcome.rows:
+            found = row if rung is None else row.but(rung=rung.number, rung_name=rung.name)
+            known = rows.get(row.name)
+            if known is None or found.measured is not None or known.measured is None:
+                rows[row.name] = found
+    measured = [one.outcome.roofs for one in done if one.outcome.roofs is not None]
+    limits = Roofs(reason="not measured")
+    if measured:
+        limits = measured[-1].but(gemm=tuple(gemm for one in measured for gemm in one.gemm))
+    return Record(
+        kind="gpu-check",
+        preset=preset,
+        environment=environment(before, seconds=round(seconds, 1)),
+        cases=tuple(roofs.attached(row, limits) for row in _compared(list(rows.values()))),
+        roofs=limits,
+        parts=tuple(_part(name, list(group)) for name, group in groupby(done, key=lambda one: one.work.part)),
+    )
 
-    def result() -> Record:
-        records = [outcome.record for _, outcome in found if outcome.record is not None]
-        measured = [record.roofs for record in records if record.roofs.gemm]
-        roofs = measured[-1] if measured else Roofs(reason="no row was measured")
-        return Record(
-            kind="gpu-check",
-            preset="paper",
-            environment=environment(before, seconds=round(time.perf_counter() - begun, 1)),
-            cases=tuple(row for record in records for row in record.cases),
-            roofs=roofs.but(gemm=tuple(g for one in measured for g in one.gemm)),
-            parts=tuple(part for part, _ in found),
-        )
 
-    for part in parts:
-        left = budget - (time.perf_counter() - begun)
-        start = time.perf_counter()
-        if left < part.needed:
-            outcome = Outcome("skipped", f"{left:.0f} s left, {part.needed:.0f} s needed")
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """Rows beside the reference path's row of the same scorer and batch, which was measured once."""
+    references = {(row.scorer, row.options, row.batch): row for row in rows if row.engine == REFERENCE}
+    found = []
+    for row in rows:
+        reference = references.get((row.scorer, row.options, row.batch))
+        if reference is None or row is reference or row.measured is None or row.mode != reference.mode or row.note:
+            found.append(row)
         else:
-            tell(f"{part.name} ({left:.0f} s left)")
-            try:
-                outcome = part.run(left)
-            except Exception as error:
-                outcome = Outcome("failed", f"{type(error).__name__}: {error}"[:500])
-        done = CheckPart(
-            name=part.name,
-            seconds=round(time.perf_counter() - start, 1),
-            status=outcome.status,
-            reason=outcome.reason,
-            output=outcome.output,
-        )
-        found.append((done, outcome))
-        write(result(), output)
-    return result()
+            found.append(beside(row, reference, UNPAIRED))
+    return found
 
 
-def tests(left: float, marker: str = "gpu") -> Outcome:
-    """The tests that need a GPU, with the last lines of pytest's output."""
-    if not (ROOT / "tests").is_dir():
-        return Outcome("failed", f"{ROOT}: no tests beside the package; run from a checkout")
-    # Other files may import what a bare GPU machine lacks.
-    files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if f"mark.{marker}" in p.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "--no-header", "-p", "no:cacheprovider", *files]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=min(left, 150))
-    except subprocess.TimeoutExpired:
-        return Outcome("failed", f"the tests took longer than {min(left, 150):.0f} s")
-    tail = tuple(done.stdout.strip().splitlines()[-60:])
-    # pytest's 5 is "no test was selected": on a checkout without GPU tests that is not a success either.
-    return Outcome("ok" if done.returncode == 0 else "failed", tail[-1] if tail else None, output=tail)
+def _part(name: str, done: Sequence[Done]) -> CheckPart:
+    bad = [one for one in done if one.outcome.status != "ok"]
+    broken = [one.outcome.status for one in bad if one.outcome.status != "skipped"]
+    status: Status = broken[0] if broken else "skipped" if bad else "ok"
+    said = [f"{one.work.name.removeprefix(f'{name}: ')}: {one.outcome.reason}" for one in bad]
+    said = said or [one.outcome.reason for one in done if one.outcome.reason]
+    return CheckPart(
+        name=name,
+        seconds=round(sum(one.seconds for one in done), 1),
+        status=status,
+        reason="; ".join(said) or None,
+        output=next((one.outcome.output for one in done if one.outcome.output), None),
+        backbone=next((one.outcome.backbone for one in done if one.outcome.backbone), None),
+    )
 
 
-def plan(
-    preset: str, device: str, batches: Sequence[int], precisions: Sequence[Precision], tell: harness.Tell,
-    effort: Effort, engine: str = "cudagraph",
-) -> list[Part]:  # fmt: skip
-    """The parts, most important first."""
-    most, fast = batches[-1], list(precisions)
+def run(
+    works: Sequence[gpu_plan.Work], execute: gpu_runner.Executor, clock: Callable[[], float], budget: float,
+    output: Path, tell: Callable[[str], None],
+) -> Record:  # fmt: skip
+    """Carry a plan out; `output` is rewritten after each piece.
 
-    def bench(
-        kinds: Sequence[str], *, engines: Sequence[str] = (engine,), precisions: Sequence[Precision] = precisions,
-        batches: Sequence[int] = (most,), mode: Mode = "offline", probes: Sequence[int] = (10,), ops: str = "fused",
-        products: str = "measured",
-    ) -> Callable[[float], Outcome]:  # fmt: skip
-        cases = expand(
-            preset, make_scorers(kinds, probes=probes), engines=engines, precisions=precisions, batches=batches,
-            modes=[mode], ops=ops, products=products, device=device, parity_frames=2,
-        )  # fmt: skip
-        return lambda left: Outcome.of(harness.run(cases, within(left), tell, deadline=left))
+    Raises:
+        ConfigError: the file cannot be written; found out before anything is measured.
+    """
+    before, begun, preset = moment(), clock(), works[0].case.preset
 
-    def rungs(left: float) -> Outcome:
-        like = Case(preset, make_scorer("inversion"), "eager", batch=most, device=device, parity_frames=2)
-        return Outcome.of(ladder.run(like, within(left), tell, deadline=left))
+    def keep(done: Sequence[Done]) -> None:
+        write(record_of(done, preset, before, clock() - begun), output)
 
-    def within(left: float) -> Effort:
-        return replace(effort, timeout=max(left - 10, 5))
+    keep([])
+    done = gpu_runner.run(works, execute, clock, budget, keep, tell)
+    return record_of(done, preset, before, clock() - begun)
 
-    return [
-        Part(f"inversion and reconstruction, batch {most}", 30, bench(["inversion", "reconstruction"])),
-        Part("density, K = 10, 1, 2", 40, bench(["density"], probes=[10, 1, 2])),
-        Part("density beside the reference path, batch 1", 30, bench(["density"], precisions=fast[:1], batches=[1])),
-        Part("GPU tests", 30, tests),
-        Part("batch 1 latency", 30, bench(["inversion"], batches=[1], mode="single-stream")),
-        Part("batch 1 latency, the library's products", 30,
-             bench(["inversion"], batches=[1], mode="single-stream", products="library")),
-        Part("ladder", 60, rungs),
-        Part("batch sweep", 60, bench(["inversion"], batches=batches)),
-        Part("other engines", 60,
-             bench(["inversion"], engines=["eager", "compile"], precisions=["bf16"], ops="reference")),
-    ]  # fmt: skip
+
+def chosen(works: Sequence[gpu_plan.Work], only: Sequence[str]) -> list[gpu_plan.Work]:
+    """The pieces whose part has one of these texts in its name; all where none is given.
+
+    Raises:
+        ConfigError: a text that is in no part's name.
+    """
+    parts = dict.fromkeys(work.part for work in works)
+    for text in only:
+        if not any(text.lower() in part.lower() for part in parts):
+            raise ConfigError(f"--only {text!r} is in no part's name; the parts are: {', '.join(parts)}")
+    return [work for work in works if not only or any(text.lower() in work.part.lower() for text in only)]
 
 
 def check(
-    output: Annotated[Path | None, typer.Option(help="The record. [default: results/gpu-check-GPU.json]")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The record: a file, or a folder for it. [default: results/gpu-check-GPU.json]")
+    ] = None,
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = BUDGET_S,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same parts on the CPU with a tiny model.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same plan on the CPU with a tiny model.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Only parts with this in their name; repeatable.")] = None,
 ) -> None:
     """Test and measure on this machine's GPU; partial results are always kept."""
     if not dry_run and (lacking := missing()) is not None:
         common.err.print(f"[bold red]no usable GPU:[/] {lacking}", highlight=False)
         raise typer.Exit(EXIT_NO_GPU)
-    gpu = "dry-run" if dry_run else torch.cuda.get_device_name().replace(" ", "-")
-    target = output or report.RESULTS / f"gpu-check-{gpu}.json"
-    with common.status("gpu-check") as tell:
-        if dry_run:
-            effort = Effort(seconds=0.2, least=2, most=5, extend=False, roof_seconds=0.02)
-            parts = plan("tiny", "cpu", (1, 2), ("bf16",), tell, effort, engine="eager")
-        else:
-            effort = Effort(seconds=4, least=5, extend=False, roof_seconds=0.3)
-            parts = plan("paper", "cuda", (1, 8, 32, 64), ("bf16", "fp8"), tell, effort)
-        result = run(parts, budget, target, tell)
+    name = "dry-run" if dry_run else torch.cuda.get_device_name().replace(" ", "-")
+    target = output or report.RESULTS
+    if target.suffix != ".json":
+        target = target / f"gpu-check-{name}.json"
+    works = chosen(gpu_plan.plan(gpu_plan.DRY_RUN if dry_run else gpu_plan.GPU), only or ())
+    with common.status("gpu-check") as tell, tempfile.TemporaryDirectory(prefix="flowad-gpu-") as scratch:
+        workers = Workers(Path(scratch), DRY_PACE if dry_run else 1.0, collect=dry_run)
+        try:
+            result = run(works, workers, time.monotonic, budget, target, tell)
+        finally:
+            workers.close()
     done = result.parts or ()
     for part in done:
-        common.out.print(f"{part.name}: {part.status} ({part.seconds} s) {part.reason or ''}", markup=False)
-    common.out.print(f"written: {target}", highlight=False)
+        common.say(f"{part.name}: {part.status} ({part.seconds} s) {part.reason or ''}")
+    common.say(f"written: {target}")
     if any(part.status != "ok" for part in done):
         raise typer.Exit(common.EXIT_ERROR)
 

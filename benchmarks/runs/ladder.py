@@ -53,7 +53,7 @@ def run(
     Arguments as `harness.run`. A rung of GPUs is a row without figures on a CPU, one of CPUs no row on a GPU.
     """
     here = torch_device(like.device).type
-    rungs = [(rung, _case(rung, like)) for rung in RUNGS if rung.only in (None, here, "cuda")]
+    rungs = [(rung, case_of(rung, like)) for rung in RUNGS if rung.only in (None, here, "cuda")]
     runnable = [case for rung, case in rungs if rung.only in (None, here)]
 
     def climbed(record: Record) -> Record:
@@ -68,6 +68,7 @@ def run(
     return climbed(harness.run(runnable, effort, tell, deadline, lambda record: keep(climbed(record))))
 
 
-def _case(rung: Rung, like: Case) -> Case:
+def case_of(rung: Rung, like: Case) -> Case:
+    """The row of a rung with the scorer, batch and model of `like`."""
     products = rung.products if rung.engine == "cudagraph" else like.products
     return replace(like, engine=rung.engine, precision=rung.precision, ops=rung.ops, products=products)
