@@ -14,10 +14,12 @@ from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.engines.timing import graph_clock
+from flowad_fast.kernels import fused
 from flowad_fast.kernels.account import Roofs as AccountRoofs
 from flowad_fast.kernels.account import VelocityShape, account, predicted_seconds
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.arithmetic import NUMBERS
+from flowad_fast.stages.fused_backbone import with_fused_backbone
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 WEIGHTS, FEW_WEIGHTS, MANY_ROWS = 16, 4, 2048
@@ -68,7 +70,7 @@ def measure(
 def backbone(
     model: FlowModel, batches: Sequence[int], device: torch.device, seconds: float
 ) -> tuple[BackboneTime, ...]:
-    """The backbone's stages alone: float32 channels last (as the pipeline runs it) and first, and on a GPU float16.
+    """The backbone's stages alone: float32 channels last and first, on a GPU float16, and on the fused operators.
 
     On a GPU a captured graph, so that launches do not count; nothing of `model` is changed.
     """
@@ -86,6 +88,15 @@ def backbone(
             with torch.inference_mode(), arithmetic("fp32", device):
                 ms = _milliseconds([partial(ours, images)], device, seconds)
             found.append(BackboneTime(batch=batch, layout=layout, dtype=dtype, ms=round(ms, 4)))
+    ours = with_fused_backbone(model.backbone, fused, torch.float16)  # type: ignore[arg-type]
+    if ours is not model.backbone:
+        stages = copy.deepcopy(ours.backbone, {id(fused): fused}).to(device)
+        for batch in batches:
+            images = torch.randn(batch, 3, size, size, device=device)
+            with torch.inference_mode():
+                ms = _milliseconds([partial(stages, images)], device, seconds)
+            row = BackboneTime(batch=batch, layout="NHWC", dtype="fp16", operators="fused", ms=round(ms, 4))
+            found.append(row)
     return tuple(found)
 
 

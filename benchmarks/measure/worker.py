@@ -181,14 +181,16 @@ class Worker:
     def run(self, n: int, on_device: int | None = None) -> Samples:
         """`n` calls: host frames to host verdict in ms, and the device's own time of as many, or of `on_device`.
 
+        Of a call with several batches in flight (`Case.pieces`) each batch has its share.
         The device's time is known where events can be placed. The reference path's is nobody's figure, and would double
         what it costs.
         """
-        wall = []
+        wall, pieces = [], self.case.pieces
+        shown = np.tile(self.batch, (pieces, 1, 1, 1)) if pieces > 1 else self.batch
         for _ in range(n):
             start = time.perf_counter()
-            _ = self._score(self.batch).verdict
-            wall.append((time.perf_counter() - start) * 1e3)
+            _ = self._score(shown).verdict
+            wall.append((time.perf_counter() - start) * 1e3 / pieces)
         if self.device.type != "cuda" or self.case.engine == REFERENCE or on_device == 0:
             return Samples(wall, [])
         count = n if on_device is None else on_device

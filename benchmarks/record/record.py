@@ -134,6 +134,8 @@ class Row(Part):
     ops: str = "reference"
     products: str | None = None
     batch: int
+    pieces: int = 1
+    """Batches that a call held, of whose time each has its share: where an engine computes one while others move."""
     steps: int | None = None
     nfe: int | None = None
     probes: int | None = None
@@ -214,6 +216,8 @@ class BackboneTime(Part):
     batch: int
     layout: Literal["NHWC", "NCHW"]
     dtype: Literal["fp32", "fp16"]
+    operators: Literal["torch", "fused"] = "torch"
+    """Whose they are: torch's one by one, or those of `stages.fused_backbone`."""
     ms: float
 
 
