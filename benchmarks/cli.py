@@ -151,6 +151,9 @@ app.command()(labelled.evaluations)
 @app.command()
 def fewer(
     preset: Annotated[str, typer.Option(help="demo, small, paper; or a checkpoint.")] = "small",
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher, where --preset is its student: both in turn.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="eager, onnxruntime, cudagraph, …")] = "eager",
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16, fp8.")] = "fp32",
     batch: Annotated[int, typer.Option(min=1, help="Frames per call.")] = 1,
@@ -183,14 +186,15 @@ def fewer(
     earlier = None
     if output is not None and output.is_file():
         found = records.read(output)
-        other = fewer_run.resumable(found, like)
+        other = fewer_run.resumable(found, like, teacher)
         if other is not None:
             raise ConfigError(f"{output}: {other}, which this run cannot go on with; move it, or name another --output")
         assert isinstance(found, records.FewerRecord), "only such a record can be gone on with"
         earlier = found
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished pairs are kept
     with common.status("measuring") as tell:
-        record = fewer_run.run(like, replace(Effort(), seconds=seconds), tell, _keep(output), earlier)  # type: ignore[arg-type]
+        effort = replace(Effort(), seconds=seconds)
+        record = fewer_run.run(like, effort, tell, _keep(output), earlier, teacher)  # type: ignore[arg-type]
     _show(record, output, markdown, None, json)
     if any(pair.reason == "interrupted" for pair in record.pairs):
         raise typer.Exit(common.EXIT_INTERRUPTED)

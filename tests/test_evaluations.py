@@ -239,6 +239,17 @@ def test_goals_are_of_small_and_shown_as_met_or_not() -> None:
     assert report.pair_cells(pair.but(ratio=None, reason="why"))[1] == "not measured"
 
 
+def test_a_student_takes_turns_with_its_teacher_each_held_to_its_own_reference() -> None:
+    teacher = "demo"  # of another shape: what is right for one model is wrong for the other
+    found = fewer_run.run(like(), EFFORT, lambda line: None, teacher=teacher)
+    assert [pair.what for pair in found.pairs] == [match.what for match in fewer_run.matches(like(), teacher)]
+    assert all(pair.ratio is not None for pair in found.pairs), found.pairs
+    rows = {row.name.split("/")[0]: row for row in found.cases}
+    assert rows["student"].preset == "tiny" and rows["teacher"].preset == "demo"
+    assert all(row.status == "ok" for row in found.cases)
+    assert fewer_run.resumable(found, like(), teacher) is None and fewer_run.resumable(found, like()) == "other rows"
+
+
 def test_another_record_is_not_gone_on_with(tmp_path: Path) -> None:
     found = fewer_run.run(like(engine="cudagraph"), EFFORT, lambda line: None)
     assert fewer_run.resumable(found, like(engine="cudagraph")) is None

@@ -141,6 +141,8 @@ class Case:
     config: str | None = None
     backbone_weights: str | None = None
     weights: Weights | None = None
+    label: str = ""
+    """Of a row beside one of another model that is like it in all else."""
 
     @property
     def name(self) -> str:
@@ -149,7 +151,8 @@ class Case:
         kind = f"{self.scorer.kind}{probes}-s{self.scorer.count}"
         ops = "" if self.ops == "reference" else f"-{self.ops}"
         ops += "" if self.products == "measured" else f"-{self.products}"
-        return f"{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
+        label = f"{self.label}/" if self.label else ""
+        return f"{label}{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
 
     @property
     def pieces(self) -> int:

@@ -38,8 +38,15 @@ class Match:
     goal: float | None = None
 
 
-def matches(like: Case) -> list[Match]:
-    """What is measured, with the model, engine, precision and batch of `like`."""
+def matches(like: Case, teacher: str | None = None) -> list[Match]:
+    """What is measured, with the model, engine, precision and batch of `like`; of a student, beside its teacher."""
+    if teacher is not None:
+        student = replace(like, scorer=ONE, label="student")
+        one = replace(student, preset=teacher, label="teacher")
+        return [
+            Match(student, one, "a student's one evaluation against its teacher's"),
+            Match(student, replace(one, scorer=THREE), "a student's one evaluation against its teacher's three"),
+        ]
     one, two, three = (replace(like, scorer=scorer) for scorer in (ONE, TWO, THREE))
     theirs = reference_of(three)
     small = (like.preset, like.batch) == ("small", 1)  # elsewhere other costs than the field's weigh otherwise
@@ -57,6 +64,7 @@ def run(
     tell: harness.Tell,
     keep: harness.Keep = lambda record: None,
     earlier: FewerRecord | None = None,
+    teacher: str | None = None,
 ) -> FewerRecord:
     """Measure every match that `earlier` has not; a record whose `pairs` are the matches and whose rows are theirs.
 
@@ -66,6 +74,7 @@ def run(
         tell: receives one line of progress at a time.
         keep: receives the record so far after every pair.
         earlier: a record of an interrupted run; see `resumable`.
+        teacher: preset or checkpoint of the teacher, where `like` is its student.
 
     Raises:
         ConfigError: a bundle, which has one scorer of its own.
@@ -75,7 +84,7 @@ def run(
     before = moment()
     rows = {} if earlier is None else {row.name: row for row in earlier.cases}
     pairs = {} if earlier is None else {p.what: p for p in earlier.pairs if p.ratio is not None}
-    wanted = matches(like)
+    wanted = matches(like, teacher)
 
     def record() -> FewerRecord:
         return FewerRecord(
@@ -103,7 +112,7 @@ def run(
     return record()
 
 
-def resumable(earlier: Header, like: Case) -> str | None:
+def resumable(earlier: Header, like: Case, teacher: str | None = None) -> str | None:
     """Why a record cannot be gone on with: another work, machine or version; None where it can."""
     if not isinstance(earlier, FewerRecord):
         return f"a record of kind {earlier.kind}"
@@ -114,7 +123,7 @@ def resumable(earlier: Header, like: Case) -> str | None:
 
     if kind(earlier.environment) != kind(now):
         return "another commit, machine or version"
-    names = {name for match in matches(like) for name in (match.fast.name, match.slow.name)}
+    names = {name for match in matches(like, teacher) for name in (match.fast.name, match.slow.name)}
     same = earlier.preset == like.preset and all(row.name in names for row in earlier.cases)
     return None if same else "other rows"
 
@@ -175,7 +184,7 @@ def _started(case: Case, folder: Path, effort: Effort, stack: ExitStack) -> tupl
 
 def _judged(case: Case, row: Row, output: Path, folder: Path, effort: Effort) -> Row:
     """The row held to the parity gate against its scorer's reference."""
-    expected = Expected(folder / f"{case.scorer.kind}-{case.scorer.count}.npz", folder / "none.npz")
+    expected = Expected(folder / f"{case.label}-{case.scorer.kind}-{case.scorer.count}.npz", folder / "none.npz")
     try:
         if not expected.maps.exists():
             with started(folder, effort.timeout) as judge:
