@@ -10,13 +10,16 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from flowad_fast import bundle
+from flowad_fast.benchmarks.record.report import RESULTS
 from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.cli import train as cli
+from flowad_fast.config import Student
 from flowad_fast.errors import ConfigError
 from flowad_fast.evaluation.certificate import ranking
 from flowad_fast.export import cli as export_cli
 from flowad_fast.export.exporter import export_bundle
 from flowad_fast.files import sha256
+from flowad_fast.shipped import weight_file
 from flowad_fast.stages.integration import from_tokens
 from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction, Scorer
 from flowad_fast.training.certify import operations
@@ -297,3 +300,16 @@ def test_the_command_takes_the_scorers_options(
     assert not stopped.value.code and json.loads(capsys.readouterr().out)["finished"]
     known = load_checkpoint(tmp_path / CHECKPOINT).spec.student
     assert known is not None and known.scorer == {"steps": 2, "power": 2, "kind": "inversion"}
+
+
+def test_the_demos_student_is_within_a_point_of_the_shipped_teacher_at_a_third_of_its_operations() -> None:
+    recorded = json.loads((RESULTS / "demo" / "student.json").read_text(encoding="utf-8"))
+    known = Student.model_validate(recorded["student"])
+    assert known.teacher == sha256(weight_file("demo"))
+    assert known.certificate is not None and known.certificate.labelled
+    assert known.certificate.operations <= 1 / 3
+    for ranking_ in known.certificate.rankings.values():
+        assert ranking_.difference is not None and abs(ranking_.difference) <= 0.01
+    lines = (RESULTS / "demo" / "training-student.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["step"] == recorded["provenance"]["config"]["steps"]
+    assert json.loads(lines[-1])["loss"] == recorded["provenance"]["loss"]
