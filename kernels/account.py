@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Widths(NamedTuple):
-    """What a precision moves: bytes per activation, and per operand of its matrix products.
+    """What a precision moves: bytes per activation, per operand of its matrix products, and per value of the residual.
 
     A precision that quantises says how the names of its operators end, and in what it computes all other layers.
     """
@@ -21,6 +21,7 @@ class Widths(NamedTuple):
     operand: int
     suffix: str = ""
     rest: str = ""
+    residual: int = 4
 
 
 WIDTHS = {
@@ -28,7 +29,7 @@ WIDTHS = {
     "tf32": Widths(4, 4),
     "bf16": Widths(2, 2),
     "fp16": Widths(2, 2),
-    "fp8": Widths(2, 1, "_fp8", "bf16"),
+    "fp8": Widths(2, 1, "_fp8", "bf16", residual=2),
 }
 """By precision."""
 _STATE = 4
@@ -120,7 +121,7 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
         raise ValueError(f"got batch {batch}, nfe {nfe}, probes {probes}; batch and nfe start at 1, probes at 0")
     d, n, c, streams = shape.hidden, shape.tokens, shape.channels, 1 + probes
     rows = batch * n
-    value, operand, ending, rest = WIDTHS[precision]
+    value, operand, ending, rest, residual = WIDTHS[precision]
     quantised, plain = bool(rest), rest or precision
     dual = "_dual" if probes else ""
     suffix = dual + ending
@@ -130,9 +131,12 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
         moved = streams * rows * (width * each + out * value) + min(streams, 2) * width * out * each
         return OpCost(name, calls, calls * streams * 2 * rows * width * out, calls * moved, kind)
 
-    def rowwise(name: str, read: int, written: int, calls: int, narrow: int = 0) -> OpCost:
-        """A row operator that reads `read` and writes `written` values per row, `narrow` of them quantised."""
-        each = value * (read + written - narrow) + (narrow * operand + 4 if narrow else 0)
+    def rowwise(name: str, read: int, written: int, calls: int, narrow: int = 0, stream: int = 0) -> OpCost:
+        """A row operator that reads `read` and writes `written` values per row.
+
+        `narrow` of those written are quantised, `stream` of all are the residual's.
+        """
+        each = value * (read + written - narrow - stream) + residual * stream + (narrow * operand + 4 if narrow else 0)
         elements = calls * streams * rows * written
         return OpCost(name, calls, _ROW_FLOPS * elements, calls * streams * rows * each, "fp32")
 
@@ -141,7 +145,7 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
     costs = [
         OpCost("pyramid_gather", 1, 4 * rows * c, rows * c * (4 * value + _STATE), "fp32"),
         linear("linear embed", c, d, nfe, plain),
-        rowwise("ln_modulate" + suffix, d, d, nfe, d * quantised),
+        rowwise("ln_modulate" + suffix, d, d, nfe, d * quantised, d),
         linear("linear qkv", d, 3 * d, evaluations, precision),
         OpCost("attention", evaluations, evaluations * 4 * heads, evaluations * rows * 4 * d * value, plain),
     ]
@@ -161,11 +165,11 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
     # The last one feeds the final linear layer, which is not quantised.
     costs += [
         linear("linear proj", d, d, evaluations, precision),
-        rowwise("gate_residual_ln_modulate" + suffix, 2 * d, 2 * d, 2 * evaluations - nfe, d * quantised),
+        rowwise("gate_residual_ln_modulate" + suffix, 2 * d, 2 * d, 2 * evaluations - nfe, d * quantised, 2 * d),
         linear("linear fc1", d, shape.mlp, evaluations, precision),
         rowwise("gelu_tanh" + suffix, shape.mlp, shape.mlp, evaluations, shape.mlp * quantised),
         linear("linear fc2", shape.mlp, d, evaluations, precision),
-        rowwise("gate_residual_ln_modulate" + dual + " final", 2 * d, 2 * d, nfe),
+        rowwise("gate_residual_ln_modulate" + dual + " final", 2 * d, 2 * d, nfe, 0, 2 * d),
         linear("linear final", d, c, nfe, plain),
     ]
     if probes:

@@ -308,7 +308,7 @@ def test_the_account_of_one_evaluation_adds_up() -> None:
     assert b4.launches > 300 and fewer.backbone_cost("efficientnet-b4", 256, 2).flops == 2 * b4.flops
     scale = fewer.scales()[-1]
     row = next(line for line in text.splitlines() if line.startswith("| paper, 2048x16 | 1 |")).split(" | ")
-    many = fewer.backbone_cost(scale.backbone, 256, 32)
+    many = fewer.fused_backbone_cost(scale.backbone, 256, 32)
     seconds = sum(cost.seconds(H100) for cost in account(scale.shape, 32, 1, 0, "bf16")) + many.seconds
     assert float(row[9]) == pytest.approx(seconds / 32 * 1e3, abs=1e-3)
     parts = text[text.index("| evaluations | products") :].splitlines()[2].split(" | ")[1:]

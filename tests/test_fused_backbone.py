@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from models import tiny_model
 
+from flowad_fast.benchmarks.record import prediction
 from flowad_fast.benchmarks.record.fewer import fused_backbone_cost
 from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import Backbone, Precision
@@ -103,3 +104,15 @@ def test_the_papers_backbone_has_few_launches_and_little_traffic() -> None:
     assert cost.launches <= 100
     assert cost.bytes <= 130e6
     assert fused_backbone_cost("efficientnet-b4", 256, 2).flops == 2 * cost.flops
+
+
+@pytest.mark.parametrize(
+    ("precision", "batch", "audited"),
+    [("bf16", 8, 22.9), ("bf16", 32, 87.8), ("fp8", 8, 17.3), ("fp8", 32, 66.3), ("bf16", 1, 5.5), ("fp8", 1, 4.7)],
+)
+def test_the_prediction_was_that_of_an_independent_audit_before_it_was_mended(
+    precision: Precision, batch: int, audited: float
+) -> None:
+    before = sum(prediction.seconds(precision, batch, 3, how=prediction.AUDITED).values()) * 1e3
+    assert before == pytest.approx(audited, rel=0.15)
+    assert sum(prediction.seconds(precision, batch, 3).values()) * 1e3 < 0.85 * before

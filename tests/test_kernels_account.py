@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowad_fast.config import VelocityConfig
 from flowad_fast.kernels import fused
 from flowad_fast.kernels.account import H100, OpCost, VelocityShape, account, predicted_seconds
+from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
 PAPER = VelocityShape()
@@ -62,9 +63,11 @@ def test_bytes_of_row_operators_are_those_of_their_tensors(precision: str, probe
     d = Draw(torch.bfloat16)
     name = "gate_residual_ln_modulate" + ("_dual" if probes else "") + ("_fp8" if precision == "fp8" else "")
     shape = (3, SMALL.tokens, SMALL.hidden)
-    streams = [d(*shape)] if not probes else [d(*shape), d(probes, *shape)]
-    results = getattr(fused, name)(*streams, *streams, *d.table(3, SMALL.hidden))
-    moved = sum(t.nbytes for t in (*streams, *streams, *results))
+    outputs = [d(*shape)] if not probes else [d(*shape), d(probes, *shape)]
+    streams = [one.to(NUMBERS[precision].residual) for one in outputs]
+    to = () if precision == "fp8" else (torch.bfloat16,)
+    results = getattr(fused, name)(*streams, *outputs, *d.table(3, SMALL.hidden), *to)
+    moved = sum(t.nbytes for t in (*streams, *outputs, *results))
     cost = next(c for c in account(SMALL, 3, 1, probes, precision) if c.operator == name)
     assert cost.bytes == cost.calls * moved
 

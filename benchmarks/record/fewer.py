@@ -1,7 +1,7 @@
 """The one-evaluation account for `docs/scaling.md`: what one, two and three evaluations cost, and what remains.
 
 Everything here is predicted: the velocity field by `kernels/account.py`, the backbone by counting the operators that
-torch runs for it, on tensors without memory.
+run for it, on tensors without memory.
 """
 
 import json
@@ -136,13 +136,12 @@ def section() -> list[str]:
     return [
         "## One evaluation",
         "The scorer mismatch needs one evaluation of the velocity field, inversion two or three. **Predicted, not "
-        f"measured**: the velocity field by the account, in {PRECISION}; the backbone in float32 as its operators run "
-        "one by one, each reading its operands from memory and writing its results. Launches are operators of a call, "
-        f"before any fusion of the backbone. Milliseconds and bytes are per frame, at batch {BATCH} unless a column "
-        "says otherwise.",
+        f"measured**: the velocity field by the account, in {PRECISION}; the backbone as the captured graph runs it, "
+        "in float16 on four operators, each reading its operands from memory and writing its results. Launches are "
+        f"operators of a call. Milliseconds and bytes are per frame, at batch {BATCH} unless a column says otherwise.",
         _costs(),
-        "A third of the evaluations is a third of the velocity field's work, but not of the frame's time: the backbone "
-        "stays. Where the time of a frame goes at paper scale:",
+        "A third of the evaluations is a third of the velocity field's work; the backbone stays, which weighs in small "
+        "models. Where the time of a frame goes at paper scale:",
         _parts(),
         "At one frame per call each evaluation reads all weights once, so that there too the field's time is "
         "proportional to the evaluations, and launches are a larger part of what remains.",
@@ -165,7 +164,7 @@ def _costs() -> str:
     )  # fmt: skip
     rows = []
     for scale in scales():
-        many, one = (backbone_cost(scale.backbone, scale.shape.image, batch) for batch in (BATCH, 1))
+        many, one = (fused_backbone_cost(scale.backbone, scale.shape.image, batch) for batch in (BATCH, 1))
         for n in COUNTS:
             costs, single = (_velocity(scale.shape, batch, n) for batch in (BATCH, 1))
             seconds = sum(c.seconds(H100) for c in costs)
@@ -191,7 +190,7 @@ def _costs() -> str:
 
 def _parts() -> str:
     paper = scales()[-1]
-    backbone = backbone_cost(paper.backbone, paper.shape.image, BATCH).seconds
+    backbone = fused_backbone_cost(paper.backbone, paper.shape.image, BATCH).seconds
     rows = []
     for n in COUNTS:
         parts = {"products": 0.0, "attention": 0.0, "row operators": 0.0, "features, map and score": 0.0}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flowad_fast.benchmarks.record import fewer, report
+from flowad_fast.benchmarks.record import fewer, prediction, report
 from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.benchmarks.record.record import Record, read
 from flowad_fast.config import Precision
@@ -31,6 +31,7 @@ def page(folder: Path = report.RESULTS) -> str:
         "## Function evaluations",
         "Cost is proportional to them.",
         _predicted("NFE", [(str(n), PAPER, 32, n) for n in (1, 2, 3, 5, 10)]),
+        *prediction.section(),
         *fewer.section(),
         "## Probes of density",
         "K probes cost 1 + K evaluations per step; inversion is K = 0.",

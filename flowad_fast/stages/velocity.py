@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import operators, reference
 from flowad_fast.kernels.operators import Heads, Rows
-from flowad_fast.stages.arithmetic import FP32, Arithmetic
+from flowad_fast.stages.arithmetic import FP32, NUMBERS, Arithmetic
 from flowad_fast.stages.linear import Layer, make_linear
 from flowad_fast.stages.plan import Plan
 
@@ -177,8 +177,8 @@ class TabledDiT(nn.Module):
     It holds the weights of the DiT that the loop needs (in float32 it shares them) and none of those that the table
     replaces. `table` is (S, Y, depth, 6, D) and `final` (S, Y, 2, D) for S times and Y classes (1 for unconditional
     models). In float32 the result equals the training form's to rounding. In every precision the tokens, the table, the
-    residual stream, the statistics and the output are float32; `precision` is that of the matrix products and of the
-    activations between them.
+    statistics and the output are float32; `precision` is that of the matrix products and of the activations between
+    them, and `NUMBERS` says what the residual stream is.
 
     `ops` is the namespace of operators: `kernels.reference`, or `kernels.fused` with the same names. The linear layers
     are named embed, blocks.<i>.{qkv,proj,fc1,fc2} and head, which is what `VelocityConfig.keep_bf16` matches in fp8.
@@ -259,7 +259,7 @@ class TabledDiT(nn.Module):
         split: Callable[[Tensor], Heads] = partial(_split, heads=config.num_heads)
 
         x, dembedded = self._run(self.embed, _patchify(tokens, config), (_patchify(z, config) for z in tangents))
-        x = x + self.position  # (B, N, D), float32 from here on
+        x = (x + self.position).to(NUMBERS[self.precision].residual)  # (B, N, D)
         dx = [one.to(x.dtype).expand(-1, x.shape[0], -1, -1) for one in dembedded]
         reader, shift, scale = readers[0]
         h, dh = operators.ln_modulate(ops, x, shift, scale, reader.takes, dx)  # (B, N, D)
