@@ -212,6 +212,40 @@ class ImageConfig(Frozen):
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
+class Tiling(Frozen):
+    """How a large frame is judged by a model of small images: cut into overlapping tiles of the model's size.
+
+    Example:
+        >>> Tiling(overlap=0.25, scale=0.5, roi=(100, 0, 1200, 900)).text
+        'tiles overlap by 25 %, frames at scale 0.5, region of interest 1200x900 at (100, 0)'
+    """
+
+    overlap: float = Field(default=0.25, ge=0, le=0.75)
+    """The share of its side that a tile has in common with the next one, at least."""
+    scale: float = Field(default=1.0, gt=0, le=16)
+    """Frames are resized by it first."""
+    roi: tuple[int, int, int, int] | None = None
+    """Region of interest: left, top, width and height in pixels of the original frame; nothing else is judged."""
+
+    @model_validator(mode="after")
+    def _inside(self) -> "Tiling":
+        if self.roi is not None and (min(self.roi[:2]) < 0 or min(self.roi[2:]) < 1):
+            raise ValueError(
+                f"the region of interest is {','.join(map(str, self.roi))}; expected LEFT,TOP,WIDTH,HEIGHT in pixels, "
+                "from 0,0 on and at least 1 wide and high"
+            )
+        return self
+
+    @property
+    def text(self) -> str:
+        """The settings in words, for people."""
+        parts = [f"tiles overlap by {100 * self.overlap:g} %", f"frames at scale {self.scale:g}"]
+        if self.roi is not None:
+            left, top, width, height = self.roi
+            parts.append(f"region of interest {width}x{height} at ({left}, {top})")
+        return ", ".join(parts)
+
+
 class Ranking(Frozen):
     """How one image score of a student orders parts, beside its teacher's on the same parts.
 
@@ -280,6 +314,7 @@ class ModelConfig(Frozen):
     """A whole detector model: image, backbone, features and velocity field.
 
     `student` is None for a velocity field that was trained at all times, and so may be used with any scorer.
+    `tiling` is how the frames were cut that it was trained on, None for whole frames.
     """
 
     schema_version: Literal[1] = 1
@@ -289,6 +324,7 @@ class ModelConfig(Frozen):
     feature_normalisation: bool = False
     class_names: tuple[str, ...] = ()
     student: Student | None = None
+    tiling: Tiling | None = None
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")
