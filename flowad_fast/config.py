@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flowad_fast.errors import ConfigError, nearest
 
@@ -217,7 +217,7 @@ class Tiling(Frozen):
 
     Example:
         >>> Tiling(overlap=0.25, scale=0.5, roi=(100, 0, 1200, 900)).text
-        'tiles overlap by 25 %, frames at scale 0.5, region of interest 1200x900 at (100, 0)'
+        'overlap 25 %, frames at scale 0.5, region of interest 1200x900 at (100, 0)'
     """
 
     overlap: float = Field(default=0.25, ge=0, le=0.75)
@@ -227,19 +227,26 @@ class Tiling(Frozen):
     roi: tuple[int, int, int, int] | None = None
     """Region of interest: left, top, width and height in pixels of the original frame; nothing else is judged."""
 
+    @field_validator("roi", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """LEFT,TOP,WIDTH,HEIGHT, as it is written on a command line."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _inside(self) -> "Tiling":
         if self.roi is not None and (min(self.roi[:2]) < 0 or min(self.roi[2:]) < 1):
-            raise ValueError(
-                f"the region of interest is {','.join(map(str, self.roi))}; expected LEFT,TOP,WIDTH,HEIGHT in pixels, "
-                "from 0,0 on and at least 1 wide and high"
-            )
+            raise ValueError(f"the region of interest is {self.roi}; expected LEFT,TOP,WIDTH,HEIGHT in pixels")
         return self
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the scaled frame, which are those of its map."""
+        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
     @property
     def text(self) -> str:
         """The settings in words, for people."""
-        parts = [f"tiles overlap by {100 * self.overlap:g} %", f"frames at scale {self.scale:g}"]
+        parts = [f"overlap {100 * self.overlap:g} %", f"frames at scale {self.scale:g}"]
         if self.roi is not None:
             left, top, width, height = self.roi
             parts.append(f"region of interest {width}x{height} at ({left}, {top})")

@@ -1,7 +1,7 @@
 """Whether frames are what a detector accepts, and whether they can be judged; numpy only."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -40,8 +40,11 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
     return np.require(array, requirements=["C", "W"])
 
 
-def invalid_frames(frames: np.ndarray) -> list[str | None]:
-    """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture."""
+def invalid_frames(frames: Iterable[np.ndarray]) -> list[str | None]:
+    """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture.
+
+    Of a frame of which a part is judged, that part is enough: its pixels (m, 3).
+    """
     reasons: list[str | None] = []
     for frame in frames:
         low, high = int(frame.min()), int(frame.max())

@@ -167,8 +167,7 @@ class Tiler:
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the map of frames of this size."""
-        scale = self.tiling.scale
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        return self.tiling.map_size(height, width)
 
     def _grid(self, height: int, width: int) -> Grid:
         if self.mask is not None and self.mask.shape != (height, width):
