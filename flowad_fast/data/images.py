@@ -132,14 +132,16 @@ def no_images(folder: str | Path, photos: Photos) -> FrameError:
     return FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
 
 
-def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None = None) -> NDArray[np.bool_]:
-    """The defect mask at `path`, resized to (size, size) by nearest neighbour; any value above 0 is defect.
+def read_mask(
+    path: str | Path, size: int | tuple[int, int], frame_shape: tuple[int, ...] | None = None
+) -> NDArray[np.bool_]:
+    """The defect mask at `path`, resized by nearest neighbour; any value above 0 is defect.
 
     For palette files the index counts, not its colour; an alpha channel is ignored.
 
     Args:
         path: the mask's file.
-        size: side of the result.
+        size: side of the result, or its height and width.
         frame_shape: (H, W, ...) of the frame that it belongs to; the mask must have its sides' proportion, to a pixel.
 
     Raises:
@@ -153,7 +155,8 @@ def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None =
                 f"{path}: the mask is {w}x{h} pixels, its image {width}x{height} (upright, as its EXIF orientation "
                 "says); draw the mask on the upright image"
             )
-    values = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    values = np.asarray(image.resize((columns, rows), Image.Resampling.NEAREST))
     if values.ndim == 3:
         colours = len([band for band in image.getbands() if band not in "Aa"])
         return np.asarray(values[..., :colours].any(-1), np.bool_)
