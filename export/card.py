@@ -6,6 +6,7 @@ from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.export.location import in_words
 from flowad_fast.files import replacing
 from flowad_fast.stages.aggregates import AGGREGATES
+from flowad_fast.stages.tiling import in_words as tiles_in_words
 
 CARD = "README.md"
 
@@ -35,7 +36,7 @@ def model_card(manifest: Manifest) -> str:
     side = (v.height, v.width) if AGGREGATES[manifest.aggregate].of_cells else (image, image)
     names = ", ".join(manifest.model.class_names) if v.use_class_labels else "none (unconditional)"
     size = "any (resized as in training)" if manifest.frame_size is None else "x".join(map(str, manifest.frame_size))
-    tiles = "none, whole frames" if manifest.tiling is None else manifest.tiling.text
+    tiles = "none, whole frames" if manifest.tiling is None else tiles_in_words(manifest.tiling)
     if manifest.tiling is not None:
         score = f"{manifest.aggregate} of the map that is blended of all tiles"
         size = "any that is as large as a tile" if manifest.frame_size is None else size

@@ -48,7 +48,7 @@ from flowad_fast.masks import read_mask, write_mask
 from flowad_fast.stages.aggregates import check_blended, check_located
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
-from flowad_fast.stages.tiling import Tiler
+from flowad_fast.stages.tiling import NO_LOCATION, Tiler
 from flowad_fast.tuning.recipe import FollowedRecipe
 
 if TYPE_CHECKING:
@@ -357,10 +357,7 @@ def _tiler(
         return None
     check_blended(aggregate)
     if located:
-        raise ConfigError(
-            "location statistics are of the places of one map, and a place of a tile is another place of the part in "
-            "every tile; leave --location out, or do without tiles"
-        )
+        raise ConfigError(NO_LOCATION)
     if mask is not None and frame_size is None:
         raise ConfigError(f"the mask is for frames of {mask.shape[0]}x{mask.shape[1]} pixels; give that frame size")
     tiler = Tiler(tiling, model.spec.image.size, mask, model.spec.image.mean)

@@ -12,6 +12,7 @@ from flowad_fast.errors import ConfigError
 from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles, parse_size
 from flowad_fast.masks import draw_mask
 from flowad_fast.stages.tiling import Tiler
+from flowad_fast.stages.tiling import in_words as settings_in_words
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
@@ -93,7 +94,7 @@ def in_words(manifest: Manifest, mask: NDArray[np.bool_] | None) -> list[str]:
     tiling, size = manifest.tiling, manifest.model.image.size
     if tiling is None:
         return []
-    lines = [f"tiles: {tiling.text}"]
+    lines = [f"tiles: {settings_in_words(tiling)}"]
     if manifest.frame_size is None:
         lines.append(f"tiles: {size}x{size} pixels, of frames of any size that is as large as one")
     else:

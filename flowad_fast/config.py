@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flowad_fast.errors import ConfigError, nearest
 
@@ -212,45 +212,34 @@ class ImageConfig(Frozen):
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
-class Tiling(Frozen):
-    """How a large frame is judged by a model of small images: cut into overlapping tiles of the model's size.
+def _roi(given: Any) -> Any:
+    numbers = given.split(",") if isinstance(given, str) else given
+    if (
+        len(numbers) != 4
+        or not all(str(number).strip().isdecimal() for number in numbers)
+        or 0 in map(int, numbers[2:])
+    ):
+        raise ValueError("expected LEFT,TOP,WIDTH,HEIGHT in pixels of the frame, for example 100,0,1200,900")
+    return tuple(map(int, numbers))
 
-    Example:
-        >>> Tiling(overlap=0.25, scale=0.5, roi=(100, 0, 1200, 900)).text
-        'overlap 25 %, frames at scale 0.5, region of interest 1200x900 at (100, 0)'
-    """
+
+Roi = Annotated[tuple[int, int, int, int], BeforeValidator(_roi)]
+"""Left, top, width and height in pixels; also as text, with commas."""
+
+
+class Tiling(Frozen):
+    """How a large frame is judged by a model of small images: cut into overlapping tiles of the model's size."""
 
     overlap: float = Field(default=0.25, ge=0, le=0.75)
     """The share of its side that a tile has in common with the next one, at least."""
     scale: float = Field(default=1.0, gt=0, le=16)
     """Frames are resized by it first."""
-    roi: tuple[int, int, int, int] | None = None
+    roi: Roi | None = None
     """Region of interest: left, top, width and height in pixels of the original frame; nothing else is judged."""
-
-    @field_validator("roi", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        """LEFT,TOP,WIDTH,HEIGHT, as it is written on a command line."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _inside(self) -> "Tiling":
-        if self.roi is not None and (min(self.roi[:2]) < 0 or min(self.roi[2:]) < 1):
-            raise ValueError(f"the region of interest is {self.roi}; expected LEFT,TOP,WIDTH,HEIGHT in pixels")
-        return self
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the scaled frame, which are those of its map."""
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
-
-    @property
-    def text(self) -> str:
-        """The settings in words, for people."""
-        parts = [f"overlap {100 * self.overlap:g} %", f"frames at scale {self.scale:g}"]
-        if self.roi is not None:
-            left, top, width, height = self.roi
-            parts.append(f"region of interest {width}x{height} at ({left}, {top})")
-        return ", ".join(parts)
 
 
 class Ranking(Frozen):

@@ -29,13 +29,13 @@ from flowad_fast.detection import Detection as Detection
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
 from flowad_fast.engines.tiled import TiledEngine
-from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, require
+from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError, require
 from flowad_fast.masks import read_mask
 from flowad_fast.stages.aggregates import columns
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.decision import Verdict as Verdict
 from flowad_fast.stages.frames import FrozenFrames, check_frames, invalid_frames
-from flowad_fast.stages.tiling import Tiler
+from flowad_fast.stages.tiling import NO_LOCATION, Tiler
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
@@ -150,16 +150,19 @@ class Detector:
 
         Raises:
             EngineUnavailableError: engine, precision or operators cannot run here; says what is missing.
-            ConfigError: an aggregate that maps of tiles have not.
+            ConfigError: an aggregate, or location statistics, that tiles cannot have.
         """
         from flowad_fast.pipeline import ScoringPipeline
 
+        tiler = tiler or model.tiler
+        if tiler is not None and location is not None:
+            raise ConfigError(NO_LOCATION)
         how = arithmetic(engine, precision, ops)
         pipeline = ScoringPipeline(model, scorer, aggregate, how, located=location is not None)
         if location is not None:
             pipeline.locate(location)
         running = start_from_model(engine, pipeline, device, threads)
-        return cls(running, model.spec, aggregate=aggregate, tiler=tiler or model.tiler)
+        return cls(running, model.spec, aggregate=aggregate, tiler=tiler)
 
     @classmethod
     def from_checkpoint(

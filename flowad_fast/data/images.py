@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from flowad_fast.data.walk import SUFFIXES, Photos, find_photos
 from flowad_fast.errors import ConfigError, FrameError, nearest
@@ -77,6 +77,20 @@ def frame_bytes(path: Path) -> int:
             return 3 * image.width * image.height
     except (*_BROKEN, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return 0
+
+
+def frame_size(path: Path) -> tuple[int, int]:
+    """Height and width of the frame that `read_frame` gives of a file, from its header.
+
+    Raises:
+        FrameError: no header can be read.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (*_BROKEN, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FrameError(f"{path}: cannot be read ({error}); expected a photo") from None
 
 
 def read_frame(path: str | Path, channels: Literal["rgb", "bgr"] = "rgb") -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ What is not judged (outside the region of interest, under the fixed mask) is pai
 nothing there can reach a feature of what is judged, and holds the lowest judged value of a map.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,10 @@ from numpy.typing import NDArray
 from flowad_fast.config import IMAGENET_MEAN, Tiling
 from flowad_fast.errors import FrameError
 
+NO_LOCATION = (
+    "location statistics are of the places of one map, and a place of a tile is another place of the part in every "
+    "tile; leave --location out, or do without tiles"
+)
 Box = tuple[int, int, int, int]
 """left, top, right, bottom; right and bottom are exclusive."""
 
@@ -165,6 +170,16 @@ class Tiler:
             known = self._grids[height, width] = self._grid(height, width)
         return known
 
+    @property
+    def identity(self) -> list[object]:
+        """JSON values that are the same for two that cut the same tiles."""
+        return [self.tiling.model_dump(mode="json"), self.size, self._colour, self.mask_sha256]
+
+    @property
+    def mask_sha256(self) -> str | None:
+        """A hash of the mask, None without one."""
+        return None if self.mask is None else hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()
+
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the map of frames of this size."""
         return self.tiling.map_size(height, width)
@@ -222,6 +237,20 @@ class Tiler:
             pixels |= self.mask
         h, w = self.shape(height, width)
         return pixels, ~_touched(_touched(pixels, h).T, w).T
+
+
+def in_words(tiling: Tiling) -> str:
+    """The settings, for people.
+
+    Example:
+        >>> in_words(Tiling(overlap=0.25, scale=0.5, roi=(100, 0, 1200, 900)))
+        'overlap 25 %, frames at scale 0.5, region of interest 1200x900 at (100, 0)'
+    """
+    parts = [f"overlap {100 * tiling.overlap:g} %", f"frames at scale {tiling.scale:g}"]
+    if tiling.roi is not None:
+        left, top, width, height = tiling.roi
+        parts.append(f"region of interest {width}x{height} at ({left}, {top})")
+    return ", ".join(parts)
 
 
 _REMEMBERED = 16
