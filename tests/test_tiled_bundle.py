@@ -15,7 +15,10 @@ from PIL import Image
 
 from flowad_fast import bundle, detection, detector, load
 from flowad_fast.bundle import Manifest
+from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import Tiling
+from flowad_fast.data.images import read_frame
+from flowad_fast.data.layouts import read_dataset
 from flowad_fast.detector import Detection, Detector, Verdict
 from flowad_fast.engines import Engine
 from flowad_fast.errors import BundleError, CalibrationError, ConfigError, FrameError
@@ -27,7 +30,7 @@ from flowad_fast.masks import draw_mask, read_mask
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.decision import Calibration
 from flowad_fast.stages.regions import RegionSettings
-from flowad_fast.stages.scorers import Inversion
+from flowad_fast.stages.scorers import Inversion, Mismatch
 from flowad_fast.stages.tiling import Tiler
 from tests.models import IMAGE, PARTS, tiny_frames, tiny_model
 
@@ -319,3 +322,38 @@ def test_detections_are_found_by_their_old_names() -> None:
     assert b"flowad_fast.detection" in old
     found = pickle.loads(old.replace(b"flowad_fast.detection", b"flowad_fast.detector"))
     assert isinstance(found, detection.Detection) and found.judged is None
+
+
+@pytest.mark.long
+def test_a_cracked_cell_is_found_where_it_is_among_real_ones() -> None:
+    """Six cells of ELPV as one frame; at this scale without overlap each tile is a cell, which the demo model knows."""
+    model = load_checkpoint("demo")
+    samples = read_dataset("elpv", None).samples
+    good = [read_frame(one.path) for one in samples if one.split == "calibration"]
+    bad = [read_frame(one.path) for one in samples if one.split == "test" and one.label == 1][:24]
+    single = Detector.from_model(model, Mismatch(), device="cpu")
+    worst = np.argsort(single(bad).score)[::-1][:6]
+    random = np.random.RandomState(0)
+
+    def six(cells: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        return np.concatenate([np.concatenate(cells[i : i + 3], 1) for i in (0, 3)], 0)
+
+    def drawn() -> list[NDArray[np.uint8]]:
+        return [good[i] for i in random.choice(len(good), 6, replace=False)]
+
+    tiler = Tiler(Tiling(overlap=0, scale=256 / 300), model.spec.image.size)
+    one = Detector.from_model(model, Mismatch(), device="cpu", tiler=tiler)
+    one.calibration = fit(one, GoodParts([six(drawn()) for _ in range(19)], [""] * 19, ["x"] * 19), 0.05)
+    for place, index in enumerate(worst):
+        cells = drawn()
+        cells[place] = bad[index]
+        found = one(six(cells))
+        assert found.map.shape == (1, 512, 768) and found.verdict == (Verdict.ANOMALOUS,)
+        region = found.regions[0][0]
+        assert region.peak == found.score[0] == found.map.max()
+        left, top, right, bottom = region.box
+        assert (top + bottom) // 600 * 3 + (left + right) // 600 == place
+        row, column = divmod(place, 3)
+        tile = found.map[0, 256 * row : 256 * (row + 1), 256 * column : 256 * (column + 1)]
+        alone = single(bad[index]).map[0]
+        assert np.corrcoef(tile.ravel(), alone.ravel())[0, 1] > 0.995, "a tile that is a cell has the cell's map"

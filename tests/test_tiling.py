@@ -1,5 +1,6 @@
 """Tiles of large frames: every pixel covered, no seams, nothing from where it is not judged, as few calls as can be."""
 
+import doctest
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from flowad_fast.config import Tiling
 from flowad_fast.engines import Engine
 from flowad_fast.engines.tiled import CPU_TILES, GPU_TILES, TiledEngine
 from flowad_fast.errors import ConfigError, FrameError
+from flowad_fast.stages import tiling
 from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, blended
 from flowad_fast.stages.tiling import Tiler
 from tests.models import tiny_frames
@@ -229,7 +231,7 @@ def test_the_latent_of_a_cell_is_no_score_of_tiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tiling", "message"),
+    ("settings_", "message"),
     [
         (Tiling(), "the frame is 50x300 pixels, smaller than a tile of 64x64; give a scale of at least 1.28, or do"),
         (Tiling(scale=0.9), r"the frame is 50x300 pixels \(45x270 at scale 0.9\), smaller than"),
@@ -237,9 +239,9 @@ def test_the_latent_of_a_cell_is_no_score_of_tiles() -> None:
         (Tiling(roi=(10, 0, 300, 50)), r"300x50 pixels at \(10, 0\), does not lie in a frame of 300x50 \(width"),
     ],
 )
-def test_frames_that_cannot_be_cut_are_refused_with_the_remedy(tiling: Tiling, message: str) -> None:
+def test_frames_that_cannot_be_cut_are_refused_with_the_remedy(settings_: Tiling, message: str) -> None:
     with pytest.raises(FrameError, match=message):
-        Tiler(tiling, SIZE).grid(50, 300)
+        Tiler(settings_, SIZE).grid(50, 300)
 
 
 @settings(deadline=None, max_examples=40)
@@ -250,6 +252,10 @@ def test_the_scale_that_is_named_is_enough(height: int, width: int) -> None:
     except FrameError as error:
         scale = float(str(error).split("at least ")[1].split(",")[0])
         Tiler(Tiling(scale=scale), SIZE).grid(height, width)
+
+
+def test_the_examples_run() -> None:
+    assert doctest.testmod(tiling).attempted and not doctest.testmod(tiling).failed
 
 
 def test_masks_of_another_size_or_over_everything_are_refused() -> None:
