@@ -35,6 +35,7 @@ class Grid:
         frame: height and width of the original frame, pixels.
         shape: height and width of the map, cells.
         size: side of a tile, cells.
+        window: the region of interest, in pixels of the frame.
         area: what the tiles cover, in cells of the map.
         tops: of each row of tiles, in cells of `area`.
         lefts: of each column of tiles.
@@ -47,6 +48,7 @@ class Grid:
     frame: tuple[int, int]
     shape: tuple[int, int]
     size: int
+    window: Box
     area: Box
     tops: tuple[int, ...]
     lefts: tuple[int, ...]
@@ -66,8 +68,6 @@ class Grid:
         """
         if frame.shape != (*self.frame, 3):
             raise FrameError(f"got a frame {frame.shape}, the tiles are for {self.frame[0]}x{self.frame[1]} pixels")
-        if self.painted is not None:
-            frame = np.where(self.painted[..., None], np.array(self.colour, np.uint8), frame)
         part = self._scaled(frame)
         tiles = np.empty((len(self), self.size, self.size, 3), np.uint8)
         for tile, (row, column) in zip(tiles, self.chosen, strict=True):
@@ -95,18 +95,10 @@ class Grid:
         return map.ravel() if self.judged is None else map[self.judged]
 
     def judged_pixels(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The pixels of a frame (H, W, 3) that count, (m, 3)."""
-        return frame.reshape(-1, 3) if self.unjudged is None else frame[~self.unjudged]
-
-    @cached_property
-    def unjudged(self) -> NDArray[np.bool_] | None:
-        """The pixels (H, W) of the frame that are never judged, None for none."""
-        if self.painted is not None or self.judged is None:
-            return self.painted
-        left, top, right, bottom = self.area  # a region of interest at scale 1, which needs no paint
-        pixels = np.ones(self.frame, np.bool_)
-        pixels[top:bottom, left:right] = False
-        return pixels
+        """The pixels of a frame (H, W, 3) that count, (..., 3)."""
+        left, top, right, bottom = self.window
+        part = frame[top:bottom, left:right]
+        return part if self.painted is None else part[~self.painted[top:bottom, left:right]]
 
     @cached_property
     def weights(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -127,8 +119,14 @@ class Grid:
     def _scaled(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What the tiles cover, at their scale: bilinear and antialiased, as the preparation of the model resizes."""
         left, top, right, bottom = self.area
-        if self.shape == self.frame:
-            return frame[top:bottom, left:right]
+        painted, native = self.painted, self.shape == self.frame
+        if native:
+            frame = frame[top:bottom, left:right]
+            painted = None if painted is None else painted[top:bottom, left:right]
+        if painted is not None:
+            frame = np.where(painted[..., None], np.array(self.colour, np.uint8), frame)
+        if native:
+            return frame
         from PIL import Image
 
         down, along = self.frame[0] / self.shape[0], self.frame[1] / self.shape[1]
@@ -209,7 +207,11 @@ class Tiler:
             judged = None
         if shape == (height, width) and self.mask is None:
             painted = None  # tiles lie within the region of interest, and nothing is resized across its border
-        return Grid((height, width), (h, w), self.size, area, tops, lefts, chosen, painted, judged, self._colour)
+        left, top, columns, rows = self.tiling.roi or (0, 0, width, height)
+        window = left, top, left + columns, top + rows
+        return Grid(
+            (height, width), (h, w), self.size, window, area, tops, lefts, chosen, painted, judged, self._colour
+        )
 
     def _area(self, height: int, width: int) -> Box:
         """The cells around the region of interest."""
