@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -105,6 +105,35 @@ def test_tiles_cover_every_pixel_and_their_weights_add_up_to_one(height: int, wi
         common = SIZE - np.diff(starts)
         assert (common >= int(overlap * SIZE)).all()
         assert starts[0] == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(height=sides, width=sides, overlap=overlaps, larger=st.floats(1.02, 3), box=st.tuples(*[st.floats(0, 1)] * 8))
+def test_every_judged_cell_is_covered_by_weights_of_one_whatever_is_hidden(
+    height: int, width: int, overlap: float, larger: float, box: tuple[float, ...]
+) -> None:
+    left, top = int(box[0] * width / 2), int(box[1] * height / 2)
+    roi = (left, top, width // 4 + int(box[2] * width / 4), height // 4 + int(box[3] * height / 4))
+    mask = mask_of(
+        height, width, (int(box[4] * width), int(box[5] * height), int(box[6] * width), int(box[7] * height))
+    )
+    tiler = Tiler(Tiling(overlap=overlap, scale=larger * SIZE / min(roi[2:]), roi=roi), SIZE, mask)
+    try:
+        grid = tiler.grid(height, width)
+    except FrameError as error:
+        assert "the mask leaves nothing" in str(error)
+        assume(False)
+    total = np.zeros(grid.shape)
+    rows, columns = grid.weights
+    for index, (row, column) in enumerate(grid.chosen):
+        left, top, right, bottom = grid.tile_box(index)
+        assert 0 <= left and 0 <= top and right <= grid.shape[1] and bottom <= grid.shape[0]
+        total[top:bottom, left:right] += np.outer(rows[row], columns[column])
+    judged = np.ones(grid.shape, bool) if grid.judged is None else grid.judged
+    np.testing.assert_allclose(total[judged], 1, atol=1e-6)
+    y, x = (np.arange(n) * size / n for n, size in zip(grid.shape, (height, width), strict=True))
+    inside = np.outer((y >= roi[1]) & (y < roi[1] + roi[3]), (x >= roi[0]) & (x < roi[0] + roi[2]))
+    assert not judged[~inside].any(), "a cell that begins outside the region of interest is not judged"
 
 
 @settings(deadline=None, max_examples=40)
