@@ -42,8 +42,8 @@ def pixel_metrics(
     """
     shapes = [one.shape for one in masks], [one.shape for one in maps]
     if shapes[0] != shapes[1] or not all(len(shape) == 2 for shape in shapes[0]):
-        of = " and ".join(f"{len(one)} {name} {one[:1]}" for name, one in zip(("masks", "maps"), shapes, strict=True))
-        raise ValueError(f"got {of}, expected as many, each map (H, W) of one shape with its mask")
+        mask, map = ((len(found), *(found[0] if found else ())) for found in shapes)
+        raise ValueError(f"got masks {mask} and maps {map}, expected as many (n), each map (H, W) of its mask's shape")
     counted = [np.s_[:] if one is None else one for one in judged or [None] * len(shapes[0])]
     defects = np.concatenate([mask[where].ravel() for mask, where in zip(masks, counted, strict=True)])
     values = np.concatenate([map[where].ravel() for map, where in zip(maps, counted, strict=True)])
