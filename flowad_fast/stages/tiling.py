@@ -124,7 +124,8 @@ class Grid:
             frame = frame[top:bottom, left:right]
             painted = None if painted is None else painted[top:bottom, left:right]
         if painted is not None:
-            frame = np.where(painted[..., None], np.array(self.colour, np.uint8), frame)
+            frame = frame.copy()
+            frame[painted] = self.colour
         if native:
             return frame
         from PIL import Image
