@@ -119,7 +119,8 @@ def make(
         typer.Option(metavar="X,Y,W,H", help="With tiles: judge this box of the frame alone, in its pixels, or none."),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="With tiles: a PNG of the frame's size, white where nothing is ever judged.")
+        Path | None,
+        typer.Option(help="With tiles: a PNG of the frame's size, white where nothing is ever judged, or none."),
     ] = None,
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",

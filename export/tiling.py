@@ -33,7 +33,7 @@ def chosen_tiling(
         tiles: overlap, or `none`.
         scale: what frames are resized by.
         roi: region of interest, LEFT,TOP,WIDTH,HEIGHT, or `none`.
-        mask: a picture of what is never judged.
+        mask: a picture of what is never judged, or `none`.
 
     Raises:
         ConfigError: settings that cannot be, or that mean nothing without tiles.
@@ -51,7 +51,8 @@ def chosen_tiling(
     given |= {} if tiles is None else {"overlap": tiles}
     given |= {} if scale is None else {"scale": scale}
     given |= {} if roi is None else {"roi": None if roi == NONE else roi}
-    return parse(Tiling, given, "tiles"), model.mask if mask is None else draw_mask(mask)
+    hidden = model.mask if mask is None else None if str(mask) == NONE else draw_mask(mask)
+    return parse(Tiling, given, "tiles"), hidden
 
 
 def frame_of(frame: str | None, tiling: Tiling | None, mask: NDArray[np.bool_] | None) -> tuple[int, int] | None:

@@ -220,6 +220,8 @@ def test_from_training_to_inspection(
     assert code == 0, err
     assert json.loads(out)["tiling"] == {"overlap": 0.25, "scale": 1.5, "roi": None}
     assert json.loads(out)["frame_size"] == [HEIGHT, WIDTH], "the mask's"
+    code, _, err = run(export_command.main, *make, "--dry-run", "--mask", "none")
+    assert code == 1 and "tiles of which frames?" in err, "without the checkpoint's mask nothing says so"
     code, out, err = run(export_command.main, *make, "--output", tmp_path / "bundle", "--json")
     assert code == 0, err
     manifest = json.loads(out)["manifest"]
