@@ -35,6 +35,7 @@ from flowad_fast.masks import read_mask
 from flowad_fast.shipped import PHOTOS, weight_file
 from flowad_fast.stages.decision import AGGREGATES, Aggregate, require_parts
 from flowad_fast.stages.scorers import SCORERS, Density
+from flowad_fast.stages.tiling import Tiler
 from flowad_fast.tuning.recipe import RecipeDefaults, check_recipe, followed, read_recipe
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def make(
         if measured and isinstance(chosen, Density):
             seen = (good, frames)
             if tiling is not None:
-                seen = (None, tiles_for_probes(good, frames, tiling, hidden, model.spec.image))
+                image = model.spec.image
+                seen = tiles_for_probes(good, frames, Tiler(tiling, image.size, hidden, image.mean))
             chosen, choice = _chosen_probes(model, chosen, *seen)
     if dry_run:
         plan = {

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowad_fast.bundle import Manifest
-from flowad_fast.config import ImageConfig, Tiling, parse
+from flowad_fast.config import Tiling, parse
 from flowad_fast.errors import ConfigError
 from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles, parse_size
 from flowad_fast.masks import draw_mask
@@ -75,19 +75,19 @@ def frame_of(frame: str | None, tiling: Tiling | None, mask: NDArray[np.bool_] |
 
 
 def tiles_for_probes(
-    good: GoodParts | None, frames: ParityFrames, tiling: Tiling, mask: NDArray[np.bool_] | None, image: ImageConfig
-) -> ParityFrames:
-    """Tiles of good parts of one size, or of those frames of the parity check that are not known to be defective."""
-    tiler = Tiler(tiling, image.size, mask, image.mean)
-    if good is not None:
-        index = [i * len(good) // _PARTS for i in range(_PARTS)] if len(good) > _PARTS else range(len(good))
-        parts = [good.frames[i] for i in index]
-        same = [i for i, part in zip(index, parts, strict=True) if part.shape == parts[0].shape]
-        stack = np.stack([part for part in parts if part.shape == parts[0].shape])
-        classes = tuple(good.classes[i] for i in same) if any(good.classes) else None
-        return parity_tiles(ParityFrames(stack, "good parts", None, classes), tiler)
-    normal = frames.frames if frames.labels is None else frames.frames[frames.labels == 0]
-    return parity_tiles(ParityFrames(normal, frames.source), tiler)
+    good: GoodParts | None, frames: ParityFrames, tiler: Tiler
+) -> tuple[GoodParts | None, ParityFrames]:
+    """A tile of each of some good parts, with its class, or of the parity frames that are not known to be defective."""
+    if good is None:
+        normal = frames.frames if frames.labels is None else frames.frames[frames.labels == 0]
+        return None, parity_tiles(ParityFrames(normal, frames.source), tiler)
+    index = sorted({i * len(good) // _PARTS for i in range(_PARTS)})
+    tiles = []
+    for place, i in enumerate(index):
+        frame = good.frames[i]
+        cut = tiler.grid(*frame.shape[:2]).cut(frame)
+        tiles.append(cut[place * len(cut) // len(index)])
+    return GoodParts(tiles, [good.classes[i] for i in index], [good.labels[i] for i in index]), frames
 
 
 def in_words(manifest: Manifest, mask: NDArray[np.bool_] | None) -> list[str]:

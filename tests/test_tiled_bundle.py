@@ -26,6 +26,7 @@ from flowad_fast.export.calibration import fit, recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
 from flowad_fast.export.frames import GoodParts, ParityFrames
 from flowad_fast.export.location import StatisticsParts
+from flowad_fast.export.tiling import tiles_for_probes
 from flowad_fast.masks import draw_mask, read_mask
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.decision import Calibration
@@ -299,6 +300,22 @@ def test_a_server_that_gets_whole_frames_is_not_available(tmp_path: Path) -> Non
         frames=tiny_frames(2, HEIGHT, WIDTH),
     )  # fmt: skip
     assert not result.ok and "nothing there cuts them" in str(result.outcomes["triton-server"])
+
+
+def test_probes_are_chosen_on_tiles_of_good_parts_of_their_classes() -> None:
+    tiler = Tiler(TILING, IMAGE, masked())
+    good = parts(30, classes=PARTS)
+    frames = ParityFrames(tiny_frames(4, HEIGHT, WIDTH), "some", np.array([0, 1, 0, 1]))
+    tiles, same = tiles_for_probes(good, frames, tiler)
+    assert tiles is not None and same is frames
+    assert {tile.shape for tile in tiles.frames} == {(IMAGE, IMAGE, 3)}
+    assert list(zip(tiles.classes, tiles.labels, strict=True)) == [
+        (PARTS[i % 3], f"{i}.png") for i in (0, 3, 7, 11, 15, 18, 22, 26)
+    ]
+    none, normal = tiles_for_probes(None, frames, tiler)
+    assert none is None and normal.frames.shape[1:] == (IMAGE, IMAGE, 3)
+    first = tiler.grid(HEIGHT, WIDTH).cut(frames.frames[0])[0]
+    np.testing.assert_array_equal(normal.frames[0], first)
 
 
 def test_masks_are_drawn_without_losses_and_mark_something(tmp_path: Path) -> None:
