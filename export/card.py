@@ -6,6 +6,7 @@ from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.export.location import in_words
 from flowad_fast.files import replacing
 from flowad_fast.stages.aggregates import AGGREGATES
+from flowad_fast.stages.tiling import in_words as tiles_in_words
 
 CARD = "README.md"
 
@@ -35,6 +36,12 @@ def model_card(manifest: Manifest) -> str:
     side = (v.height, v.width) if AGGREGATES[manifest.aggregate].of_cells else (image, image)
     names = ", ".join(manifest.model.class_names) if v.use_class_labels else "none (unconditional)"
     size = "any (resized as in training)" if manifest.frame_size is None else "x".join(map(str, manifest.frame_size))
+    tiles = "none, whole frames" if manifest.tiling is None else tiles_in_words(manifest.tiling)
+    if manifest.tiling is not None:
+        score = f"{manifest.aggregate} of the map that is blended of all tiles"
+        size = "any that is as large as a tile" if manifest.frame_size is None else size
+    else:
+        score = f"{manifest.aggregate} of the {side[0]}x{side[1]} map"
     lines = [
         "# Anomaly detector bundle",
         "",
@@ -43,8 +50,9 @@ def model_card(manifest: Manifest) -> str:
         "| | |",
         "| --- | --- |",
         f"| scorer | `{manifest.scorer!r}` |",
-        f"| image score | {manifest.aggregate} of the {side[0]}x{side[1]} map |",
+        f"| image score | {score} |",
         f"| frames | uint8 RGB, height x width: {size} |",
+        f"| tiles | {tiles}{', with a fixed mask' if manifest.mask else ''} |",
         f"| backbone | {manifest.model.backbone} |",
         f"| velocity field | DiT {v.hidden_size} wide, {v.depth} deep, {v.num_heads} heads, predicts {v.pred_type} |",
         f"| classes | {names} |",

@@ -27,11 +27,15 @@ from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundl
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
 from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size, training_parts
 from flowad_fast.export.location import StatisticsParts, in_words, split
+from flowad_fast.export.tiling import chosen_tiling, frame_of, tiles_for_probes
+from flowad_fast.export.tiling import in_words as tiles_in_words
 from flowad_fast.export.verify import Outcome, ParityFrames
 from flowad_fast.files import sha256
+from flowad_fast.masks import read_mask
 from flowad_fast.shipped import PHOTOS, weight_file
 from flowad_fast.stages.decision import AGGREGATES, Aggregate, require_parts
 from flowad_fast.stages.scorers import SCORERS, Density
+from flowad_fast.stages.tiling import Tiler
 from flowad_fast.tuning.recipe import RecipeDefaults, check_recipe, followed, read_recipe
 
 if TYPE_CHECKING:
@@ -99,7 +103,26 @@ def make(
     recipe: Annotated[
         Path | None, typer.Option(help="Scorer and score that flowad-tune chose, recipe.json; options win.")
     ] = None,
-    frame_size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames, or any.")] = "any",
+    frame_size: Annotated[
+        str | None, typer.Option("--frame", "--frame-size", help="HEIGHTxWIDTH of the frames, or any. [default: any]")
+    ] = None,
+    tiles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OVERLAP",
+            help="Cut frames into tiles of the model's size with this overlap (0.25: a quarter), or none. "
+            "[default: as the checkpoint was trained]",
+        ),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="With tiles: resize frames by it first. [default: 1]")] = None,
+    roi: Annotated[
+        str | None,
+        typer.Option(metavar="X,Y,W,H", help="With tiles: judge this box of the frame alone, in its pixels, or none."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="With tiles: a PNG of the frame's size, white where nothing is ever judged, or none."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="MIN:OPT:MAX, for engines built for a range of batch sizes.")] = "1:8:64",
     device: Annotated[str, typer.Option(help="Built for and checked on: auto, cpu, cuda, cuda:N.")] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
@@ -140,7 +163,8 @@ def make(
     chosen, score = asked.scorer, asked.aggregate
     if defaults:
         common.note(asked)
-    formats, size, range_ = parse_formats(format), parse_size(frame_size), parse_batch(batch)
+    formats, range_ = parse_formats(format), parse_batch(batch)
+    _ = frame_size and parse_size(frame_size)
     arithmetic = _one_of("precision", precision, get_args(Precision))
     require("model", *MODEL, "onnx", "onnxscript", by="flowad-export make")
     from flowad_fast.checkpoints.load import load_checkpoint
@@ -154,7 +178,11 @@ def make(
         model = load_checkpoint(checkpoint, config, backbone_weights, weights)
         chosen.schedules(model.config)  # refuses scorers that the model cannot have
         _ = model.backbone
-        frames = parity_frames(data or (checkpoint if checkpoint in PHOTOS else None))
+        tiling, hidden = chosen_tiling(model, tiles, scale, roi, mask)
+        size = frame_of(frame_size, tiling, hidden)
+        # Photos that come with a checkpoint are of single parts; frames to be tiled are those that it is calibrated on.
+        photos = calibrate if tiling is not None else None
+        frames = parity_frames(data or photos or (checkpoint if checkpoint in PHOTOS else None))
         good = None if calibrate is None else good_parts(calibrate, model.spec.classes.labels)
         for line in (*frames.left_out, *(good.left_out if good else ())):
             common.note(line)
@@ -165,7 +193,11 @@ def make(
             require_parts(good.classes, alpha, score)
         choice = None
         if measured and isinstance(chosen, Density):
-            chosen, choice = _chosen_probes(model, chosen, good, frames)
+            seen = (good, frames)
+            if tiling is not None:
+                image = model.spec.image
+                seen = tiles_for_probes(good, frames, Tiler(tiling, image.size, hidden, image.mean))
+            chosen, choice = _chosen_probes(model, chosen, *seen)
     if dry_run:
         plan = {
             "target": str(target),
@@ -182,6 +214,8 @@ def make(
             "parity_frames": frames.source,
             "good_parts": None if good is None else len(good),
             "location": None if places is None else places.source,
+            "tiling": None if tiling is None else tiling.model_dump(mode="json"),
+            "frame_size": size,
             "left_out": [*frames.left_out, *(good.left_out if good else ())],
         }
         common.print_json(plan) if json else common.out.print(plan)
@@ -191,7 +225,7 @@ def make(
         result = export_bundle(
             model, chosen, target, formats=formats, aggregate=score, precision=arithmetic, frame_size=size,
             frames=frames, opset=opset, batch=range_, device=device, workspace=workspace, good=good, alpha=alpha,
-            location=places, probe_choice=None if choice is None else choice.record(),
+            location=places, tiling=tiling, mask=hidden, probe_choice=None if choice is None else choice.record(),
             recipe=None if chosen_recipe is None else followed(chosen_recipe, chosen, score),
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
             tell=tell,
@@ -429,6 +463,8 @@ def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome]
     _print_reasons(outcomes)
     common.say(f"written by flowad-fast {manifest.project_version} on {manifest.created}")
     for line in () if manifest.model.student is None else manifest.model.student.lines():
+        common.say(line)
+    for line in tiles_in_words(manifest, read_mask(folder, manifest)):
         common.say(line)
     if doubt:
         common.say(doubt)

@@ -18,14 +18,14 @@ import numpy as np
 import flowad_fast
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
-from flowad_fast.config import Precision
+from flowad_fast.config import Precision, Tiling
 from flowad_fast.detector import Detector
 from flowad_fast.engines.start import start_engine
-from flowad_fast.errors import CalibrationError, EngineUnavailableError, FlowADError
+from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError
 from flowad_fast.export.calibration import check_good, fit
 from flowad_fast.export.card import write_card
 from flowad_fast.export.formats import BATCH, FORMATS, OPSET, Request
-from flowad_fast.export.frames import GoodParts, ParityFrames
+from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles
 from flowad_fast.export.location import (
     StatisticsParts,
     check_parts,
@@ -44,9 +44,11 @@ from flowad_fast.export.verify import (
     one_line,
 )
 from flowad_fast.files import sha256
-from flowad_fast.stages.aggregates import check_located
+from flowad_fast.masks import read_mask, write_mask
+from flowad_fast.stages.aggregates import check_blended, check_located
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
+from flowad_fast.stages.tiling import NO_LOCATION, Tiler
 from flowad_fast.tuning.recipe import FollowedRecipe
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ class Export:
         device: where artefacts are checked and calibrated, as the user named it.
         folder: where formats are written; what is done lies in its sub-folders `passed` and `failing`.
         say: receives one line of progress at a time.
+        mask: the fixed mask, None for none.
         outcomes: so far, by format.
     """
 
@@ -102,6 +105,7 @@ class Export:
     device: str
     folder: Path
     say: Callable[[str], None]
+    mask: np.ndarray | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,6 +118,8 @@ class Export:
         precision, precisions = self.request.precision, FORMATS[name].precisions
         if precision not in precisions:
             outcome = Outcome(NOT_AVAILABLE, f"{name} does {', '.join(precisions)}, not {precision}")
+        elif self.manifest.tiling is not None and not FORMATS[name].tiles:
+            outcome = Outcome(NOT_AVAILABLE, f"clients of {name} send whole frames, and nothing there cuts them")
         else:
             folder = self.folder / f".{name}"
             folder.mkdir()
@@ -137,7 +143,7 @@ class Export:
                 build_seconds=round(time.perf_counter() - start, 2),
                 details=dict(built.details),
             )
-            self._locate(folder)
+            self._beside(folder)
             self.say(f"{name}: checking against the reference")
             return self.reference.measure(name, artefact, folder, self.manifest, self.device)
         except EngineUnavailableError as error:
@@ -146,10 +152,12 @@ class Export:
             (self.failing / f"{name}.error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             return Outcome(FAILED, one_line(error))
 
-    def _locate(self, folder: Path) -> None:
-        """Put the location statistics, where there are some, beside what is written."""
+    def _beside(self, folder: Path) -> None:
+        """Put the location statistics and the mask, where there are some, beside what is written."""
         if self.request.location is not None:
             bundle.write_location(folder, self.request.location)
+        if self.mask is not None:
+            write_mask(folder, self.mask)
 
     def conclude(self, target: str | Path, good: GoodParts | None, alpha: float) -> ExportResult:
         """Publish what passed at `target`, calibrated on good parts where there are some; keep the rest as rejected."""
@@ -161,13 +169,13 @@ class Export:
                 _move(artefact, self.passed, self.failing)
             ok, bad = {}, ok | bad
         published = self.manifest.model_copy(update={"artefacts": ok})
-        self._locate(self.passed)
+        self._beside(self.passed)
         if publish and good is not None:
             self.say(f"calibration: {len(good)} good parts, alpha {alpha:g}")
             published = published.model_copy(update={"calibration": self._calibrated(published, good, alpha)})
         refused, kept = self.manifest.model_copy(update={"artefacts": bad}), None
         if any(self.failing.iterdir()):
-            self._locate(self.failing)
+            self._beside(self.failing)
             bundle.write_manifest(self.failing, refused)
             status = "\n".join(f"- {name}: {outcome}" for name, outcome in self.outcomes.items())
             write_card(self.failing, refused, f"# Rejected export\n\n{status}\n\n")
@@ -184,7 +192,7 @@ class Export:
         for artefact in manifest.artefacts.values():
             if artefact.parity is not None:
                 engine = start_engine(self.passed, manifest, artefact.engine, self.device, artefact)
-                return fit(Detector.from_manifest(engine, manifest), good, alpha)
+                return fit(Detector.from_manifest(engine, manifest, mask=self.mask), good, alpha)
         raise CalibrationError(
             f"none of the formats {', '.join(manifest.artefacts)} runs on this machine, so nothing can be calibrated "
             "here; add the format onnx or eager, or calibrate the bundle later on the machine that runs it"
@@ -208,6 +216,8 @@ def export_bundle(
     good: GoodParts | None = None,
     alpha: float = 0.01,
     location: StatisticsParts | None = None,
+    tiling: Tiling | None = None,
+    mask: np.ndarray | None = None,
     probe_choice: dict[str, Any] | None = None,
     recipe: FollowedRecipe | None = None,
     source: dict[str, Any] | None = None,
@@ -236,6 +246,8 @@ def export_bundle(
         good: good parts (see `frames.good_parts`); thresholds go into the manifest.
         alpha: accepted false-reject rate of the calibration.
         location: good parts that location statistics are fitted on, see `location.split`; None for none.
+        tiling: how frames are cut into tiles; None: the model looks at whole frames.
+        mask: the pixels (H, W) bool of the frames that are never judged, with a tiling and a frame size.
         probe_choice: how the scorer's probes were chosen, for the manifest.
         recipe: what scorer and aggregate were chosen by, for the manifest.
         source: where the model comes from, for the manifest; its provenance by default.
@@ -243,7 +255,7 @@ def export_bundle(
         tell: receives one line of progress at a time; standard error by default.
 
     Raises:
-        ConfigError: frames of another size, or classes that the model does not have.
+        ConfigError: frames of another size, classes that the model does not have, or what tiles cannot have.
         CalibrationError: good parts that are too few; raised before anything is built.
         FrameError: a good part that cannot be read or judged; raised before anything is built.
         ParityError: the reference itself is not finite.
@@ -253,10 +265,13 @@ def export_bundle(
 
     say = (lambda _: None) if quiet else (tell or _to_stderr)
     given = frames if isinstance(frames, ParityFrames) else ParityFrames(frames, "frames given by the caller")
+    check_size(given, frame_size)
+    size, tiler = frame_size, _tiler(model, tiling, mask, frame_size, aggregate, location is not None)
+    if tiler is not None:
+        given, size = parity_tiles(given, tiler), (tiler.size, tiler.size)
     ranges = (given.frames, class_indices(model, given))
     built_for = str(torch_device(device))
-    request = Request(model, scorer, aggregate, frame_size, opset, precision, batch, built_for, workspace, ranges)
-    check_size(given, frame_size)
+    request = Request(model, scorer, aggregate, size, opset, precision, batch, built_for, workspace, ranges)
     if good is not None:
         say(f"good parts: checking {len(good)} frames")
         check_good(good, alpha, aggregate)
@@ -280,8 +295,13 @@ def export_bundle(
         artefacts={},
         probe_choice=probe_choice,
         recipe=recipe,
+        tiling=tiling,
     )
     with bundle.writing(target) as folder:
+        if mask is not None:
+            said = write_mask(folder, mask)
+            (folder / said.file).unlink()  # as with the statistics
+            manifest = manifest.model_copy(update={"mask": said})
         if location is not None and statistics is not None:
             written = bundle.write_location(folder, statistics.table)
             (folder / written[0]).unlink()  # it goes beside what passes
@@ -289,9 +309,9 @@ def export_bundle(
             manifest = manifest.model_copy(update={"location": told})
             for line in in_words(told):
                 say(line)
-        say(f"reference: {len(given.frames)} frames, fp32")
+        say(f"reference: {len(given.frames)} {'tiles' if tiling else 'frames'}, fp32")
         reference = Reference.of(model, scorer, aggregate, given, request.location)
-        export = Export(request, manifest, reference, device, folder, say)
+        export = Export(request, manifest, reference, device, folder, say, mask)
         for name in formats:
             export.write(name)
         return export.conclude(target, good, alpha)
@@ -306,12 +326,44 @@ def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, dev
     """
     folder, manifest = bundle.read(path)
     check_size(frames, manifest.frame_size)
+    if manifest.tiling is not None:
+        image = manifest.model.image
+        frames = parity_tiles(frames, Tiler(manifest.tiling, image.size, read_mask(folder, manifest), image.mean))
     table = None if manifest.location is None else bundle.location_table(folder, manifest)
     reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames, table)
     return {
         name: reference.measure(name, artefact, folder, manifest, device)
         for name, artefact in manifest.artefacts.items()
     }
+
+
+def _tiler(
+    model: "FlowModel",
+    tiling: Tiling | None,
+    mask: np.ndarray | None,
+    frame_size: tuple[int, int] | None,
+    aggregate: Aggregate,
+    located: bool,
+) -> Tiler | None:
+    """How frames are cut, after refusing what tiles cannot have.
+
+    Raises:
+        ConfigError: location statistics, an aggregate of cells, or a mask without the frames' size or a tiling.
+        FrameError: frames of that size cannot be cut so.
+    """
+    if tiling is None:
+        if mask is not None:
+            raise ConfigError("a mask goes with tiles; give a tiling too")
+        return None
+    check_blended(aggregate)
+    if located:
+        raise ConfigError(NO_LOCATION)
+    if mask is not None and frame_size is None:
+        raise ConfigError(f"the mask is for frames of {mask.shape[0]}x{mask.shape[1]} pixels; give that frame size")
+    tiler = Tiler(tiling, model.spec.image.size, mask, model.spec.image.mean)
+    if frame_size is not None:
+        tiler.grid(*frame_size)
+    return tiler
 
 
 def _move(artefact: Artefact, source: Path, target: Path) -> None:

@@ -85,6 +85,7 @@ class Format:
         engine: what `flowad_fast.load` calls the engine that opens it.
         precisions: what it can write.
         auto: whether `--format auto` includes it.
+        tiles: whether it can be used for frames that are cut into tiles, which is done around the engine.
     """
 
     description: str
@@ -92,6 +93,7 @@ class Format:
     engine: EngineName
     precisions: tuple[Precision, ...] = ("fp32",)
     auto: bool = False
+    tiles: bool = True
 
     def write(self, request: Request, folder: Path) -> Built:
         """Write the format into an empty folder; its module is imported now."""
@@ -136,6 +138,7 @@ FORMATS: dict[str, Format] = {
         "triton_server:write",
         "onnxruntime",
         _GRAPH,
+        tiles=False,
     ),
 }
 """Formats by name, as `--format` spells them."""

@@ -16,6 +16,7 @@ from flowad_fast.data.walk import find_photos, folders, left_out
 from flowad_fast.errors import CalibrationError, FrameError
 from flowad_fast.evaluation.scanning import FrameFiles
 from flowad_fast.shipped import PHOTOS
+from flowad_fast.stages.tiling import Tiler
 
 DEMO = "demo"
 """One of the names that stand for solar cells of ELPV wherever a folder of frames is expected, see `shipped.PHOTOS`."""
@@ -36,6 +37,19 @@ class ParityFrames:
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
+
+
+def parity_tiles(frames: ParityFrames, tiler: Tiler, count: int = PARITY_FRAMES) -> ParityFrames:
+    """`count` tiles spread evenly over the frames, with their classes; a part's label says nothing of its tiles.
+
+    Raises:
+        FrameError: frames that cannot be cut so.
+    """
+    grid = tiler.grid(*frames.frames.shape[1:3])
+    places = _spread([(i, tile) for i in range(len(frames.frames)) for tile in range(len(grid))], count)
+    tiles = [grid.cut(frames.frames[i])[tile] for i, tile in places]
+    classes = None if frames.classes is None else tuple(frames.classes[i] for i, _ in places)
+    return ParityFrames(np.stack(tiles), f"tiles of {frames.source}", None, classes, frames.left_out)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from flowad_fast import environment, moved
 if TYPE_CHECKING:
     from flowad_fast.checkpoints.load import load_checkpoint, load_velocity, save_checkpoint
     from flowad_fast.config import VelocityConfig
-    from flowad_fast.detector import Detection, Detector, load
+    from flowad_fast.detection import Detection
+    from flowad_fast.detector import Detector, load
     from flowad_fast.model import FlowModel
     from flowad_fast.stages.decision import Verdict
     from flowad_fast.stages.integration import integrate
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "detector",
     "Detector": "detector",
-    "Detection": "detector",
+    "Detection": "detection",
     "Verdict": "stages.decision",
     "load_checkpoint": "checkpoints.load",
     "load_velocity": "checkpoints.load",

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import filelock
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from flowad_fast.config import Frozen, ModelConfig, Precision, parse, read_mapping
+from flowad_fast.config import Frozen, ModelConfig, Precision, Tiling, parse, read_mapping
 from flowad_fast.errors import BundleError
 from flowad_fast.files import replacing, sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
@@ -92,6 +92,13 @@ class Location(Frozen):
     source: str
 
 
+class Mask(Frozen):
+    """The fixed mask of a bundle: a PNG of the frame's size, white where nothing is ever judged."""
+
+    file: str
+    sha256: str
+
+
 class Manifest(Frozen):
     """Everything that a production line must know about a bundle, and nothing that it must guess."""
 
@@ -103,7 +110,7 @@ class Manifest(Frozen):
     scorer: Scorer = Field(discriminator="kind")
     aggregate: Aggregate = "max"
     frame_size: tuple[int, int] | None = None
-    """Height and width of the frames, None when any size is accepted (and resized as in training)."""
+    """Height and width of the frames, None when any size is accepted (and resized, or tiled, as in training)."""
     artefacts: dict[str, Artefact]
     calibration: Calibration | None = None
     location: Location | None = None
@@ -111,6 +118,20 @@ class Manifest(Frozen):
     """How the number of density probes was chosen, when it was chosen by measured error."""
     recipe: FollowedRecipe | None = None
     """What scorer and aggregate were chosen by, with its evidence; None where no recipe was given."""
+    tiling: Tiling | None = None
+    """How frames are cut into tiles, which the artefacts then take in place of frames; None: they take whole frames."""
+    mask: Mask | None = None
+
+    @model_validator(mode="after")
+    def _masked_tiles(self) -> "Manifest":
+        if self.mask is not None and (self.tiling is None or self.frame_size is None):
+            raise ValueError("a mask goes with a tiling and a frame_size; got one of them alone")
+        return self
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the map of frames of this size."""
+        size = self.model.image.size
+        return (size, size) if self.tiling is None else self.tiling.map_size(height, width)
 
 
 def now() -> str:
@@ -145,8 +166,9 @@ def read(path: str | Path, verify: bool = True) -> tuple[Path, Manifest]:
         for name, expected in artefact.files.items():
             if verify:
                 verify_file(folder, name, expected)
-    if manifest.location is not None and verify:
-        verify_file(folder, manifest.location.file, manifest.location.sha256)
+    for beside in (manifest.location, manifest.mask):
+        if beside is not None and verify:
+            verify_file(folder, beside.file, beside.sha256)
     return folder, manifest
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flowad_fast.errors import ConfigError, nearest
 
@@ -212,6 +212,36 @@ class ImageConfig(Frozen):
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
+def _roi(given: Any) -> Any:
+    numbers = given.split(",") if isinstance(given, str) else given
+    if (
+        len(numbers) != 4
+        or not all(str(number).strip().isdecimal() for number in numbers)
+        or 0 in map(int, numbers[2:])
+    ):
+        raise ValueError("expected LEFT,TOP,WIDTH,HEIGHT in pixels of the frame, for example 100,0,1200,900")
+    return tuple(map(int, numbers))
+
+
+Roi = Annotated[tuple[int, int, int, int], BeforeValidator(_roi)]
+"""Left, top, width and height in pixels; also as text, with commas."""
+
+
+class Tiling(Frozen):
+    """How a large frame is judged by a model of small images: cut into overlapping tiles of the model's size."""
+
+    overlap: float = Field(default=0.25, ge=0, le=0.75)
+    """The share of its side that a tile has in common with the next one, at least."""
+    scale: float = Field(default=1.0, gt=0, le=16)
+    """Frames are resized by it first."""
+    roi: Roi | None = None
+    """Region of interest: left, top, width and height in pixels of the original frame; nothing else is judged."""
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the scaled frame, which are those of its map."""
+        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
+
+
 class Ranking(Frozen):
     """How one image score of a student orders parts, beside its teacher's on the same parts.
 
@@ -280,6 +310,7 @@ class ModelConfig(Frozen):
     """A whole detector model: image, backbone, features and velocity field.
 
     `student` is None for a velocity field that was trained at all times, and so may be used with any scorer.
+    `tiling` is how the frames were cut that it was trained on, None for whole frames.
     """
 
     schema_version: Literal[1] = 1
@@ -289,6 +320,7 @@ class ModelConfig(Frozen):
     feature_normalisation: bool = False
     class_names: tuple[str, ...] = ()
     student: Student | None = None
+    tiling: Tiling | None = None
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")

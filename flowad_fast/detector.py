@@ -8,7 +8,8 @@ What a call does, and where to read about it:
     frames       are these frames, and can they be judged       stages/frames.py
     classes      which product each frame shows                 config.py, Classes
     engine       frames to map and raw score                    engines/
-    decision     threshold from good parts, or no verdict       stages/decision.py
+    tiles        large frames in pieces, where a bundle says so stages/tiling.py, engines/tiled.py
+    decision     threshold from good parts, or no verdict       detection.py, stages/decision.py
 
 An engine computes what `pipeline.py` says in sixty lines (read it next), itself or as a graph that was exported from
 it. Whatever ran, the detection says so.
@@ -17,8 +18,6 @@ it. Whatever ran, the detection says so.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,129 +25,21 @@ import numpy as np
 
 from flowad_fast import bundle as bundles
 from flowad_fast.config import Classes, ModelConfig, Precision, Weights
+from flowad_fast.detection import Detection as Detection
 from flowad_fast.engines import Engine, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
-from flowad_fast.errors import BundleError, CalibrationError, EngineUnavailableError, nearest, require
-from flowad_fast.stages.decision import Aggregate, Calibration, ClassCalibration, Verdict, combine
+from flowad_fast.engines.tiled import TiledEngine
+from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError, require
+from flowad_fast.masks import read_mask
+from flowad_fast.stages.aggregates import columns
+from flowad_fast.stages.decision import Aggregate, Calibration
+from flowad_fast.stages.decision import Verdict as Verdict
 from flowad_fast.stages.frames import FrozenFrames, check_frames, doubts_of
-from flowad_fast.stages.regions import Region, RegionSettings, find_regions, marked
+from flowad_fast.stages.tiling import NO_LOCATION, Tiler
 
 if TYPE_CHECKING:
     from flowad_fast.model import FlowModel
     from flowad_fast.stages.scorers import Scorer
-
-
-@dataclass(frozen=True)
-class Detection:
-    """The result for a batch of B frames.
-
-    Example:
-        >>> import numpy as np
-        >>> from flowad_fast import Detection
-        >>> from flowad_fast.stages.decision import Calibration
-        >>> limits = Calibration.model_validate({"alpha": 0.05, "classes": {"": {"threshold": 1.5, "parts": 19}}})
-        >>> maps, scores = np.zeros((3, 256, 256), np.float32), np.array([1.0, 2.0, 1.0], np.float32)
-        >>> reasons = (None, None, "the frame is black")
-        >>> detection = Detection(maps, scores, ("",) * 3, reasons, "eager on cpu", limits)
-        >>> [str(verdict) for verdict in detection.verdict]
-        ['good', 'anomalous', 'invalid']
-
-    Attributes:
-        map: (B, S, S) float32 anomaly map, higher is more anomalous.
-        raw_score: the image scores as the graph gives them, (B,), or (B, n) for n > 1 terms.
-        classes: class name of each frame, "" for unconditional models.
-        invalid: why a frame cannot be judged, None for valid frames.
-        engine: what ran, e.g. "onnxruntime on cpu", or "cudagraph on cuda:0 (bf16, fused)".
-        frame_size: height and width of the frames, pixels; None: that of the map.
-    """
-
-    map: np.ndarray
-    raw_score: np.ndarray
-    classes: tuple[str, ...]
-    invalid: tuple[str | None, ...]
-    engine: str
-    calibration: Calibration | None = field(repr=False, default=None)
-    frame_size: tuple[int, int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.map)
-
-    @cached_property
-    def score(self) -> np.ndarray:
-        """Image scores (B,) float32, higher is more anomalous.
-
-        Raises:
-            CalibrationError: the aggregate has several terms, whose ranges come from a calibration, and there is none.
-        """
-        if self.raw_score.ndim == 1:
-            return self.raw_score
-        scores = np.empty(len(self), np.float32)
-        for i, name in enumerate(self.classes):
-            ranges = self._of(name).ranges if self.calibration else None
-            scores[i] = combine(self.raw_score[i : i + 1], ranges)[0]
-        return scores
-
-    @cached_property
-    def verdict(self) -> tuple[Verdict, ...]:
-        """For each frame: good, anomalous, or invalid.
-
-        Raises:
-            CalibrationError: the model has not been calibrated on good parts (of a frame's class).
-        """
-        return tuple(
-            Verdict.INVALID if reason else Verdict.ANOMALOUS if score > self._of(name).threshold else Verdict.GOOD
-            for score, name, reason in zip(self.score, self.classes, self.invalid, strict=True)
-        )
-
-    @cached_property
-    def regions(self) -> tuple[tuple[Region, ...], ...]:
-        """For each frame, where its map is above the pixel threshold, in pixels of the frame; highest peak first.
-
-        They are searched for when first asked for. A frame of which `no_regions` says why has none.
-        """
-        return tuple(() if reason else find_regions(*self._limits(i)) for i, reason in enumerate(self.no_regions))
-
-    @cached_property
-    def no_regions(self) -> tuple[str | None, ...]:
-        """For each frame, why regions cannot be told (invalid, no pixel threshold), or None: they were looked for."""
-        return tuple(
-            reason or self._no_threshold(name) for reason, name in zip(self.invalid, self.classes, strict=True)
-        )
-
-    def marked(self, index: int) -> np.ndarray:
-        """The cells (S, S) of one frame's map that are in its regions, int32: 0 outside, one number per region."""
-        if self.no_regions[index]:
-            return np.zeros(self.map.shape[1:], np.int32)
-        return marked(*self._limits(index))
-
-    def _limits(self, index: int) -> tuple[np.ndarray, float, tuple[int, int], RegionSettings]:
-        """The arguments of `find_regions` for a frame whose class has a pixel threshold."""
-        assert self.calibration is not None
-        pixels = self.calibration.classes[self.classes[index]].pixels
-        assert pixels is not None
-        rows, columns = self.map.shape[1:]
-        return self.map[index], pixels.threshold, self.frame_size or (rows, columns), self.calibration.regions
-
-    def _no_threshold(self, name: str) -> str | None:
-        try:
-            if self._of(name).pixels is not None:
-                return None
-        except CalibrationError as error:
-            return str(error)
-        return (
-            "the bundle was calibrated without a pixel threshold, so there are no regions; calibrate it again: "
-            "flowad-export calibrate BUNDLE GOOD_FOLDER"
-        )
-
-    def _of(self, name: str) -> ClassCalibration:
-        if self.calibration is None:
-            raise CalibrationError(
-                "the model has no calibration, so there is no verdict (the score is available); "
-                "calibrate on good parts: flowad-export calibrate BUNDLE GOOD_FOLDER"
-            )
-        if name not in self.calibration.classes:
-            raise CalibrationError(f"class {name!r} was not calibrated; {nearest(name, self.calibration.classes)}")
-        return self.calibration.classes[name]
 
 
 class Detector:
@@ -171,10 +62,11 @@ class Detector:
     Attributes:
         engine: what runs, see `Detection.engine`.
         classes: the model's classes.
-        image_size: side S of the maps, pixels.
+        image_size: side S of what the model looks at, pixels: of the maps, unless frames are cut into tiles.
         aggregate: map to image score.
         frame_size: height and width that frames must have, None for any.
         calibration: thresholds, None for a model that was not calibrated.
+        tiler: how frames are cut into tiles; None: the model looks at whole frames.
     """
 
     def __init__(
@@ -186,7 +78,10 @@ class Detector:
         frame_size: tuple[int, int] | None = None,
         calibration: Calibration | None = None,
         reject_repeats: bool = False,
+        tiler: Tiler | None = None,
     ) -> None:
+        if tiler is not None:
+            engine = TiledEngine(engine, tiler, aggregate)
         self._engine: Engine | None = engine
         self._process = os.getpid()
         self.engine = engine.title
@@ -195,11 +90,24 @@ class Detector:
         self.aggregate = aggregate
         self.frame_size = frame_size
         self.calibration = calibration
+        self.tiler = tiler
         self._only_camera = FrozenFrames() if reject_repeats else None
 
     @classmethod
-    def from_manifest(cls, engine: Engine, manifest: bundles.Manifest, *, reject_repeats: bool = False) -> "Detector":
-        """A detector around a running engine of a bundle."""
+    def from_manifest(
+        cls,
+        engine: Engine,
+        manifest: bundles.Manifest,
+        *,
+        reject_repeats: bool = False,
+        mask: np.ndarray | None = None,
+    ) -> "Detector":
+        """A detector around a running engine of a bundle; `mask` is that of one that has a fixed mask."""
+        if (mask is None) != (manifest.mask is None):
+            raise BundleError(
+                "a bundle's fixed mask goes with its manifest; give mask=masks.read_mask(folder, manifest)"
+            )
+        image, tiling = manifest.model.image, manifest.tiling
         return cls(
             engine,
             manifest.model,
@@ -207,6 +115,7 @@ class Detector:
             frame_size=manifest.frame_size,
             calibration=manifest.calibration,
             reject_repeats=reject_repeats,
+            tiler=None if tiling is None else Tiler(tiling, image.size, mask, image.mean),
         )
 
     @classmethod
@@ -222,6 +131,7 @@ class Detector:
         ops: str | None = None,
         threads: int | None = None,
         location: np.ndarray | None = None,
+        tiler: Tiler | None = None,
     ) -> "Detector":
         """A detector without a bundle and so without a calibration.
 
@@ -236,17 +146,23 @@ class Detector:
                 None takes fused for the cudagraph engine, otherwise reference.
             threads: see `load`.
             location: location statistics, a table (classes, 2, h, w) of `stages.location`; None for none.
+            tiler: how frames are cut into tiles; None: as those that the model was trained on, which may be whole.
 
         Raises:
             EngineUnavailableError: engine, precision or operators cannot run here; says what is missing.
+            ConfigError: an aggregate, or location statistics, that tiles cannot have.
         """
         from flowad_fast.pipeline import ScoringPipeline
 
+        tiler = tiler or model.tiler
+        if tiler is not None and location is not None:
+            raise ConfigError(NO_LOCATION)
         how = arithmetic(engine, precision, ops)
         pipeline = ScoringPipeline(model, scorer, aggregate, how, located=location is not None)
         if location is not None:
             pipeline.locate(location)
-        return cls(start_from_model(engine, pipeline, device, threads), model.spec, aggregate=aggregate)
+        running = start_from_model(engine, pipeline, device, threads)
+        return cls(running, model.spec, aggregate=aggregate, tiler=tiler)
 
     @classmethod
     def from_checkpoint(
@@ -362,18 +278,44 @@ class Detector:
         camera: FrozenFrames | None,
     ) -> Detection:
         engine = self.running()
-        batch = check_frames(frames, self.frame_size)
+        batch = check_frames(frames, None if self.tiler else self.frame_size)
         y = self.classes.indices(classes, len(batch))
+        size = (batch.shape[1], batch.shape[2])
+        names = self.classes.of(y, len(batch))
+        misfit = self._misfit(size)
+        if misfit or not len(batch):
+            shape = self.tiler.shape(*size) if self.tiler else (self.image_size,) * 2
+            maps, raw = (np.zeros((len(batch), *rest), np.float32) for rest in (shape, columns(self.aggregate)))
+            return Detection(maps, raw, names, (misfit,) * len(batch), self.engine, self.calibration, size)
+        grid = self.tiler.grid(*size) if self.tiler else None
         frozen = [camera.doubts(batch)] if camera else []
-        if len(batch):
-            maps, raw, low, high, finite = engine.judge(batch, y)
-        else:
-            maps, raw = np.zeros((0, self.image_size, self.image_size), np.float32), np.zeros(0, np.float32)
-            low = high = finite = np.zeros(0, np.uint8)
+        maps, raw, low, high, finite = engine.judge(batch, y)
         doubts = [doubts_of(low, high), *frozen, _not_finite(raw, finite)]
         invalid = tuple(next((reason for reason in all if reason), None) for all in zip(*doubts, strict=True))
-        size = (batch.shape[1], batch.shape[2])
-        return Detection(maps, raw, self.classes.of(y, len(batch)), invalid, self.engine, self.calibration, size)
+        judged = None if grid is None else grid.judged
+        if judged is not None:
+            self._lower(maps, ~judged, names)
+        return Detection(maps, raw, names, invalid, self.engine, self.calibration, size, judged)
+
+    def _lower(self, maps: np.ndarray, unjudged: np.ndarray, names: Sequence[str]) -> None:
+        """Keep what is not judged at or below the pixel threshold: it is no region, even if all that is judged is."""
+        classes = self.calibration.classes if self.calibration else {}
+        for map, name in zip(maps, names, strict=True):
+            if name in classes and (pixels := classes[name].pixels) is not None:
+                map[unjudged] = np.minimum(map[unjudged], np.float32(pixels.threshold))
+
+    def _misfit(self, size: tuple[int, int]) -> str | None:
+        """Why frames of this size cannot be cut into tiles as the bundle says, or None."""
+        if self.tiler is None:
+            return None
+        if self.frame_size not in (None, size):
+            height, width = self.frame_size
+            return f"the frame is {size[0]}x{size[1]} pixels, the bundle takes {height}x{width}"
+        try:
+            self.tiler.grid(*size)
+        except FrameError as error:
+            return str(error)
+        return None
 
 
 class Camera:
@@ -446,4 +388,5 @@ def load(
     running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops, threads=threads)
     if bundles.read(folder, verify=False)[1] != manifest:  # its thresholds are not those of the engine that was started
         raise BundleError(f"{folder}: the bundle was replaced while it was being loaded; load it again")
-    return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats)
+    mask = read_mask(folder, manifest)
+    return Detector.from_manifest(running, manifest, reject_repeats=reject_repeats, mask=mask)

@@ -13,6 +13,7 @@ from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.image import normalise
 from flowad_fast.stages.integration import from_tokens, to_tokens
 from flowad_fast.stages.schedule import velocity_factors
+from flowad_fast.stages.tiling import Tiler
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
 
@@ -88,15 +89,27 @@ class FlowModel(VelocityModel):
     """A whole trained detector model: frames to features to velocity.
 
     `backbone` may be a function that makes the feature extractor; it is called when features are first needed, so that
-    a velocity field can be studied without backbone weights.
+    a velocity field can be studied without backbone weights. `mask` (H, W) bool are the pixels of training frames that
+    were never looked at, None for none.
     """
 
     def __init__(
-        self, spec: ModelConfig, dit: DiT, backbone: FeatureExtractor | Callable[[], FeatureExtractor]
+        self,
+        spec: ModelConfig,
+        dit: DiT,
+        backbone: FeatureExtractor | Callable[[], FeatureExtractor],
+        mask: np.ndarray | None = None,
     ) -> None:
         super().__init__(spec.velocity, dit)
         self.spec = spec
+        self.mask = mask
         self._backbone = backbone
+
+    @property
+    def tiler(self) -> Tiler | None:
+        """How the frames were cut that it was trained on; None for whole frames."""
+        image, tiling = self.spec.image, self.spec.tiling
+        return None if tiling is None else Tiler(tiling, image.size, self.mask, image.mean)
 
     @property
     def backbone(self) -> FeatureExtractor:

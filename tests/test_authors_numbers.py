@@ -34,7 +34,7 @@ Call = Callable[..., tuple[int, str, str]]
 class Scale:
     """Maps are the photo's red channel; raw scores are two terms of it. Category b's photos are 3 times as bright."""
 
-    engine, class_names, image_size, aggregate = "fake", (), 16, "range+nll"
+    engine, class_names, image_size, aggregate, tiler = "fake", (), 16, "range+nll", None
 
     def __call__(self, frames: np.ndarray, classes: object = None) -> Detection:
         maps = frames[..., 0].astype(np.float32)

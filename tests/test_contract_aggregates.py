@@ -1,5 +1,6 @@
 """What every aggregate in `AGGREGATES` promises. A new entry is tested here without a new test."""
 
+import re
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,7 +18,15 @@ from flowad_fast.export.onnx_graph import write_graph
 from flowad_fast.export.verify import TOLERANCES, compare, reference_outputs
 from flowad_fast.kernels.reference import upsample
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.aggregates import AGGREGATES, Aggregate, columns, norm_power, top_cells
+from flowad_fast.stages.aggregates import (
+    AGGREGATES,
+    Aggregate,
+    blended,
+    check_blended,
+    columns,
+    norm_power,
+    top_cells,
+)
 from flowad_fast.stages.decision import Calibration, calibrate, combine
 from flowad_fast.stages.score import image_score
 from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
@@ -32,6 +41,19 @@ def test_a_raw_score_is_one_number_or_its_terms_per_map(aggregate: Aggregate) ->
     assert raw.shape == (40, *columns(aggregate)) and raw.dtype == torch.float32 and torch.isfinite(raw).all()
     for i in (0, 39):
         torch.testing.assert_close(image_score(MAPS[i : i + 1], aggregate)[0], raw[i])
+
+
+@every
+def test_of_a_map_that_tiles_were_blended_into_it_is_the_same_or_refused(aggregate: Aggregate) -> None:
+    raw = image_score(MAPS, aggregate).numpy()
+    if any(term.blended is None for term in AGGREGATES[aggregate].terms):
+        with pytest.raises(ConfigError, match=f"the aggregate {re.escape(aggregate)} is made of the latent"):
+            check_blended(aggregate)
+        return
+    check_blended(aggregate)
+    found = np.stack([blended(map.numpy().ravel(), aggregate) for map in MAPS])
+    assert found.shape == raw.shape and found.dtype == np.float32
+    np.testing.assert_allclose(found, raw, rtol=1e-5)
 
 
 def test_every_name_has_a_rule() -> None:

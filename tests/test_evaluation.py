@@ -32,6 +32,7 @@ class Brightness:
 
     engine = "fake"
     aggregate = "max"
+    tiler = None
 
     def __init__(self, class_names=(), size=SIZE):
         self.class_names, self.image_size, self.calls = class_names, size, []

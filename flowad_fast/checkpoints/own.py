@@ -14,15 +14,20 @@ from flowad_fast.errors import ConfigError
 from flowad_fast.files import replacing
 from flowad_fast.model import FlowModel
 
+_MASK = "tiling.mask"
+"""(H, W) uint8: the pixels of training frames that were never looked at."""
+
 
 def load_own(path: Path, backbone_weights: str | Path | None) -> FlowModel:
     """The model in `path` and its JSON; see `load_checkpoint`."""
     spec = parse(ModelConfig, read_mapping(path.with_suffix(".json")), str(path.with_suffix(".json")))
     tensors = read_safetensors(path)
     stats = {key: tensors.pop(f"features.{key}", None) for key in ("mean", "std")}
+    mask = tensors.pop(_MASK, None)
     own = {key.removeprefix("backbone."): tensors.pop(key) for key in list(tensors) if key.startswith("backbone.")}
     dit = filled(spec.velocity, {key.removeprefix("velocity."): value for key, value in tensors.items()}, str(path))
-    return FlowModel(spec, dit, backbone_loader(spec, backbone_weights, stats, str(path), own))
+    backbone = backbone_loader(spec, backbone_weights, stats, str(path), own)
+    return FlowModel(spec, dit, backbone, None if mask is None else mask.bool().numpy())
 
 
 def save_checkpoint(
@@ -52,6 +57,8 @@ def save_checkpoint(
     if model.spec.feature_normalisation:
         tensors["features.mean"] = model.backbone.mean.cpu()
         tensors["features.std"] = model.backbone.std.cpu()
+    if model.mask is not None:
+        tensors[_MASK] = torch.from_numpy(model.mask).to(torch.uint8)
     if include_backbone:
         tensors |= {f"backbone.{key}": value.cpu() for key, value in model.backbone.backbone.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)

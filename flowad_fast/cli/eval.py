@@ -99,7 +99,7 @@ def evaluate(
             dataset,
             categories=category,
             batch_size=batch,
-            mask_size=detector.image_size,
+            mask_size=detector.image_size if detector.tiler is None else None,
             progress=advance,
             test_set_normalisation=scaled or False,
             remarks=remarks,

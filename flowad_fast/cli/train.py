@@ -126,7 +126,7 @@ def _with_options(function: Any) -> Any:
     for name, field in TrainConfig.model_fields.items():
         if name == "scorer":
             continue
-        kind: Any = list[str] if name == "categories" else field.annotation
+        kind: Any = list[str] if name == "categories" else str if name == "roi" else field.annotation
         default = field.get_default()
         shown = "" if field.is_required() or default in (None, ()) else f" [{default}]"
         flag = _OPTION_NAMES.get(name, "--" + name.replace("_", "-"))

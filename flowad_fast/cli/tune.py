@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flowad_fast.cli import common
-from flowad_fast.errors import require
+from flowad_fast.errors import ConfigError, require
 from flowad_fast.files import digest, make_folder, sha256
 from flowad_fast.shipped import weight_file
 
@@ -64,6 +64,11 @@ def tune(
     make_folder(folder)
     file = weight_file(checkpoint)
     model = load_checkpoint(checkpoint, config, backbone_weights)
+    if model.spec.tiling is not None:
+        raise ConfigError(
+            f"{checkpoint} was trained on tiles, and flowad-tune judges whole frames; compare recipes by flowad-eval, "
+            "and export it with --scorer and --aggregate"
+        )
     names = model.spec.classes.labels if model.config.use_class_labels else ()
     good = good_parts(data, names)
     test = None if labelled is None else labelled_parts(labelled, names)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from flowad_fast.data.walk import SUFFIXES, Photos, find_photos
 from flowad_fast.errors import ConfigError, FrameError, nearest
@@ -79,6 +79,20 @@ def frame_bytes(path: Path) -> int:
         return 0
 
 
+def frame_size(path: Path) -> tuple[int, int]:
+    """Height and width of the frame that `read_frame` gives of a file, from its header.
+
+    Raises:
+        FrameError: no header can be read.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (*_BROKEN, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FrameError(f"{path}: cannot be read ({error}); expected a photo") from None
+
+
 def read_frame(path: str | Path, channels: Literal["rgb", "bgr"] = "rgb") -> NDArray[np.uint8]:
     """The image file at `path` as a frame (H, W, 3), uint8, with its channels in the order `channels`.
 
@@ -132,14 +146,16 @@ def no_images(folder: str | Path, photos: Photos) -> FrameError:
     return FrameError(f"{folder}: no image files found; expected names ending in {' '.join(SUFFIXES)}{also}")
 
 
-def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None = None) -> NDArray[np.bool_]:
-    """The defect mask at `path`, resized to (size, size) by nearest neighbour; any value above 0 is defect.
+def read_mask(
+    path: str | Path, size: int | tuple[int, int], frame_shape: tuple[int, ...] | None = None
+) -> NDArray[np.bool_]:
+    """The defect mask at `path`, resized by nearest neighbour; any value above 0 is defect.
 
     For palette files the index counts, not its colour; an alpha channel is ignored.
 
     Args:
         path: the mask's file.
-        size: side of the result.
+        size: side of the result, or its height and width.
         frame_shape: (H, W, ...) of the frame that it belongs to; the mask must have its sides' proportion, to a pixel.
 
     Raises:
@@ -153,7 +169,8 @@ def read_mask(path: str | Path, size: int, frame_shape: tuple[int, ...] | None =
                 f"{path}: the mask is {w}x{h} pixels, its image {width}x{height} (upright, as its EXIF orientation "
                 "says); draw the mask on the upright image"
             )
-    values = np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    values = np.asarray(image.resize((columns, rows), Image.Resampling.NEAREST))
     if values.ndim == 3:
         colours = len([band for band in image.getbands() if band not in "Aa"])
         return np.asarray(values[..., :colours].any(-1), np.bool_)

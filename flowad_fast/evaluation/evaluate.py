@@ -22,6 +22,7 @@ from flowad_fast.evaluation.metrics import (
     pixel_metrics,
     region_counts,
 )
+from flowad_fast.evaluation.overlay import resized
 from flowad_fast.evaluation.report import MEAN_AD, ImageRow, Metrics, Report, Scored, class_names
 from flowad_fast.evaluation.report import DetectorLike as DetectorLike
 from flowad_fast.evaluation.scanning import FrameFiles, Scanned, scan
@@ -64,17 +65,20 @@ def evaluate(
     dataset: Dataset,
     categories: Iterable[str] | None = None,
     batch_size: int = 8,
-    mask_size: int = 256,
+    mask_size: int | None = 256,
     progress: Callable[[int], object] = lambda n: None,
     test_set_normalisation: bool | Aggregate = False,
     remarks: Sequence[str] = (),
 ) -> Report:
     """Run the detector over the test images of `categories` (default: all) and compare with labels and masks.
 
-    Masks are resized to (mask_size, mask_size), the size of the detector's maps. `progress(n)` is called after each n
-    images. An image that cannot be read (or its mask), whose mask does not fit it, that the detector refuses, or that
-    it calls invalid, becomes an error row, and the metrics leave it out. A mask of a defective image that marks nothing
-    leaves it out of the pixel metrics alone. `remarks` go into the report.
+    Masks are resized to (mask_size, mask_size), the size of the detector's maps; None compares at the size of each
+    image, to which its map is enlarged, as detectors need that cut frames into tiles. What a detection says was not
+    judged is in no pixel metric, and a defect there is none. `progress(n)` is called after each n images.
+
+    An image that cannot be read (or its mask), whose mask does not fit it, that the detector refuses, or that it calls
+    invalid, becomes an error row, and the metrics leave it out. A mask of a defective image that marks nothing leaves
+    it out of the pixel metrics alone. `remarks` go into the report.
 
     `test_set_normalisation` replaces the detector's image score by the one of the authors' code: the sum of two terms,
     each first min-max-normalised over the test images. A production line has no such range; use it to reproduce
@@ -106,7 +110,8 @@ def evaluate(
             regions[category] = counts
         # Maps fill memory, and only scores are compared across categories.
         found[category] = [
-            one if isinstance(one, str) else replace(one, map=None, mask=None, regions=None) for one in results
+            one if isinstance(one, str) else replace(one, map=None, mask=None, regions=None, judged=None)
+            for one in results
         ]
     scores = _scores(found, scaled)
     metrics: dict[str, Metrics] = {}
@@ -136,7 +141,8 @@ def evaluate(
 class _Scored:
     """`score` is one number, or the terms that are to be normalised; pictures are None once they were compared.
 
-    `regions` are the cells (H, W) int32 of `Detection.marked`, None where they cannot be told.
+    `regions` are the cells (H, W) int32 of `Detection.marked`, None where they cannot be told; `judged` (H, W) those
+    that count, None for all.
     """
 
     label: int
@@ -145,10 +151,11 @@ class _Scored:
     score: NDArray[np.float64]
     regions: NDArray[np.int32] | None = None
     unmarked: str | None = None
+    judged: NDArray[np.bool_] | None = None
 
 
 def _result(
-    sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int, scaled: Aggregate | None
+    sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int | None, scaled: Aggregate | None
 ) -> _Scored | str:
     """What a test image contributes to the metrics, or the reason why it does not."""
     if isinstance(one, ConfigError):  # the same for every image
@@ -156,7 +163,7 @@ def _result(
     if isinstance(one, FlowADError):
         return str(one)
     maps = np.asarray(one.detection.map, np.float32)
-    if maps.shape[1:] != (mask_size, mask_size):
+    if mask_size is not None and maps.shape[1:] != (mask_size, mask_size):
         raise ConfigError(
             f"the detector gave maps {maps.shape}, expected the size of the masks, {mask_size}x{mask_size}; "
             "set mask_size to the size of the maps"
@@ -165,18 +172,26 @@ def _result(
     if invalid is not None and (reason := invalid[one.place]) is not None:
         return reason
     map = maps[one.place]
-    score = _terms(one, map, scaled)
+    judged: NDArray[np.bool_] | None = getattr(one.detection, "judged", None)
+    score = _terms(one, map if judged is None else map[judged], scaled)
     if not np.isfinite(map).all() or not np.isfinite(score).all():
         return "the map or the score is not finite"
     regions = _regions(one)
+    if mask_size is None and map.shape != (size := one.frame.shape[:2]):
+        map = resized(map, size)
+        regions = None if regions is None else resized(regions, size, nearest=True)
+        judged = None if judged is None else resized(judged, size, nearest=True)
     if sample.mask is None:
-        return _Scored(sample.label, np.zeros(map.shape, bool), map, score, regions)
+        return _Scored(sample.label, np.zeros(map.shape, bool), map, score, regions, judged=judged)
     try:
-        mask = read_mask(sample.mask, mask_size, one.frame.shape)
+        mask = read_mask(sample.mask, map.shape, one.frame.shape)
     except FrameError as error:
         return str(error)
-    empty = f"{sample.mask}: marks no defect at {mask_size}x{mask_size} pixels, its image is called {sample.defect}"
-    return _Scored(sample.label, mask, map, score, regions, None if mask.any() else empty)
+    where = f"at {map.shape[0]}x{map.shape[1]} pixels"
+    if judged is not None:
+        mask, where = mask & judged, f"{where} that are judged"
+    empty = f"{sample.mask}: marks no defect {where}, its image is called {sample.defect}"
+    return _Scored(sample.label, mask, map, score, regions, None if mask.any() else empty, judged)
 
 
 def _regions(one: Scanned[Scored]) -> NDArray[np.int32] | None:
@@ -188,7 +203,7 @@ def _regions(one: Scanned[Scored]) -> NDArray[np.int32] | None:
 
 
 def _terms(one: Scanned[Scored], map: NDArray[np.float32], scaled: Aggregate | None) -> NDArray[np.float64]:
-    """The detector's score, or the terms that are scaled over the test set."""
+    """The detector's score, or the terms that are scaled over the test set; `map` holds the values that count."""
     if scaled is None:  # Without a calibration the score of several terms is an error, so it is read only when used.
         return np.asarray(one.detection.score[one.place], np.float64)
     if scaled == "diff+sum":
@@ -233,11 +248,12 @@ def _over(scaled: Aggregate, categories: int) -> str:
 
 def _pixel_metrics(scored: Sequence[_Scored]) -> tuple[int, Metrics]:
     """How many images have a mask to compare with, and their pixel metrics; none where a label is missing."""
-    masks = [one.mask for one in scored if one.unmarked is None and one.mask is not None]
-    maps = [one.map for one in scored if one.unmarked is None and one.map is not None]
+    known = [one for one in scored if one.unmarked is None]
+    masks = [one.mask for one in known if one.mask is not None]
+    maps = [one.map for one in known if one.map is not None]
     if not any(mask.any() for mask in masks) or {one.label for one in scored} != {0, 1}:
         return len(masks), {}
-    return len(masks), {**pixel_metrics(np.stack(masks), np.stack(maps))}
+    return len(masks), {**pixel_metrics(masks, maps, [one.judged for one in known])}
 
 
 def _region_counts(results: Sequence["_Scored | str"]) -> RegionCounts | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from flowad_fast.data.images import Stamp
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 SCALE = "scale.json"
 """Beside overlays: the map values that are drawn as no heat and as most heat, by class."""
-_SCALE_FRAMES = 16
+_SCALE_FRAMES, _SCALE_VALUES = 16, 1 << 20
 _LONGEST_NAME = 251
 """Bytes of a photo's name to which `.png` can be added."""
 
@@ -71,7 +72,7 @@ def _result(path: Path, name: str, one: Scanned["Detection"], found: Stamp | Non
         # Without a calibration an aggregate of several terms has no score either.
         reason = _one_line(error) if score is None else ""
     regions = None if detection.no_regions[i] else detection.regions[i]
-    return Result(path, status, score, name, reason, one.frame, detection.map[i], found, regions)
+    return Result(path, status, score, name, reason, one.frame, detection.map[i], found, regions, detection.judged)
 
 
 def _one_line(error: Exception) -> str:
@@ -106,10 +107,19 @@ def heat_ranges(
     for name, files in of_class.items():
         count = min(len(files), _SCALE_FRAMES)
         chosen = [files[i * len(files) // count] for i in range(count)]
-        maps = [one.map for one in inspect_files(detector, chosen, [name] * count) if one.map is not None]
-        if maps:
-            ranges[name] = heat_range(np.stack(maps), threshold(detector, name))
+        found = inspect_files(detector, chosen, [name] * count)
+        values = [_typical(one) for one in found if one.map is not None]
+        if values:
+            ranges[name] = heat_range(np.concatenate(values), threshold(detector, name))
     return ranges
+
+
+def _typical(one: Result) -> NDArray[np.float32]:
+    """The judged values of a result's map; of a very large one an even share, and the highest."""
+    assert one.map is not None
+    values = one.map.ravel() if one.judged is None else one.map[one.judged]
+    step = -(-len(values) // _SCALE_VALUES)
+    return np.append(values[::step], values.max()) if step > 1 else values
 
 
 class OverlayFolder(AbstractContextManager["OverlayFolder"]):
@@ -147,7 +157,7 @@ class OverlayFolder(AbstractContextManager["OverlayFolder"]):
             if result.frame is None or result.map is None:
                 return
             if (name := result.class_name) not in self.ranges:  # none of the files that were tried could be scored
-                self._keep({name: heat_range(result.map, threshold(detector, name))})
+                self._keep({name: heat_range(_typical(result), threshold(detector, name))})
             place = self._place(result.path.relative_to(root))
             picture = io.BytesIO()
             heat = overlay(result.frame, result.map, *self.ranges[name], regions=result.regions or ())

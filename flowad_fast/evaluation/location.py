@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from flowad_fast.config import ModelConfig
 from flowad_fast.detector import Detector
-from flowad_fast.errors import FlowADError, FrameError
+from flowad_fast.errors import ConfigError, FlowADError, FrameError
 from flowad_fast.evaluation.scanning import scan
 from flowad_fast.stages.location import LocationStatistics, cells
+from flowad_fast.stages.tiling import NO_LOCATION
 
 
 def measure_location(
@@ -31,8 +32,10 @@ def measure_location(
     Raises:
         FrameError: a good part that cannot be read or judged.
         CalibrationError: a map that is not finite.
-        ConfigError: a class that the model does not have.
+        ConfigError: a class that the model does not have, or a detector that cuts frames into tiles.
     """
+    if detector.tiler is not None:
+        raise ConfigError(NO_LOCATION)
     height, width = spec.velocity.height, spec.velocity.width
     given = [spec.classes.label(name) for name in classes] if classes is not None else None
     maps = []

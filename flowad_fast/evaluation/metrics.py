@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,16 +28,27 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     return dict(zip(IMAGE_METRICS, values, strict=True))
 
 
-def pixel_metrics(masks: NDArray[np.bool_], maps: NDArray[np.float32]) -> dict[str, float]:
-    """AUROC, AP, F1max and AUPRO of anomaly maps (n, H, W) float32 against masks (n, H, W) bool, True = defect.
+def pixel_metrics(
+    masks: Sequence[NDArray[np.bool_]] | NDArray[np.bool_],
+    maps: Sequence[NDArray[np.float32]] | NDArray[np.float32],
+    judged: Sequence[NDArray[np.bool_] | None] | None = None,
+) -> dict[str, float]:
+    """AUROC, AP, F1max and AUPRO of n anomaly maps (H, W) float32 against masks (H, W) bool, True = defect.
+
+    Images may differ in size. Of each, those pixels count that are `judged` (H, W), None for all.
 
     Raises:
         ValueError: good or defective pixels are missing, shapes differ, or a map is not finite.
     """
-    if masks.shape != maps.shape or maps.ndim != 3:
-        raise ValueError(f"got masks {masks.shape} and maps {maps.shape}, expected two arrays of one shape (n, H, W)")
-    values = (*_ranking(masks.ravel(), maps.ravel(), "pixels"), _aupro(masks, maps))
-    return dict(zip(PIXEL_METRICS, values, strict=True))
+    shapes = [one.shape for one in masks], [one.shape for one in maps]
+    if shapes[0] != shapes[1] or not all(len(shape) == 2 for shape in shapes[0]):
+        mask, map = ((len(found), *(found[0] if found else ())) for found in shapes)
+        raise ValueError(f"got masks {mask} and maps {map}, expected as many (n), each map (H, W) of its mask's shape")
+    counted = [np.s_[:] if one is None else one for one in judged or [None] * len(shapes[0])]
+    defects = np.concatenate([mask[where].ravel() for mask, where in zip(masks, counted, strict=True)])
+    values = np.concatenate([map[where].ravel() for map, where in zip(maps, counted, strict=True)])
+    found = (*_ranking(defects, values, "pixels"), _aupro(_numbered(masks, counted), values))
+    return dict(zip(PIXEL_METRICS, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -121,21 +133,37 @@ def _ranking(labels: NDArray[np.bool_], scores: NDArray[np.floating], unit: str)
     return float(roc_auc_score(labels, scores)), float(average_precision), float(f1.max())
 
 
-def _aupro(masks: NDArray[np.bool_], maps: NDArray[np.float32]) -> float:
+def _numbered(masks: Sequence[NDArray[np.bool_]] | NDArray[np.bool_], counted: Sequence[Any]) -> NDArray[np.int32]:
+    """The pixels that count of all masks, one after the other: the number of their defect from 1 on, 0 outside.
+
+    A defect is 8-connected within an image.
+    """
+    numbers, total = [], 0
+    for mask, where in zip(masks, counted, strict=True):
+        regions, count = label(mask, structure=np.ones((3, 3), bool))
+        numbers.append(np.where(regions > 0, regions + total, 0)[where].ravel().astype(np.int32))
+        total += count
+    return np.concatenate(numbers)
+
+
+def _aupro(regions: NDArray[np.int32], maps: NDArray[np.float32]) -> float:
     """Area under the mean per-region overlap against the false-positive rate, up to `MAX_FPR`, divided by it.
 
     Exact: each pixel adds its share to one of the two rates, so that one sort gives the whole curve.
-    """
-    neighbours = np.zeros((3, 3, 3), dtype=bool)
-    neighbours[1] = True  # 8-connected within an image, never across images
-    regions, count = label(masks, structure=neighbours)
-    sizes = np.bincount(regions.ravel())
-    share = np.zeros(count + 1)
-    share[1:] = 1 / (sizes[1:] * count)
 
-    order = np.argsort(maps, axis=None)[::-1]
-    ordered = maps.ravel()[order]
-    region = regions.ravel()[order]
+    Args:
+        regions: the number of each pixel's defect (m,), 0 outside.
+        maps: its value (m,).
+    """
+    sizes = np.bincount(regions)
+    seen = sizes > 0  # a defect of which no pixel counts is none
+    seen[0] = False
+    share = np.zeros(len(sizes))
+    share[seen] = 1 / (sizes[seen] * seen.sum())
+
+    order = np.argsort(maps)[::-1]
+    ordered = maps[order]
+    region = regions[order]
     last_of_tie = np.append(np.flatnonzero(np.diff(ordered)), ordered.size - 1)
     overlap = np.append(0, np.cumsum(share[region])[last_of_tie])
     fpr = np.append(0, np.cumsum(region == 0)[last_of_tie] / sizes[0])

@@ -1,6 +1,7 @@
 """Anomaly maps drawn over their frames."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ _LINE = 1 / 400
 
 
 def heat_range(maps: NDArray[np.float32], threshold: float | None = None) -> tuple[float, float]:
-    """`vmin` and `vmax` for overlays that are to be compared, from typical maps (n, h, w) of one model and class.
+    """`vmin` and `vmax` for overlays that are to be compared, from the values of typical maps of one model and class.
 
     No heat at the median. With the threshold of a map's maximum, the colour's middle is the threshold, so that heat
     means the same on good and bad parts; without one, most heat is the largest value among the given maps.
@@ -32,6 +33,16 @@ def heat_range(maps: NDArray[np.float32], threshold: float | None = None) -> tup
     low = float(np.median(maps))
     high = float(maps.max()) if threshold is None else 2 * threshold - low
     return (low, high) if high > low else (low, low + 1)  # constant maps: nothing to show
+
+
+_Value = TypeVar("_Value", bound=np.generic)
+
+
+def resized(map: NDArray[_Value], size: tuple[int, int], nearest: bool = False) -> NDArray[_Value]:
+    """A map (h, w) at another height and width, bilinear, or by nearest neighbour: numbers and yes or no."""
+    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+    image = Image.fromarray(map.astype(np.float32)).resize(size[::-1], method)
+    return np.asarray(image).astype(map.dtype)
 
 
 def overlay(
@@ -48,14 +59,13 @@ def overlay(
     if not vmax > vmin:
         raise ValueError(f"got vmin {vmin} and vmax {vmax}, expected vmax > vmin; a constant map has nothing to show")
     height, width, _ = frame.shape
-    image = Image.fromarray(np.asarray(map, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    resized = np.asarray(image)
+    large = resized(np.asarray(map, np.float32), (height, width))
     places = np.linspace(0, 1, len(_COLOURS))
     drawn = np.empty_like(frame)
     rows = max(1, _STRIP // width)
     for top in range(0, height, rows):  # in strips: a float64 copy of a large frame is eight times its size
         strip = slice(top, top + rows)
-        heat = np.clip((resized[strip] - vmin) / (vmax - vmin), 0, 1)
+        heat = np.clip((large[strip] - vmin) / (vmax - vmin), 0, 1)
         colour = np.stack([np.interp(heat, places, channel) for channel in _COLOURS.T], axis=-1)
         opacity = _OPACITY * heat[..., None]
         drawn[strip] = np.rint(frame[strip] * (1 - opacity) + colour * opacity)

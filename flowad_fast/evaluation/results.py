@@ -35,9 +35,9 @@ class Result:
 
     `status` is the verdict, or `uncalibrated` where the bundle has a score but no threshold for the class; `invalid`
     frames and files that could not be read (`error`) have no score, and `reason` says why. `frame` is uint8 (H, W, 3),
-    None for errors; `map` is float32 (S, S), None for errors and invalid frames. `stamp` is the content that was
+    None for errors; `map` is float32 (h, w), None for errors and invalid frames. `stamp` is the content that was
     judged, None where the file could not even be opened. `regions` is None where they cannot be told: for errors and
-    invalid frames, and without a pixel threshold.
+    invalid frames, and without a pixel threshold. `judged` are the cells of the map that count, None for all.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class Result:
     map: NDArray[np.float32] | None = field(default=None, repr=False)
     stamp: Stamp | None = None
     regions: tuple[Region, ...] | None = field(repr=False, default=None)
+    judged: NDArray[np.bool_] | None = field(repr=False, default=None)
 
 
 class RegionRow(TypedDict):

@@ -59,10 +59,13 @@ class Term:
     Attributes:
         of: the term (B,) of maps.
         moved: how far it can move, per map (n,) or for all, when every value of the map moves by as much as the number.
+        blended: the term of the values (m,) of one map that was blended of tiles; None where it has none, since it is
+            made of cells, of which two tiles have different ones at the same place.
     """
 
     of: "Callable[[Heat], Tensor]"
     moved: Callable[[float, Spread], NDArray[np.float64] | float]
+    blended: Callable[[NDArray[np.float32]], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,39 @@ def _half_square_moved(error: float, spread: Spread) -> NDArray[np.float64] | fl
     return spread.cells * error * (np.abs(spread.mean) + error / 2)
 
 
-_HIGH = Term(lambda heat: heat.high, lambda error, _: error)
-_DIFF = Term(lambda heat: heat.high - heat.low, lambda error, _: 2 * error)
-_SUM = Term(lambda heat: heat.total, lambda error, spread: spread.pixels * error)
+def _top(values: NDArray[np.float32]) -> float:
+    count = top_cells(len(values))
+    return float(np.partition(values, -count)[-count:].mean(dtype=np.float64))
+
+
+_HIGH = Term(lambda heat: heat.high, lambda error, _: error, lambda values: float(values.max()))
+_DIFF = Term(lambda heat: heat.high - heat.low, lambda error, _: 2 * error, lambda values: float(np.ptp(values)))
+_SUM = Term(
+    lambda heat: heat.total,
+    lambda error, spread: spread.pixels * error,
+    lambda values: float(values.sum(dtype=np.float64)),
+)
+_MEAN = Term(
+    lambda heat: heat.total / heat.pixels, lambda error, _: error, lambda values: float(values.mean(dtype=np.float64))
+)
 
 AGGREGATES: dict[Aggregate, Rule] = {
     "max": Rule((_HIGH,)),
-    "mean": Rule((Term(lambda heat: heat.total / heat.pixels, lambda error, _: error),)),
+    "mean": Rule((_MEAN,)),
     "sum": Rule((_SUM,)),
     "diff": Rule((_DIFF,)),
     # FlowAD's code.
     "diff+sum": Rule((_DIFF, _SUM)),
-    # Mean of the highest 1 % of the cells. On the demo's test cells it ranks as the highest 1 % of the pixels do.
+    # Mean of the highest 1 % of the cells. On the demo's test cells it ranks as the highest 1 % of the pixels do, which
+    # is what a map that was blended of tiles takes.
     "top": Rule(
-        (Term(lambda heat: heat.cells.topk(top_cells(heat.cells.shape[1]), 1).values.mean(1), lambda error, _: error),),
+        (
+            Term(
+                lambda heat: heat.cells.topk(top_cells(heat.cells.shape[1]), 1).values.mean(1),
+                lambda error, _: error,
+                _top,
+            ),
+        ),
         of_cells=True,
     ),
     # InvAD's code: range of the latent's L2 norm, and its negative log-likelihood but for a constant.
@@ -148,6 +170,29 @@ def terms(aggregate: Aggregate) -> int:
 def columns(aggregate: Aggregate) -> tuple[int, ...]:
     """The shape of one frame's raw score: () for one number."""
     return (terms(aggregate),) if terms(aggregate) > 1 else ()
+
+
+def blended(values: NDArray[np.float32], aggregate: Aggregate) -> NDArray[np.float32]:
+    """The raw score, () or (k,) for k terms, of the judged values (m,) of a map that was blended of tiles."""
+    found = []
+    for term in AGGREGATES[aggregate].terms:
+        assert term.blended is not None, "see check_blended"
+        found.append(term.blended(values))
+    return np.array(found[0] if len(found) == 1 else found, np.float32)
+
+
+def check_blended(aggregate: Aggregate) -> None:
+    """Refuse an aggregate that has no meaning for maps that are blended of tiles.
+
+    Raises:
+        ConfigError: names those that have.
+    """
+    if any(term.blended is None for term in AGGREGATES[aggregate].terms):
+        fitting = ", ".join(name for name, rule in AGGREGATES.items() if all(term.blended for term in rule.terms))
+        raise ConfigError(
+            f"the aggregate {aggregate} is made of the latent at each cell, and tiles that overlap have several at one "
+            f"place; choose one of {fitting}, or do without tiles"
+        )
 
 
 def with_ranges() -> str:

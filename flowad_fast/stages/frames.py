@@ -1,7 +1,7 @@
 """Whether frames are what a detector accepts, and whether they can be judged; numpy only."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -40,16 +40,22 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
     return np.require(array, requirements=["C", "W"])
 
 
-def extremes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest value of each uint8 frame (B, H, W, 3): (B,) each."""
+def extremes(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest value of each uint8 frame (H, W, 3): (B,) each.
+
+    Of a frame of which a part is judged, that part is enough: its pixels (m, 3).
+    """
     # Frame by frame: the second pass then finds the frame in the cache.
     found = [(frame.min(), frame.max()) for frame in frames]
     low, high = zip(*found, strict=True) if found else ((), ())
     return np.array(low, np.uint8), np.array(high, np.uint8)
 
 
-def invalid_frames(frames: np.ndarray) -> list[str | None]:
-    """Why each uint8 frame (B, H, W, 3) cannot be judged, or None: an empty camera, a saturated or uniform picture."""
+def invalid_frames(frames: Iterable[np.ndarray]) -> list[str | None]:
+    """Why each uint8 frame cannot be judged, or None: an empty camera, a saturated or uniform picture.
+
+    The frames are those of `extremes`.
+    """
     return doubts_of(*extremes(frames))
 
 

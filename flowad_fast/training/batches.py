@@ -14,12 +14,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from flowad_fast.config import ImageConfig
-from flowad_fast.data.images import read_frame
+from flowad_fast.data.images import frame_size, read_frame
 from flowad_fast.data.samples import Dataset, Sample
-from flowad_fast.errors import ConfigError, nearest
+from flowad_fast.errors import ConfigError, FrameError, nearest
 from flowad_fast.files import digest, make_folder, replacing
 from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.image import normalise
+from flowad_fast.stages.tiling import Tiler
 from flowad_fast.training.config import FLIPS, TrainConfig
 
 Progress = Callable[[str, int, int, float | None], object]
@@ -44,6 +45,24 @@ def training_samples(config: TrainConfig, dataset: Dataset) -> tuple[tuple[str, 
     if not samples:
         raise ConfigError(f"{dataset.name} has no images; check the data folder")
     return chosen, tuple(samples)
+
+
+def training_images(paths: Sequence[Path], tiler: Tiler | None) -> tuple[tuple[int, int], ...]:
+    """What is trained on: photo and tile of each image. Without tiles every photo is one, as tile 0.
+
+    Raises:
+        FrameError: a photo that cannot be read or cut.
+    """
+    if tiler is None:
+        return tuple((photo, 0) for photo in range(len(paths)))
+    images: list[tuple[int, int]] = []
+    for photo, path in enumerate(paths):
+        size = frame_size(path)
+        try:
+            images += [(photo, tile) for tile in range(len(tiler.grid(*size)))]
+        except FrameError as error:
+            raise FrameError(f"{path}: {error}") from None
+    return tuple(images)
 
 
 def draw_batch(config: TrainConfig, images: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +94,10 @@ class FeatureSource(Protocol):
 
 
 class DirectFeatures:
-    """Features computed from the image files whenever they are asked for."""
+    """Features computed from the image files whenever they are asked for.
+
+    With a `tiler` the images are the tiles of photos; a photo is decoded once for all of its tiles in a batch.
+    """
 
     def __init__(
         self,
@@ -83,19 +105,38 @@ class DirectFeatures:
         paths: Sequence[Path],
         config: TrainConfig,
         image: ImageConfig | None = None,
+        tiler: Tiler | None = None,
     ) -> None:
-        self.extractor, self.paths, self.images = extractor, paths, len(paths)
+        self.extractor, self.paths, self.tiler = extractor, paths, tiler
+        self.places = training_images(paths, tiler)
+        self.images = len(self.places)
         self.image, self.variants = image or config.image(), FLIPS[config.flips]
         self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="flowad-read")
+        self._last: tuple[int, np.ndarray] | None = None
+        """A photo and its tiles: a cache of features asks for one photo after the other."""
 
-    def read(self, index: int) -> Tensor:
-        """The backbone's input (3, size, size) for one image."""
-        return normalise(torch.from_numpy(read_frame(self.paths[index]))[None], self.image)[0]
+    def read(self, photo: int, tiles: Sequence[int]) -> Tensor:
+        """The backbone's input (k, 3, size, size) for k tiles of one photo."""
+        last = self._last
+        if last is None or last[0] != photo:
+            frame = read_frame(self.paths[photo])
+            images = frame[None] if self.tiler is None else self.tiler.grid(*frame.shape[:2]).cut(frame)
+            last = (photo, images)
+            if self.tiler is not None:
+                self._last = last
+        each = sorted(set(tiles))
+        return normalise(torch.from_numpy(last[1][each]), self.image)[[each.index(tile) for tile in tiles]]
 
     def load(self, indices: np.ndarray, variants: np.ndarray) -> Tensor:
         """Images (B, 3, size, size), flipped."""
-        images = self.pool.map(self.read, indices.tolist())
-        return torch.stack([i.flip(self.variants[v]) for i, v in zip(images, variants.tolist(), strict=True)])
+        wanted: dict[int, list[int]] = {}
+        for row, index in enumerate(indices.tolist()):
+            wanted.setdefault(self.places[index][0], []).append(row)
+        tiles = [[self.places[indices[row]][1] for row in rows] for rows in wanted.values()]
+        found: dict[int, Tensor] = {}
+        for rows, images in zip(wanted.values(), self.pool.map(self.read, wanted, tiles), strict=True):
+            found |= dict(zip(rows, images, strict=True))
+        return torch.stack([found[row].flip(self.variants[v]) for row, v in enumerate(variants.tolist())])
 
     @torch.no_grad()
     def finish(self, loaded: Tensor) -> Tensor:
@@ -123,13 +164,15 @@ def cached_features(
 ) -> CachedFeatures:
     """The features of all images and flip variants as a file in `folder`, computed if it is not there yet.
 
-    Its name is a hash of the images (path, size, time of change), the backbone's weights and the image configuration.
+    Its name is a hash of the photos (path, size, time of change), the backbone's weights, the image configuration and
+    the tiles.
 
     Raises:
         ConfigError: the disk is full or the folder cannot be written.
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in direct.paths]
-    key = digest([files, backbone_sha256, direct.image.model_dump(mode="json"), direct.variants])
+    cut = [] if direct.tiler is None else [direct.tiler.identity]
+    key = digest([files, backbone_sha256, direct.image.model_dump(mode="json"), direct.variants, *cut])
     make_folder(folder)
     path = folder / f"features-{key[:20]}.npy"
     # Processes of one training, and other trainings, wait here for the one that computes.

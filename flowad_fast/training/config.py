@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowad_fast.config import Backbone, Frozen, ImageConfig, Target, VelocityConfig, grid_side, parse
+from flowad_fast.config import Backbone, Frozen, ImageConfig, Roi, Target, Tiling, VelocityConfig, grid_side, parse
 from flowad_fast.data.layouts import LAYOUTS
 from flowad_fast.stages.scorers import Scorer
 
@@ -17,6 +17,7 @@ FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "both": ((), (-1,), (-2,), (-2, -1)),
 }
 """Flip variants of a setting, each as the image axes to reverse; the first is the image itself."""
+_OF_TILES = ("scale", "roi", "mask")
 _OF_THE_OBJECTIVE = ("predict", "loss", "t_sampling", "train_steps", "class_dropout")
 """Fields that describe what is learned from data, and so have no meaning with a teacher."""
 
@@ -31,6 +32,12 @@ class TrainConfig(Frozen):
     backbone: Backbone = Field("efficientnet-b4", description="frozen features")
     backbone_weights: Path | None = Field(None, description="weight file of the backbone")
     image_size: int = Field(256, gt=0, description="side of the resized image, pixels; 224 for dinov2")
+    tiles: float | None = Field(
+        None, ge=0, le=0.75, description="cut photos into tiles that overlap by so much [whole]"
+    )
+    scale: float = Field(1.0, gt=0, le=16, description="with tiles: resize photos by it first")
+    roi: Roi | None = Field(None, description="with tiles: X,Y,W,H, the only part of the photo to look at, pixels")
+    mask: Path | None = Field(None, description="with tiles: PNG of a photo's size, white where not to look")
     normalise_features: bool = Field(True, description="bring each channel to mean 0 and std 1 over the good parts")
     use_class_labels: bool | None = Field(None, description="condition on the category [with more than one]")
     hidden_size: int = Field(768, gt=0, description="width of the DiT")
@@ -99,10 +106,22 @@ class TrainConfig(Frozen):
             raise ValueError("scorer says what a student learns; got no teacher, give one")
         if self.teacher is not None:
             self._check_student()
+        if self.tiles is None:
+            for name in _OF_TILES:
+                if (got := getattr(self, name)) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} {got} goes with tiles; give tiles too (0 for tiles that do not overlap)")
+        _ = self.tiling
         grid_side(self.backbone, self.image_size)
         return self
 
+    @property
+    def tiling(self) -> Tiling | None:
+        """How photos are cut into tiles; None: whole photos are looked at."""
+        return None if self.tiles is None else Tiling(overlap=self.tiles, scale=self.scale, roi=self.roi)
+
     def _check_student(self) -> None:
+        if self.tiles is not None:
+            raise ValueError("a student learns from whole photos; got tiles, leave them out")
         if self.scorer is not None and self.scorer.kind == "density":
             raise ValueError(
                 "scorer density needs the network's derivative, which a student does not learn; "

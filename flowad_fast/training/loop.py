@@ -24,9 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from pydantic_core import PydanticUndefined
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -38,8 +40,10 @@ from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.samples import Sample
 from flowad_fast.errors import CheckpointError, ConfigError, EngineUnavailableError, FlowADError, require
 from flowad_fast.files import digest, replacing
+from flowad_fast.masks import draw_mask
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.features import FeatureExtractor
+from flowad_fast.stages.tiling import Tiler
 from flowad_fast.stages.velocity import DiT
 from flowad_fast.training.batches import (
     DirectFeatures,
@@ -50,6 +54,7 @@ from flowad_fast.training.batches import (
     feature_statistics,
     require_writable,
     seed_of,
+    training_images,
     training_samples,
 )
 from flowad_fast.training.certify import add_certificate, divided
@@ -59,7 +64,9 @@ from flowad_fast.training.students import Teacher
 
 STATE, LOG, CHECKPOINT, CONFIG = "state.pt", "log.jsonl", "model.safetensors", "config.json"
 """Files of an output folder: resumable state, loss curve, trained model (with its JSON), what was asked for."""
-_WHERE_AND_WHEN = {"root", "lists", "feature_cache", "backbone_weights", "teacher", "log_every", "save_every", "dtype"}
+_WHERE_AND_WHEN = {
+    "root", "lists", "feature_cache", "backbone_weights", "teacher", "mask", "log_every", "save_every", "dtype",
+}  # fmt: skip
 """Fields that say where data lie and when files are written, and so may differ between a run and its resumption."""
 _SCHEMA = 1
 
@@ -72,6 +79,7 @@ class Identity(TypedDict):
     backbone_sha256: str
     processes: int
     teacher_sha256: NotRequired[str]
+    mask_sha256: NotRequired[str]
 
 
 class DivergedError(FlowADError, RuntimeError):
@@ -141,25 +149,32 @@ def train(
         if teacher is not None:
             parts = divided(dataset, categories, samples)
             samples = parts.training
-        config = config.counted(len(samples))
+        paths, tiling = [sample.path for sample in samples], config.tiling
+        mask = None if config.mask is None else draw_mask(config.mask)
+        tiler = None if tiling is None else Tiler(tiling, config.image_size, mask, config.image().mean)
+        config = config.counted(len(training_images(paths, tiler)))
         if teacher is None:
             velocity = config.velocity(len(categories))
             names = categories if velocity.use_class_labels else ()
-            spec = ModelConfig(velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names)
+            spec = ModelConfig(
+                velocity=velocity, backbone=config.backbone, image=config.image(), class_names=names, tiling=tiling
+            )
             extractor = backbone_loader(spec, config.backbone_weights, {}, str(output))().to(runtime.device)
         else:
             spec = teacher.student(config, categories)
             velocity, names, extractor = spec.velocity, spec.class_names, teacher.raw_features()
         order = names or categories
-        labels = torch.tensor([order.index(sample.category) for sample in samples])
         identity = _identity(config, dataset.name, samples, extractor, runtime.world)
+        if tiler is not None and tiler.mask_sha256 is not None:
+            identity["mask_sha256"] = tiler.mask_sha256
         if teacher is not None:
             identity["teacher_sha256"] = teacher.sha256
         learner = Learner(config, velocity, runtime, teacher)
         if resume and (output / STATE).is_file():
             learner.load(output / STATE, identity)
-        direct = DirectFeatures(extractor, [sample.path for sample in samples], config, spec.image)
+        direct = DirectFeatures(extractor, paths, config, spec.image, tiler)
         stack.callback(direct.pool.shutdown)
+        labels = torch.tensor([order.index(samples[photo].category) for photo, _ in direct.places])
         source: FeatureSource = direct
         if config.feature_cache is not None:
             shown = progress if runtime.rank == 0 else None
@@ -176,7 +191,7 @@ def train(
         _loop(config, learner, source, labels, identity, output, progress)
         finished = learner.step == config.steps
         if finished and runtime.rank == 0:
-            _save_result(config, learner, spec, extractor, identity, output / CHECKPOINT)
+            _save_result(config, learner, spec, extractor, mask, identity, output / CHECKPOINT)
             if teacher is not None and parts is not None:
                 add_certificate(output / CHECKPOINT, teacher, parts, config, progress)
     checkpoint = output / CHECKPOINT if finished else None
@@ -366,6 +381,7 @@ def _save_result(
     learner: Learner,
     spec: ModelConfig,
     extractor: FeatureExtractor,
+    mask: NDArray[np.bool_] | None,
     identity: Identity,
     path: Path,
 ) -> None:
@@ -384,7 +400,7 @@ def _save_result(
     dit.load_state_dict((learner.dit if learner.ema is None else learner.ema.module).state_dict())
     spec = spec.model_copy(update={"feature_normalisation": config.normalise_features, "provenance": provenance})
     alone = learner.teacher is not None and learner.teacher.stands_alone
-    save_checkpoint(FlowModel(spec, dit, extractor), path, getattr(torch, config.dtype), include_backbone=alone)
+    save_checkpoint(FlowModel(spec, dit, extractor, mask), path, getattr(torch, config.dtype), include_backbone=alone)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class Teacher:
                 "save_checkpoint(load_checkpoint(FILE, config), OUTPUT)"
             )
         model = load_checkpoint(path, backbone_weights=config.backbone_weights)
+        if model.spec.tiling is not None:
+            raise ConfigError(f"teacher {path}: was trained on tiles, and a student learns from whole photos")
         config.scorer.check_model(model)
         config.scorer.schedules(model.config)
         with safe_open(path, "pt") as file:
