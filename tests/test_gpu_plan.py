@@ -349,6 +349,7 @@ def test_what_the_tests_have_said_is_kept_when_they_are_cut_off(
 ) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(TESTS_OF_A_GPU)
+    (tmp_path / "tests" / "test_lacking.py").write_text("import nothing_of_that_name  # and mark.gpu")
     (tmp_path / "pyproject.toml").write_text(
         '[tool.pytest.ini_options]\naddopts = "-q --strict-markers"\nmarkers = ["gpu: x"]\n'
     )
@@ -358,5 +359,8 @@ def test_what_the_tests_have_said_is_kept_when_they_are_cut_off(
     assert time.monotonic() - begun < 15
     assert (outcome.status, outcome.reason) == ("timeout", "cut off: 1 tests had passed, 1 failed"), outcome.output
     assert any("PASSED" in line and "test_quick" in line for line in outcome.output or ())
+    collected = gpu_executor.tests(time.monotonic() + 30, tmp_path, collect=True)
+    assert collected.status == "failed" and any("nothing_of_that_name" in line for line in collected.output or ())
+    (tmp_path / "tests" / "test_lacking.py").unlink()
     collected = gpu_executor.tests(time.monotonic() + 30, tmp_path, collect=True)
     assert (collected.status, collected.reason) == ("ok", "3 tests can be imported")
