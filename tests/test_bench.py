@@ -383,27 +383,6 @@ def test_committed_pages_are_what_the_records_give(page: Path, text):
     assert page.read_text(encoding="utf-8") == text(), "run flowad-bench report and commit the result"
 
 
-def test_gpu_check_keeps_what_it_has_and_stays_in_its_budget(tmp_path):
-    def breaks(left: float) -> gpu_check.Outcome:
-        raise RuntimeError("boom")
-
-    def measures(left: float) -> gpu_check.Outcome:
-        assert 0 < left <= 50
-        return gpu_check.Outcome.of(harness.run([tiny()], EFFORT, quiet, deadline=left))
-
-    parts = [
-        gpu_check.Part("broken", 0.0, breaks),
-        gpu_check.Part("rows", 0.0, measures),
-        gpu_check.Part("late", 1e6, measures),
-    ]
-    gpu_check.run(parts, 50.0, tmp_path / "check.json", quiet)
-    saved = record.read(tmp_path / "check.json")
-    assert [p.status for p in saved.parts] == ["failed", "ok", "skipped"]
-    assert "boom" in saved.parts[0].reason and "1000000 s needed" in saved.parts[2].reason
-    assert [row.engine for row in saved.cases] == [REFERENCE, "eager"]
-    assert saved.roofs.gemm
-
-
 def test_finished_rows_are_kept_while_others_run():
     kept: list[dict] = []
     harness.run(
@@ -523,11 +502,6 @@ def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch, measured):
     rows = {row.name: row for row in ladder.run(tiny(), EFFORT, quiet).cases}
     assert len(rows) == len(asked[1]) == 9 and "onnxruntime" not in {row.engine for row in rows.values()}
     assert [case.products for case in asked[1] if case.engine == "cudagraph"] == ["library"] * 2 + ["measured"] * 2
-
-
-def test_gpu_check_plan_covers_what_is_asked():
-    names = [part.name for part in gpu_check.plan("paper", "cuda", (1, 64), ("bf16",), quiet, EFFORT)]
-    assert {"GPU tests", "ladder", "batch sweep", "density, K = 10, 1, 2"} <= set(names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
