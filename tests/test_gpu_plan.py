@@ -308,7 +308,10 @@ DRY = {work.part: work for work in reversed(plan(DRY_RUN))}
 
 
 @pytest.mark.long
-def test_a_row_under_way_keeps_what_it_has_measured_and_a_killed_process_costs_one_row(tmp_path: Path) -> None:
+def test_a_row_under_way_keeps_what_it_has_measured_and_a_killed_process_costs_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_executor, "MOST_CALLS", 10**9)
     workers, work = Workers(tmp_path, pace=1000.0), DRY["batch 1 latency"]
     try:
         assert workers(work, time.monotonic()).status == "timeout", "no time at all"
@@ -364,3 +367,16 @@ def test_what_the_tests_have_said_is_kept_when_they_are_cut_off(
     (tmp_path / "tests" / "test_lacking.py").unlink()
     collected = gpu_executor.tests(time.monotonic() + 30, tmp_path, collect=True)
     assert (collected.status, collected.reason) == ("ok", "3 tests can be imported")
+
+
+def test_the_page_shows_the_plan() -> None:
+    rows = []
+    for part in dict.fromkeys(work.part for work in PLAN):
+        works = [work for work in PLAN if work.part == part]
+        seconds = sorted({round(work.needed) for work in works})
+        shown = str(seconds[0]) if len(seconds) == 1 else f"{seconds[0]} to {seconds[-1]}"
+        assert len({work.headline for work in works}) == 1
+        rows.append(f"| {part} | {len(works)} | {shown} | {'yes' if works[0].headline else ''} |")
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page
+    assert f"within {HEADLINES_S:.0f} s" in page and f"up to {BUDGET_S:.0f} s" in page
