@@ -360,6 +360,18 @@ def test_gemm_roof_is_the_models_own_products():
     assert result.copy_gb_s > 0
 
 
+def test_the_backbone_alone_is_timed_by_layout_and_stays_as_it_is():
+    model = random_model(PRESETS["tiny"].spec, torch.device("cpu"))
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    found = roofs.backbone(model, [1, 2], torch.device("cpu"), 0.01)
+    assert [(one.layout, one.dtype, one.batch) for one in found] == [
+        ("NHWC", "fp32", 1), ("NHWC", "fp32", 2), ("NCHW", "fp32", 1), ("NCHW", "fp32", 2),
+    ]  # fmt: skip
+    assert all(one.ms > 0 for one in found)
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
+    assert all(one.is_contiguous() for one in model.backbone.parameters())
+
+
 def test_paper_table_has_every_method_and_says_that_figures_conflict():
     text = report._table1({})
     for name in ("HVQ-Trans", "CFLOW-AD", "InvAD", "OmiAD", "FlowAD (a)", "FlowAD (b)", "FlowAD (c)"):
