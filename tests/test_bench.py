@@ -358,6 +358,13 @@ def test_gemm_roof_is_the_models_own_products():
     flops = 2 * 16 * 32 * (96 + 32 + 128 + 128)
     assert first.tflop_s == pytest.approx(flops / first.block_ms / 1e9, rel=0.01, abs=1e-4)
     assert result.copy_gb_s > 0
+    row = empty_row(tiny(precision="bf16", batch=2)).but(
+        shape=shape, nfe=3, measured=figures_of(2, [Samples([1.0] * 3, [])], Memory(idle=1, peak=2, above_idle=1))
+    )
+    assert roofs.attached(row, result).prediction.ms > 0
+    few = result.but(gemm=tuple(g for g in result.gemm if (g.precision, getattr(g, "rows", 0)) != ("fp32", 32)))
+    assert roofs.attached(row, few).prediction.ms > 0, "float32 at another number of rows"
+    assert roofs.attached(row, result.but(gemm=result.gemm[2:])).prediction is None
 
 
 def test_the_backbone_alone_is_timed_by_layout_and_stays_as_it_is():
