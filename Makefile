@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := build/check
 LIGHT  := build/light
+GPU_ENV = build/gpu
 JOBS   ?= 2
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -83,9 +84,12 @@ release: $(VENV)/dev.stamp
 	@rm -rf dist && mkdir dist && cp $(BUILD)/*.whl $(BUILD)/*.tar.gz dist
 	@$(BIN)/python tests/wheel_check.py release
 
-# Needs no environment of ours: `PYTHON=python3 make gpu-check` runs in any that has torch and this project.
+# Needs no environment of ours and no package index: any Python that has torch, and for what it lacks a folder of wheels.
+#   make gpu-check [PYTHON=python3] [WHEELS=folder] [OUTPUT=folder] [ARGS=...]
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m flowad_fast.benchmarks.gpu_check $(ARGS)
+	$(GPU_PYTHON) benchmarks/preflight.py $(if $(WHEELS),--wheels "$(WHEELS)") --environment $(GPU_ENV)
+	$(GPU_ENV)/bin/python -m flowad_fast.benchmarks.gpu_check $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache

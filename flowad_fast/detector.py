@@ -200,8 +200,9 @@ class Detector:
     def details(self) -> dict[str, Any]:
         """What the engine measured and chose on this machine, as JSON values; {} where it has nothing to choose.
 
-        `attention`, its `attention_ms` by backend, and for cudagraph `products`: by batch size and by part of a block
-        what was `chosen`, and `us` (microseconds) of every candidate.
+        `attention` and its `attention_ms` by backend, with eager also `attention_errors`, relative to the plain one.
+        With cudagraph `attentions`, by batch size what was `chosen`, and `ms` and `error` of every backend; and
+        `products`, by batch size and by part of a block what was `chosen`, and `us` (microseconds) of every candidate.
         """
         return {} if self._engine is None else dict(self._engine.details)
 

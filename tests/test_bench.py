@@ -358,6 +358,25 @@ def test_gemm_roof_is_the_models_own_products():
     flops = 2 * 16 * 32 * (96 + 32 + 128 + 128)
     assert first.tflop_s == pytest.approx(flops / first.block_ms / 1e9, rel=0.01, abs=1e-4)
     assert result.copy_gb_s > 0
+    row = empty_row(tiny(precision="bf16", batch=2)).but(
+        shape=shape, nfe=3, measured=figures_of(2, [Samples([1.0] * 3, [])], Memory(idle=1, peak=2, above_idle=1))
+    )
+    assert roofs.attached(row, result).prediction.ms > 0
+    few = result.but(gemm=tuple(g for g in result.gemm if (g.precision, getattr(g, "rows", 0)) != ("fp32", 32)))
+    assert roofs.attached(row, few).prediction.ms > 0, "float32 at another number of rows"
+    assert roofs.attached(row, result.but(gemm=result.gemm[2:])).prediction is None
+
+
+def test_the_backbone_alone_is_timed_by_layout_and_stays_as_it_is():
+    model = random_model(PRESETS["tiny"].spec, torch.device("cpu"))
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    found = roofs.backbone(model, [1, 2], torch.device("cpu"), 0.01)
+    assert [(one.layout, one.dtype, one.batch) for one in found] == [
+        ("NHWC", "fp32", 1), ("NHWC", "fp32", 2), ("NCHW", "fp32", 1), ("NCHW", "fp32", 2),
+    ]  # fmt: skip
+    assert all(one.ms > 0 for one in found)
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
+    assert all(one.is_contiguous() for one in model.backbone.parameters())
 
 
 def test_paper_table_has_every_method_and_says_that_figures_conflict():
@@ -381,27 +400,6 @@ def test_paper_table_puts_measured_beside_reported(measured):
 @pytest.mark.parametrize("page, text", [(report.README, report.readme), (scaling.PAGE, scaling.page)])
 def test_committed_pages_are_what_the_records_give(page: Path, text):
     assert page.read_text(encoding="utf-8") == text(), "run flowad-bench report and commit the result"
-
-
-def test_gpu_check_keeps_what_it_has_and_stays_in_its_budget(tmp_path):
-    def breaks(left: float) -> gpu_check.Outcome:
-        raise RuntimeError("boom")
-
-    def measures(left: float) -> gpu_check.Outcome:
-        assert 0 < left <= 50
-        return gpu_check.Outcome.of(harness.run([tiny()], EFFORT, quiet, deadline=left))
-
-    parts = [
-        gpu_check.Part("broken", 0.0, breaks),
-        gpu_check.Part("rows", 0.0, measures),
-        gpu_check.Part("late", 1e6, measures),
-    ]
-    gpu_check.run(parts, 50.0, tmp_path / "check.json", quiet)
-    saved = record.read(tmp_path / "check.json")
-    assert [p.status for p in saved.parts] == ["failed", "ok", "skipped"]
-    assert "boom" in saved.parts[0].reason and "1000000 s needed" in saved.parts[2].reason
-    assert [row.engine for row in saved.cases] == [REFERENCE, "eager"]
-    assert saved.roofs.gemm
 
 
 def test_finished_rows_are_kept_while_others_run():
@@ -523,11 +521,6 @@ def test_the_ladder_has_the_rungs_of_its_machine(monkeypatch, measured):
     rows = {row.name: row for row in ladder.run(tiny(), EFFORT, quiet).cases}
     assert len(rows) == len(asked[1]) == 9 and "onnxruntime" not in {row.engine for row in rows.values()}
     assert [case.products for case in asked[1] if case.engine == "cudagraph"] == ["library"] * 2 + ["measured"] * 2
-
-
-def test_gpu_check_plan_covers_what_is_asked():
-    names = [part.name for part in gpu_check.plan("paper", "cuda", (1, 64), ("bf16",), quiet, EFFORT)]
-    assert {"GPU tests", "ladder", "batch sweep", "density, K = 10, 1, 2"} <= set(names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

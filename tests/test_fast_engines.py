@@ -236,6 +236,7 @@ def test_a_fast_but_wrong_attention_backend_is_refused(
     assert choice.backend == "efficient", "cudnn and flash are faster, and wrong"
     assert choice.milliseconds["cudnn"] < choice.milliseconds["efficient"] < choice.milliseconds["math"]  # type: ignore[operator]
     assert choice.errors["cudnn"] == pytest.approx(0.05, abs=0.01) and choice.errors["flash"] == float("inf")
+    assert choice.shown_errors == choice.errors | {"flash": None}, "as JSON"
     assert choice.errors["math"] <= choice.errors["efficient"] <= attention.MOST_ERROR  # type: ignore[operator]
     with pytest.raises(EngineUnavailableError, match="cudnn has an error of 0.05.? .at most 0.02. for .* on cpu"):
         choose("cudnn")

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowad_fast.benchmarks.measure.cases import REFERENCE, empty_row
+from flowad_fast.benchmarks.measure import roofs
+from flowad_fast.benchmarks.measure.cases import PRESETS, REFERENCE, empty_row, shape_of
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.measure.turns import measured
 from flowad_fast.benchmarks.measure.worker import Samples
 from flowad_fast.benchmarks.record import record
 from flowad_fast.benchmarks.record.machine import Environment, Moment
-from flowad_fast.benchmarks.record.record import Memory, Ratio, Roofs
+from flowad_fast.benchmarks.record.record import Memory, Products, Roofs
 from flowad_fast.benchmarks.runs import gpu_check, gpu_executor, gpu_runner
 from flowad_fast.benchmarks.runs.gpu_executor import Workers
 from flowad_fast.benchmarks.runs.gpu_plan import (
@@ -255,7 +258,6 @@ def test_rows_are_compared_with_the_reference_path_that_was_measured_once(tmp_pa
     row = next(row for row in result.cases if row.name == "inversion-s3/cudagraph-fused/bf16/b8/offline")
     assert row.note == f"{gpu_check.UNPAIRED}; the reference path's median is {200 / 22.9:.2f} times as long"
     assert row.ratio_to_reference is None and row.rung == 7
-    assert not isinstance(row.ratio_to_reference, Ratio)
     assert all(row.note is None for row in result.cases if row.batch != 8)
 
 
@@ -308,7 +310,10 @@ DRY = {work.part: work for work in reversed(plan(DRY_RUN))}
 
 
 @pytest.mark.long
-def test_a_row_under_way_keeps_what_it_has_measured_and_a_killed_process_costs_one_row(tmp_path: Path) -> None:
+def test_a_row_under_way_keeps_what_it_has_measured_and_a_killed_process_costs_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_executor, "MOST_CALLS", 10**9)
     workers, work = Workers(tmp_path, pace=1000.0), DRY["batch 1 latency"]
     try:
         assert workers(work, time.monotonic()).status == "timeout", "no time at all"
@@ -349,6 +354,7 @@ def test_what_the_tests_have_said_is_kept_when_they_are_cut_off(
 ) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(TESTS_OF_A_GPU)
+    (tmp_path / "tests" / "test_lacking.py").write_text("import nothing_of_that_name  # and mark.gpu")
     (tmp_path / "pyproject.toml").write_text(
         '[tool.pytest.ini_options]\naddopts = "-q --strict-markers"\nmarkers = ["gpu: x"]\n'
     )
@@ -359,4 +365,40 @@ def test_what_the_tests_have_said_is_kept_when_they_are_cut_off(
     assert (outcome.status, outcome.reason) == ("timeout", "cut off: 1 tests had passed, 1 failed"), outcome.output
     assert any("PASSED" in line and "test_quick" in line for line in outcome.output or ())
     collected = gpu_executor.tests(time.monotonic() + 30, tmp_path, collect=True)
+    assert collected.status == "failed" and any("nothing_of_that_name" in line for line in collected.output or ())
+    (tmp_path / "tests" / "test_lacking.py").unlink()
+    collected = gpu_executor.tests(time.monotonic() + 30, tmp_path, collect=True)
     assert (collected.status, collected.reason) == ("ok", "3 tests can be imported")
+
+
+def test_the_page_shows_the_plan() -> None:
+    rows = []
+    for part in dict.fromkeys(work.part for work in PLAN):
+        works = [work for work in PLAN if work.part == part]
+        seconds = sorted({round(work.needed) for work in works})
+        shown = str(seconds[0]) if len(seconds) == 1 else f"{seconds[0]} to {seconds[-1]}"
+        assert len({work.headline for work in works}) == 1
+        rows.append(f"| {part} | {len(works)} | {shown} | {'yes' if works[0].headline else ''} |")
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page
+    assert f"within {HEADLINES_S:.0f} s" in page and f"up to {BUDGET_S:.0f} s" in page
+
+
+def test_products_that_are_timed_on_a_gpu_are_well_formed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors, which check every operator's shapes, types and layouts and compute nothing."""
+    calls: list[int] = []
+
+    def clock(run: Callable[[], object], repeats: int = 0) -> float:
+        run()
+        calls.append(1)
+        return 160.0
+
+    gpu, spec = torch.device("cuda", 0), PRESETS["paper"].spec
+    assert spec is not None
+    monkeypatch.setattr(roofs, "graph_clock", clock)
+    monkeypatch.setattr(roofs, "torch_device", lambda name: gpu)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = roofs.measure(shape_of(spec), [256, 8192], ["bf16", "fp8"], "cuda")
+    assert len(found.gemm) == 4 and len(calls) == 1 + 4 * 4
+    few, many = (one for one in found.gemm if isinstance(one, Products) and one.precision == "fp8")
+    assert few.ms["qkv"] == 0.16 / roofs.WEIGHTS and many.ms["qkv"] == 0.16 / roofs.FEW_WEIGHTS, "of one product each"

@@ -189,8 +189,10 @@ def _candidate(
         with started(folder, effort.timeout, end) as process:
             row = process.ask(Worker.load, case, artefact).but(export_s=export_s)
             process.ask(Worker.outputs, output)  # first: a row that is cut short has been checked
-            turns = take_turns(process, ref, effort, case.mode, end)
             memory = process.ask(Worker.peak)
+            turns = take_turns(process, ref, effort, case.mode, end)
+            if process.alive:  # at the deadline it may not be
+                memory = process.ask(Worker.peak)
     except EngineUnavailableError as error:
         return row.without_speed("not available", str(error)), []
     except WorkerError as error:

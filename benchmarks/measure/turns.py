@@ -8,7 +8,7 @@ import numpy as np
 
 from flowad_fast.benchmarks.measure.cases import Mode
 from flowad_fast.benchmarks.measure.processes import Process
-from flowad_fast.benchmarks.measure.worker import Samples, Worker
+from flowad_fast.benchmarks.measure.worker import Samples, Worker, WorkerError
 from flowad_fast.benchmarks.record import clock
 from flowad_fast.benchmarks.record.record import Measured, Memory, Ratio
 
@@ -44,7 +44,8 @@ def take_turns(
 ) -> list[Turn]:
     """Blocks of calls, reference and candidate in turn, for the time that `effort` allows.
 
-    Past `deadline`, a time of `time.monotonic`, no block is begun that would probably not end before it; there is one.
+    No block is begun that would probably not end before `deadline`, a time of `time.monotonic`, after the first; and
+    what was measured before one that did not is kept.
     """
 
     def block_size(of: Process) -> int:
@@ -52,18 +53,29 @@ def take_turns(
         of.ask(Worker.run, 1)
         return max(1, min(50, int(50 / of.ask(Worker.run, 1).ms[0])))
 
-    def late(seconds: float) -> bool:
-        return time.monotonic() + seconds > deadline
-
     ours_size, theirs_size = block_size(process), block_size(ref) if ref else 0
     turns: list[Turn] = []
+    try:
+        _take(turns, process, ref, (ours_size, theirs_size), effort, mode, deadline)
+    except WorkerError as error:
+        if error.status != "timeout" or not turns:
+            raise
+    return turns
+
+
+def _take(
+    turns: list[Turn], process: Process, ref: Process | None, sizes: tuple[int, int], effort: Effort, mode: Mode,
+    deadline: float,
+) -> None:  # fmt: skip
+    """Append turns of blocks of `sizes` calls, ours and the reference's."""
+    ours_size, theirs_size = sizes
     begun, allowed = time.perf_counter(), effort.seconds
     while True:
         theirs = ref.ask(Worker.run, theirs_size) if ref else None
         turns.append(Turn(process.ask(Worker.run, ours_size), theirs))
         spent = time.perf_counter() - begun
-        if late(spent / len(turns)):
-            return turns
+        if time.monotonic() + 2 * spent / len(turns) > deadline:
+            return
         least = effort.least if spent / len(turns) < 10 else min(effort.least, 3)
         if len(turns) >= least and (spent > allowed or len(turns) * ours_size >= effort.most):
             noisy = clock.stability([turn.ours.median for turn in turns]).verdict == "noisy"
@@ -76,7 +88,6 @@ def take_turns(
         allowed = min(effort.seconds, deadline - time.monotonic())
         calls = int(min(max(allowed * 1e3 / each, 1), effort.most))
         turns.append(Turn(process.ask(Worker.run, calls), None))
-    return turns
 
 
 def paired(turns: Sequence[Turn]) -> Ratio:

@@ -133,10 +133,12 @@ class Worker:
         """Load the model, start the engine, and run the first call, each timed on its own: a row without figures."""
         self.case, self.detector = case, None
         self.device = torch_device(self.case.device)
+        if self.held is not None:  # what it has made for another scorer, and the engine before has left
+            self.held.model.to(self.device)
+            gc.collect()
         if self.device.type == "cpu":
             limit_to_available()
-        else:  # what the engine before has left
-            gc.collect()
+        else:
             torch.cuda.empty_cache()
         start = time.perf_counter()
         if artefact is None:

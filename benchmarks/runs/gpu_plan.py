@@ -107,7 +107,7 @@ def _pieces(setting: Setting) -> Iterator[Work]:
     yield Work("smoke", "smoke: backbone", 6, True, like, "backbone", sizes=((one, None), (most, None)))
     yield Work(
         "smoke", "smoke: products", 8, True, like, "roofs", sizes=((one, None), (most, None)),
-        precisions=setting.precisions,
+        precisions=("fp32", *setting.precisions),
     )  # fmt: skip
     yield from rows("batch 1 latency", 8, True, ["inversion", "mismatch"], one, seconds=3)
     yield from rows(f"batch {most}", 10, True, ["mismatch", "inversion"], most, seconds=4)

@@ -52,6 +52,11 @@ class AttentionChoice:
     milliseconds: dict[str, float | None]
     errors: dict[str, float | None] = field(default_factory=dict)
 
+    @property
+    def shown_errors(self) -> dict[str, float | None]:
+        """`errors` as JSON values: None also where a backend that ran gave something that is not finite."""
+        return {name: error if error is None or error < float("inf") else None for name, error in self.errors.items()}
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Only this backend, inside the context; the switch belongs to the process, see `precision.arithmetic`."""

@@ -170,7 +170,7 @@ class CudaGraphEngine(Engine):
             for bucket, choices in (self.products or {}).items()
         }
         attentions = {
-            bucket: {"chosen": one.backend, "ms": one.milliseconds, "error": one.errors}
+            bucket: {"chosen": one.backend, "ms": one.milliseconds, "error": one.shown_errors}
             for bucket, one in sorted(self.attentions.items())
         }
         return {

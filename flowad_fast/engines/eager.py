@@ -61,7 +61,7 @@ class EagerEngine(Engine):
         return {
             "attention": self.attention.backend,
             "attention_ms": self.attention.milliseconds,
-            "attention_errors": self.attention.errors,
+            "attention_errors": self.attention.shown_errors,
         }
 
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
