@@ -36,6 +36,22 @@ class Canary(Frozen):
     """How far its score may be from the remembered one, as a share of that (or absolute where that is below 1)."""
 
 
+class MonitorSettings(Frozen):
+    """When the line says that something has changed; per camera."""
+
+    false_alarms: float = Field(default=0.01, gt=0, lt=1)
+    """At most this share of lines that are as they were has any alarm of the monitor within `horizon` parts."""
+    horizon: int = Field(default=100_000, ge=100)
+    reference: int = Field(default=500, ge=50, le=100_000)
+    """Parts after a bundle's first start that say what is usual; calibration alone says how many are rejected."""
+    rejects: float | None = Field(default=None, gt=0, lt=1)
+    """Share of parts that is rejected as a rule, defective ones included; null: alpha of the calibration."""
+    no_results: float = Field(default=0.001, gt=0, lt=1)
+    """Share of parts without a verdict that is usual."""
+    margin: float = Field(default=0.1, ge=0, lt=0.5)
+    """By how much the share of parts above the usual median may differ from a half, for lamps and batches vary."""
+
+
 class LineSettings(Frozen):
     """A line. Paths are relative to the folder in which the command runs."""
 
@@ -60,6 +76,7 @@ class LineSettings(Frozen):
     """Bytes that each sink which promises delivery may keep on disk while it does not work."""
     limits: Limits = Limits()
     canary: Canary = Canary()
+    monitor: MonitorSettings = MonitorSettings()
 
     @field_validator("sources")
     @classmethod
