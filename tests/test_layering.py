@@ -64,6 +64,12 @@ FLOORS = (
     ("line.outlets", "line.judging", "line.keeping"),
     ("line.runner",),
     ("line",),
+    ("line.watch",),
+    ("line.activation",),
+    ("line.station", "line.web.state", "line.web.guard", "line.web.client"),
+    ("line.web.metrics",),
+    ("line.web.app",),
+    ("line.web.server",),
     ("evaluation.certificate", "evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
@@ -97,6 +103,8 @@ LIGHT = (
             "line.sources.recorded",
             "line.sources.video",
             "line.runner",
+            "line.station",
+            "line.web.client",
             "cli.line",
             "evaluation.inspection",
             "evaluation.results",
@@ -127,7 +135,8 @@ LIGHT = (
 """What imports with the base dependencies alone: the runtime, and every command up to where it needs more."""
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate",
-          "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx")  # fmt: skip
+          "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "fastapi", "starlette", "uvicorn",
+          "prometheus_client")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""

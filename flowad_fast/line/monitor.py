@@ -2,7 +2,7 @@
 
 A plain class without threads or clocks; `watch.Watch` feeds it. What it promises, for each camera:
 
-- **False alarms.** While a line is as it was (parts exchangeable with those of the calibration and of the reference, and
+- **False alarms.** While a line is as it was (parts exchangeable with those of calibration and reference, and
   a share without a verdict of at most the stated one), at most a share `false_alarms` of lines has any alarm within
   `horizon` parts. The budget is split evenly over eleven tests, and in each over the doubt in its bound and the test
   itself (`monitor_evidence`). Parts that depend on each other, as with batches and ageing lamps, are why shares of a
@@ -155,7 +155,7 @@ class _Chart:
         self._slowest, self._parts, self._bad, self._unjudged = 0.0, 0, 0, 0
 
     def add(self, record: Record, at: datetime) -> None:
-        if not 0 <= (at - self._at).total_seconds() < SECONDS:  # also where the clock was set back
+        if not -SECONDS < (at - self._at).total_seconds() < SECONDS:  # also where the clock was set back
             if self._parts:
                 self._points.append(self._point())
             self._at, self._scores = at, []

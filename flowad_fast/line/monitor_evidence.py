@@ -3,7 +3,7 @@
 What is tested is that each event happens with a probability of at most `bound`, whatever happened before. For each of
 five higher rates p a bet is kept. It gains `p / bound` at an event and `(1 - p) / (1 - bound)` otherwise, which is at
 most 1 on average as long as nothing has risen. Each bet starts anew at every part, S <- (S + 1) * gain (Shiryaev and
-Roberts), so that a long quiet past delays nothing. S - t has no upward drift, so S is at most t on average after t parts,
+Roberts), so that a long quiet past delays nothing. S - t does not rise on average, so S is at most t after t parts,
 and by Doob's inequality it reaches `limit` within N parts with a probability of at most N / limit: the guarantee.
 
 Shin, Ramdas, Rinaldo, "E-detectors" (2022), gives the theory.

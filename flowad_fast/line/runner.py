@@ -82,15 +82,16 @@ class Line:
         self._judge = Judge(self._sources, dict(classes or {}))
         self._deadline, self._on_no_result = deadline, on_no_result
         self._limits = limits or Limits()
-        self._canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
+        self.canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
         self._policy = Policy(capacity, largest_batch)
         self._lock = threading.RLock()
         self._work, self._clock = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._idle = threading.Condition(self._lock)
+        self._idle, self._freed = threading.Condition(self._lock), threading.Condition(self._lock)
         self._stopping, self._wake = threading.Event(), threading.Event()
         self._over = False
         self._items: dict[str, Item] = {}
         self._batch: Batch | None = None
+        self._busy: Scoring | None = None  # what the thread that scores is calling, or starting again
         self._beyond = float("inf")  # monotonic: when the call that runs is beyond its limit
         self._watched = float("inf")  # the deadline that the clock's thread waits for
         self._counts = Counts()
@@ -213,16 +214,34 @@ class Line:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def scoring(self) -> Scoring:
+        """What judges."""
+        return self._scoring
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self._sources)
+
+    def names(self, camera: str) -> list[str | int] | None:
+        """The class of a camera's frames, as a detector takes it."""
+        return self._judge.names([camera])
+
     def swap(self, scoring: Scoring | Call) -> Scoring:
         """Judge with another detector from the next batch on; the one before, which still runs, for going back.
 
-        Whether it may replace the running one is for the caller to check. A `Scoring` must have been started.
+        Whether it may replace the running one, and is ready, is for the caller to check. A `Scoring` must have been
+        started. Returns once the one before has given its last answer.
         """
         other = as_scoring(scoring)
         if other is not scoring:
             other.start(self._limits.start)
         with self._lock:
             before, self._scoring = self._scoring, other
+            self._ready = ""
+            while self._busy is before and before is not other and not (self._over or self._loud):
+                self._freed.wait(0.1)
         return before
 
     def tell(self, alarm: Alarm) -> None:
@@ -238,10 +257,13 @@ class Line:
             hangs = time.monotonic() > self._beyond + 1
             alive = not self._over and all(one.is_alive() for one in self._threads) and not hangs
             why = self._loud or ("a call of the detector hangs" if hangs else "" if alive else "the line does not run")
+            unready = self._ready or ("the line is stopping" if self._stopping.is_set() else "")
+            if self._cameras and all(one.trouble for one in self._cameras.values()):
+                unready = unready or "no camera gives parts"
             return Health(
                 alive=alive,
-                ready=alive and not self._ready,
-                why=why or self._ready,
+                ready=alive and not unready,
+                why=why or unready,
                 engine=self._scoring.engine,
                 bundle=self._scoring.bundle,
                 arrived=self._counts.arrived,
@@ -254,6 +276,10 @@ class Line:
                 sinks=self._outlets.states(),
                 last=tuple(self._counts.last),
                 alarms=tuple(self._counts.alarms),
+                cameras={camera: dict(one) for camera, one in self._counts.cameras.items()},
+                histogram=tuple(self._counts.histogram),
+                total=self._counts.total,
+                waiting=self._policy.waiting,
             )
 
     # Sources
@@ -313,6 +339,8 @@ class Line:
     def _score(self) -> None:
         while True:
             with self._lock:
+                self._busy = None
+                self._freed.notify_all()
                 while not self._over and (batch := self._policy.take(time.monotonic())) is None:
                     self._work.wait()
                 if self._over:
@@ -320,6 +348,7 @@ class Line:
                 assert batch is not None
                 items = [self._items[part.id] for part in batch.parts]
                 scoring, self._batch = self._scoring, batch
+                self._busy = scoring
                 self._beyond = time.monotonic() + self._limits.call
             failure = None
             try:
@@ -344,9 +373,9 @@ class Line:
 
     def _check(self, scoring: Scoring) -> None:
         """Judge the canary, learn how long a call takes, and say that the line is ready; FlowADError otherwise."""
-        _log.info("canary: %s", self._canary(scoring, self._limits.start))
+        _log.info("canary: %s", self.canary(scoring, self._limits.start))
         start = time.monotonic()
-        self._canary(scoring, self._limits.start)
+        self.canary(scoring, self._limits.start)
         with self._lock:
             self._policy.pace.learn(1, time.monotonic() - start)
             self._ready = ""
@@ -366,6 +395,8 @@ class Line:
                 self.stop(f"the engine failed {len(self._failures)} times in {self._limits.window:g} s, last: {reason}")
                 self._abandon()
                 return False
+            if self._scoring is not scoring:  # it was replaced meanwhile
+                return True
             try:
                 scoring.start(self._limits.start)
                 self._check(scoring)
