@@ -343,7 +343,7 @@ class Activation:
         try:
             with replacing(self._settings.journal / FILE) as file:
                 file.write((state.model_dump_json(indent=2) + "\n").encode())
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             raise RefusedError(f"the activation cannot be noted, a restart would undo it: {error}") from None
 
 

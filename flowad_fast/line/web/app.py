@@ -134,4 +134,5 @@ def _begun(begin: Callable[[], object], state: State) -> Response:
         begin()
     except (RefusedError, FlowADError) as error:
         raise HTTPException(409, str(error)) from None
+    state.forget()
     return JSONResponse({}, 202)

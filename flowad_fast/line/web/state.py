@@ -63,6 +63,11 @@ class State:
                 self._known, self._until = self._read(), time.monotonic() + AGE
             return self._known
 
+    def forget(self) -> None:
+        """Something was changed: the next answer is a new one."""
+        with self._lock:
+            self._until = 0.0
+
     def picture(self, part: str, what: str) -> bytes | None:
         """The frame of a part as JPEG, or its heat as PNG: grey, 128 is the threshold; None where it is gone.
 
@@ -109,7 +114,7 @@ class State:
             "sources": {**health.sources},
             "sinks": {name: asdict(one) for name, one in health.sinks.items() if not name.startswith("listener ")},
             "last": [_outcome(to_row(one), one.part in shown) for one in reversed(health.last)],
-            "rejected": [_outcome(to_row(one.record), True) for one in reversed(rejected)],
+            "rejected": [_live(one) for one in reversed(rejected)],
             "live": {camera: _live(one) for camera, one in latest.items()},
             "alarms": [to_row(one) for one in reversed(health.alarms)],
             "monitor": {camera: _monitored(one) for camera, one in report.items()},
