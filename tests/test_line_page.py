@@ -156,7 +156,7 @@ def test_activation_needs_the_token(page: Page, browser: Any) -> None:
     assert shown(browser, "#unlock") and not shown(browser, "#activate")
     field = browser.find_element("id", "token")
     field.send_keys("a-wrong-token-is-here\n")
-    until(lambda: "wrong or missing token" in text(browser, "#progress"))
+    until(lambda: "wrong or missing token" in text(browser, "#notice"))
     assert not shown(browser, "#activate")
     field.send_keys(TOKEN + "\n")
     until(lambda: shown(browser, "#activate"))
@@ -165,7 +165,7 @@ def test_activation_needs_the_token(page: Page, browser: Any) -> None:
     browser.find_element("css selector", "#activate button[type=submit]").click()
     until(lambda: "embedder's own detector" in text(browser, "#progress"))
     browser.find_element("id", "rollback").click()
-    until(lambda: "no way back" in text(browser, "#progress"))
+    until(lambda: "no way back" in text(browser, "#notice"))
     assert (
         TOKEN not in browser.page_source
         and browser.execute_script("return document.cookie + localStorage.length") == "0"

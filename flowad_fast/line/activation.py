@@ -7,6 +7,7 @@ is active is written beside the journal before it takes over, and a restart goes
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -192,7 +193,7 @@ class Activation:
             self._before.scoring.close()
 
     def __call__(self, event: Record | Alarm) -> None:
-        """Hear of an event; in shadow, parts with a verdict are judged again, as many as that keeps up with."""
+        """Hear of an event; in shadow, parts with a verdict are judged again, as many as the line leaves time for."""
         parts = self._parts
         if parts is not None and isinstance(event, Record) and event.frame is not None:
             if event.result in (Verdict.GOOD, Verdict.ANOMALOUS) and event.bundle == self._line.scoring.bundle:
@@ -306,8 +307,12 @@ class Activation:
                     record = queue.get(timeout=0.1)
                 except Empty:
                     continue
+                if self._line.health().waiting:  # the line needs the computer more than a comparison does
+                    continue
                 assert record.frame is not None
-                found = new(record.frame[None], self._line.names(record.camera), self._settings.limits.call)
+                start = time.monotonic()
+                found = new(record.frame[None], self._line.judge.names([record.camera]), self._settings.limits.call)
+                self._cancelled.wait(time.monotonic() - start)  # and half of the time is its own
                 judged += 1
                 if found.verdict[0] is not record.result:
                     other += 1
@@ -368,7 +373,7 @@ def refuse_other_product(old: InProcess, new: InProcess, line: Line) -> None:
     if new.calibration is None:
         raise RefusedError("it has no calibration, so it gives no verdicts: flowad-export calibrate BUNDLE GOOD_FOLDER")
     for camera in line.cameras:
-        name = str((line.names(camera) or [""])[0])
+        name = str((line.judge.names([camera]) or [""])[0])
         if name not in new.calibration.classes:
             raise RefusedError(f"its calibration lacks {name!r}, which camera {camera} sees; calibrate it again")
 

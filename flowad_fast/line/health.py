@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flowad_fast.line.event import Alarm, Record
+from flowad_fast.line.policy import Policy
+from flowad_fast.line.scoring import Scoring
 
 RECENT = 1000
 """Records that percentiles look back on."""
@@ -99,3 +101,37 @@ class Counts:
             return {}
         p50, p95, p99, most = np.percentile(self._seconds, (50, 95, 99, 100))
         return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(most)}
+
+    def health(
+        self,
+        *,
+        alive: bool,
+        why: str,
+        unready: str,
+        scoring: Scoring,
+        policy: Policy,
+        sources: Mapping[str, str],
+        sinks: Mapping[str, SinkState],
+    ) -> Health:
+        """What was counted, with what the line knows: `why` it is not alive, and why it is `unready`."""
+        return Health(
+            alive=alive,
+            ready=alive and not unready,
+            why=why or unready,
+            engine=scoring.engine,
+            bundle=scoring.bundle,
+            arrived=self.arrived,
+            pending=policy.pending,
+            results=dict(self.results),
+            actions=dict(self.actions),
+            failures=self.failures,
+            latency=self.latency(),
+            sources=sources,
+            sinks=sinks,
+            last=tuple(self.last),
+            alarms=tuple(self.alarms),
+            cameras={camera: dict(one) for camera, one in self.cameras.items()},
+            histogram=tuple(self.histogram),
+            total=self.total,
+            waiting=policy.waiting,
+        )

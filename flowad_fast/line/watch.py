@@ -80,7 +80,7 @@ class Watch:
         found = {}
         for camera in self._line.cameras if calibration is not None else ():
             assert calibration is not None
-            one = calibration.classes.get(str((self._line.names(camera) or [""])[0]))
+            one = calibration.classes.get(str((self._line.judge.names([camera]) or [""])[0]))
             if one is not None:
                 found[camera] = Baseline(calibration.alpha, one.threshold, one.parts)
         return found

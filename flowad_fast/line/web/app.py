@@ -26,8 +26,9 @@ PAGES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.svg": ("page.svg", "image/svg+xml"),
 }
-"""The page's three files."""
+"""The page's files."""
 
 
 class ActivateRequest(Frozen):

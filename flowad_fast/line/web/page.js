@@ -105,7 +105,7 @@ function tiles() {
     tile("anomalous", counts.anomalous || 0, counts.anomalous ? "bad" : ""),
     tile("invalid", counts.invalid || 0, counts.invalid ? "invalid" : ""),
     tile("no result", none, none ? "none" : ""), tile("waiting", state.waiting),
-    tile("half are faster (p50)", worst(0)), tile(`p99, limit ${number(1000 * state.deadline)} ms`, worst(1)),
+    tile("p50", worst(0)), tile(`p99 of ${number(1000 * state.deadline)} ms`, worst(1)),
     tile("engine failures", state.failures, state.failures ? "bad" : ""));
 }
 
@@ -299,7 +299,7 @@ function shape(name, attributes, text) {
 }
 
 function chart(figure, at, series, limits, format) {
-  const [width, height, left, bottom] = [380, 150, 52, 18];
+  const [width, height, left, bottom] = [Math.max(200, figure.clientWidth), 150, 52, 18];
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   const values = series.flatMap(([, , data]) => data).filter((one) => one !== null);
   if (!values.length) {
@@ -341,8 +341,9 @@ function bundle() {
   const now = state.activation;
   byId("note").textContent = state.note || `runs ${state.bundle || "a detector of its own"}, alpha ${number(state.alpha)}`;
   const count = now.judged ? ` – ${now.judged} of ${now.parts} parts, ${now.disagreements} judged otherwise` : "";
-  byId("progress").textContent = notice || (now.state === "idle" ? "" : `${now.bundle}: ${now.state}: ${now.text}${count}`);
-  byId("progress").className = notice || now.state === "refused" ? "bad" : "";
+  byId("progress").textContent = now.state === "idle" ? "" : `${now.bundle}: ${now.state}: ${now.text}${count}`;
+  byId("progress").className = now.state === "refused" ? "bad" : "";
+  byId("notice").textContent = notice;
   byId("locked").hidden = state.token;
   byId("unlock").hidden = !state.token || token !== "";
   byId("activate").hidden = !state.token || token === "";
@@ -356,7 +357,7 @@ async function order(path, body) {
   } catch (error) {
     notice = error.message;
   }
-  if (state) bundle();
+  byId("notice").textContent = notice;
 }
 
 byId("unlock").addEventListener("submit", async (event) => {
@@ -374,7 +375,7 @@ byId("unlock").addEventListener("submit", async (event) => {
     token = "";
     notice = error.message;
   }
-  if (state) bundle();
+  byId("notice").textContent = notice;
 });
 byId("activate").addEventListener("submit", (event) => {
   event.preventDefault();
