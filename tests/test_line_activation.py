@@ -224,6 +224,10 @@ def test_one_at_a_time_and_shadow_can_be_cancelled(running: Running) -> None:
     running.client.cancel()
     with pytest.raises(RefusedError, match="cancelled in shadow after"):
         running.client.follow(lambda now: None, 0.05)
+    running.client.activate("rejects", 0, 0.0)
+    running.client.cancel()
+    with pytest.raises(RefusedError, match="cancelled before the change"):
+        running.client.follow(lambda now: None, 0.05)
     with pytest.raises(RefusedError, match="no way back"):
         running.client.rollback()
     assert {one.result for one in running.more()} == {"good"}

@@ -175,7 +175,7 @@ def activate(
     """Have a running line judge with another bundle, after checks; the old one judges until then.
 
     It must be whole, of the same products and sizes, calibrated, and give the canary frame its score. In shadow the
-    verdicts stay the old one's, and every difference is an event. Ctrl-C ends a shadow run without a change. The line
+    verdicts stay the old one's, and every difference is an event. Ctrl-C ends it without a change. The line
     goes on with the new bundle after a restart; `flowad-line check` says so. Exit codes: 0 it judges, 1 it was refused.
     """
     client = Client(read_settings(settings))

@@ -181,7 +181,7 @@ class Activation:
         return self._begin(str(kept.bundle), 0, lambda: self._activate(kept.bundle, kept.hash, 0, 0.0, who))
 
     def cancel(self) -> None:
-        """End a shadow run without a change."""
+        """End what goes on without a change, also in shadow; too late for what has changed."""
         self._cancelled.set()
 
     def close(self) -> None:
@@ -241,6 +241,8 @@ class Activation:
             found = self._canary(old, new, started=back is not None)
             if shadow:
                 found += "; " + self._shadow(new, shadow, allowed)
+            if self._cancelled.is_set():
+                raise RefusedError("cancelled before the change")
             before = Kept(bundle=old.path.resolve(), hash=old.bundle)
             self._write(
                 Active(

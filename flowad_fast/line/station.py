@@ -73,6 +73,7 @@ class Station:
         self.activation.cancel()
         self.line.close()
         self.activation.close()
+        self.line.scoring.close()  # that of an activation which came in at the end
         self.watch.save()
         if self._server is not None:
             self._server.close()

@@ -6,7 +6,8 @@ const PAUSE = 1000;
 const VERDICTS = ["good", "anomalous", "invalid"];
 // Dark blue over green to dark red, as the overlays of the other commands.
 const COLOURS = ["30123b", "4143a7", "4771e9", "3e9bfe", "22c5e2", "1ae4b6", "46f884", "88ff4e", "b9f635", "e1dd37",
-  "faba39", "fd8d27", "f05b12", "d63506", "af1801", "7a0403"].map((one) => [0, 2, 4].map((i) => parseInt(one.slice(i, i + 2), 16)));
+  "faba39", "fd8d27", "f05b12", "d63506", "af1801", "7a0403"].map(
+  (one) => [0, 2, 4].map((i) => parseInt(one.slice(i, i + 2), 16)));
 
 let token = "";
 let state = null;
@@ -145,7 +146,8 @@ async function live() {
     `score ${number(part.score)}, threshold ${number(part.threshold)}`;
   byId("meter").className = `meter ${kind(part.result)}`;
   byId("meter").hidden = !judged || part.threshold <= 0;
-  if (judged) byId("meter").firstElementChild.style.width = `${Math.max(0, Math.min(100, 50 * part.score / part.threshold))}%`;
+  const share = judged ? Math.max(0, Math.min(100, 50 * part.score / part.threshold)) : 0; // the threshold is the middle
+  byId("meter").firstElementChild.style.width = `${share}%`;
   byId("regions").replaceChildren(...part.regions.map((one) => element("li",
     `${one.severity || "region"} at ${one.box[0]}, ${one.box[1]}: ${number(one.area, 3)} px, peak ${number(one.peak, 3)}`)));
   if (part.key === drawn.key) return;
@@ -232,7 +234,7 @@ function states() {
 function alarms() {
   const rows = state.alarms.slice(0, 30).map((alarm) => {
     const one = element("li", undefined, alarm.over ? "over" : "");
-    one.append(element("time", time(alarm.at)), element("b", `${alarm.kind}${alarm.over ? " " : ": "}`), element("span", alarm.text));
+    one.append(element("time", time(alarm.at)), element("b", `${alarm.kind}: `), element("span", alarm.text));
     return one;
   });
   byId("alarms").replaceChildren(...(rows.length ? rows : [element("li", "none", "over")]));
@@ -266,7 +268,7 @@ function evidence() {
     const row = element("div", undefined, value >= 1 ? "test fired" : "test");
     const bar = element("div");
     const fill = element("i");
-    fill.style.width = `${100 * Math.min(1, value)}%`;
+    fill.style.width = `${100 * Math.max(0, Math.min(1, 2 * value - 1))}%`; // below a half it is what chance gives
     bar.append(fill);
     const feature = seen.features[name.split(" ")[0]];
     if (feature && feature.usual !== null) row.title = `median ${number(feature.now)}, usual ${number(feature.usual)}`;
@@ -285,7 +287,8 @@ function charts() {
   chart(byId("rejects"), at, [["rejected", "main", points.map((one) => one[2] / one[1])],
     ["no verdict", "side", points.map((one) => one[3] / one[1])]],
     seen ? [["expected", "usual", seen.usual], ["tested", "limit", seen.bound]] : [], percent);
-  chart(byId("scores"), at, [["median", "main", points.map((one) => one[4])], ["95 %", "side", points.map((one) => one[5])]],
+  chart(byId("scores"), at,
+    [["median", "main", points.map((one) => one[4])], ["95 %", "side", points.map((one) => one[5])]],
     typeof threshold === "number" ? [["threshold", "limit", threshold]] : [], (value) => number(value, 3));
   chart(byId("latency"), at, [["longest", "main", points.map((one) => one[6])]], [["deadline", "limit", state.deadline]],
     (value) => `${number(1000 * value, 3)} ms`);
@@ -347,7 +350,7 @@ function bundle() {
   byId("locked").hidden = state.token;
   byId("unlock").hidden = !state.token || token !== "";
   byId("activate").hidden = !state.token || token === "";
-  byId("cancel").disabled = now.state !== "shadow";
+  byId("cancel").disabled = !["loading", "shadow"].includes(now.state);
 }
 
 async function order(path, body) {
@@ -379,7 +382,8 @@ byId("unlock").addEventListener("submit", async (event) => {
 });
 byId("activate").addEventListener("submit", (event) => {
   event.preventDefault();
-  order("api/activate", { bundle: byId("bundle").value, shadow: Number(byId("shadow").value), allowed: byId("allowed").value / 100 });
+  const [shadow, allowed] = [Number(byId("shadow").value), byId("allowed").value / 100];
+  order("api/activate", { bundle: byId("bundle").value, shadow, allowed });
 });
 byId("rollback").addEventListener("click", () => order("api/rollback", {}));
 byId("cancel").addEventListener("click", () => order("api/cancel", {}));
