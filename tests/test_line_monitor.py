@@ -1,8 +1,10 @@
 """The monitor's promises, on simulated lines: few false alarms, changes found and told apart, one alarm for each."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from flowad_fast.line import IteratorSource, Line
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.monitor import POINTS, Monitor
 from flowad_fast.line.monitor_evidence import RateTest, conformal_bound
@@ -18,7 +21,10 @@ from flowad_fast.line.monitor_look import Look, look
 from flowad_fast.line.monitor_source import Baseline
 from flowad_fast.line.outcome import NoResult
 from flowad_fast.line.settings import MonitorSettings
+from flowad_fast.line.watch import Watch
 from flowad_fast.stages.decision import Verdict, calibrate
+from tests.test_detector import calibration, fake
+from tests.test_line_runner import Collector
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 QUICK = MonitorSettings(false_alarms=0.1, horizon=2000, reference=200)
@@ -280,3 +286,35 @@ def test_a_look_tells_light_and_focus_apart() -> None:
     heat[:40] = 9  # a defect
     assert look(frame, heat).background == 0 and look(frame, heat + 1).background == 1
     assert look(np.full((2, 2, 3), 7, np.uint8)) == Look(7.0, 0.0)
+
+
+def test_a_running_line_tells_its_alarms_to_sinks_and_remembers(tmp_path: Path) -> None:
+    """Through `Watch`: frames get darker, and the next run knows what they were."""
+    settings, random = MonitorSettings(false_alarms=0.1, horizon=1000, reference=60), np.random.default_rng(0)
+
+    def frames(count: int, light: int) -> Iterator[np.ndarray]:
+        for _ in range(count):
+            one = random.integers(0, 100, (64, 64, 3), dtype=np.uint8) + np.uint8(light)
+            one[0, 0, 0] = random.integers(0, 90)
+            yield one
+
+    def run(shots: Iterator[np.ndarray]) -> tuple[Collector, Watch]:
+        sink = Collector()
+        sources = {"a": IteratorSource(shots)}
+        line = Line(fake(calibration(100.0)), sources, deadline=20, capacity=1000, sinks={"all": sink})
+        watch = Watch(line, settings, tmp_path / "usual.json")
+        line.run()
+        watch.save()
+        return sink, watch
+
+    sink, watch = run(itertools.chain(frames(120, 100), frames(60, 40)))
+    assert sink.alarms == ["line drifts"]
+    assert "brightness fell" in next(one.text for one in sink.events if isinstance(one, Alarm))
+    latest, rejected = watch.pictures()
+    assert latest["a"].frame.shape == (64, 64, 3) and not rejected and latest["a"].record.frame is None
+    assert "brightness" in (tmp_path / "usual.json").read_text()
+    sink, _ = run(frames(60, 40))
+    assert sink.alarms == ["line drifts"], "what is usual was remembered"
+    (tmp_path / "usual.json").write_text("damaged")
+    sink, watch = run(frames(60, 40))
+    assert sink.alarms == [] and watch.report()["a"].learned == 1
