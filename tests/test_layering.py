@@ -24,9 +24,9 @@ FLOORS = (
     ("engines", "engines.onnx_file", "engines.cores", "masks"),
     ("engines.start", "engines.onnxruntime", "engines.tiled"),
     ("detector",),
-    ("line.outcome",),
+    ("line.outcome", "line.monitor_evidence"),
     ("line.policy", "line.event", "line.journal"),
-    ("line.feeder", "line.sinks.rows", "line.sinks.base"),
+    ("line.monitor_look", "line.feeder", "line.sinks.rows", "line.sinks.base"),
     (
         "line.sinks.jsonl",
         "line.sinks.database",
@@ -59,10 +59,17 @@ FLOORS = (
     ("line.sources.folder", "line.sources.iterator", "line.sources.recorded", "line.sources.video"),
     ("line.sources",),
     ("line.settings", "line.acquisition"),
-    ("line.canary", "line.records", "line.spool", "line.health"),
+    ("line.canary", "line.records", "line.spool", "line.health", "line.monitor_source"),
+    ("line.monitor",),
     ("line.outlets", "line.judging", "line.keeping"),
     ("line.runner",),
     ("line",),
+    ("line.watch",),
+    ("line.activation",),
+    ("line.station", "line.web.state", "line.web.guard", "line.web.client"),
+    ("line.web.metrics",),
+    ("line.web.app",),
+    ("line.web.server",),
     ("evaluation.certificate", "evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
@@ -96,6 +103,8 @@ LIGHT = (
             "line.sources.recorded",
             "line.sources.video",
             "line.runner",
+            "line.station",
+            "line.web.client",
             "cli.line",
             "evaluation.inspection",
             "evaluation.results",
@@ -126,7 +135,8 @@ LIGHT = (
 """What imports with the base dependencies alone: the runtime, and every command up to where it needs more."""
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate",
-          "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx")  # fmt: skip
+          "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "fastapi", "starlette", "uvicorn",
+          "prometheus_client")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""

@@ -13,16 +13,18 @@ import typer
 
 from flowad_fast.cli import common
 from flowad_fast.data.images import read_frame
-from flowad_fast.errors import ConfigError, FlowADError, FrameError
+from flowad_fast.errors import ConfigError, FlowADError, FrameError, require
 from flowad_fast.files import replacing
+from flowad_fast.line.activation import Progress, active
 from flowad_fast.line.canary import CanaryCheck
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.health import Health
 from flowad_fast.line.journal import Journal
-from flowad_fast.line.runner import Line
 from flowad_fast.line.scoring import InProcess, Start
-from flowad_fast.line.settings import LineSettings, read_settings, sink_names
+from flowad_fast.line.settings import LineSettings, WebSettings, read_settings, sink_names
 from flowad_fast.line.sinks.rows import from_row, to_row
+from flowad_fast.line.station import Station
+from flowad_fast.line.web.client import Client
 from flowad_fast.stages.decision import Verdict
 
 TEMPLATE = """\
@@ -68,6 +70,17 @@ journal: line-journal
 #   restarts: 3           # failures of the engine within `window` that are survived
 #   window: 600.0
 #   drain: 10.0           # from SIGTERM until the end
+
+# monitor:                # says when the line drifts, or parts got worse
+#   false_alarms: 0.01    # share of unchanged lines that may have any such alarm within `horizon` parts
+#   horizon: 100000
+#   reference: 500        # parts after a bundle's first start that say what is usual
+#   rejects: null         # share that is rejected as a rule; null: alpha of the calibration
+
+# web:                    # page, probes and metrics: http://127.0.0.1:8600
+#   port: 8600
+#   token: {file: line-token}    # who has it may activate bundles; without one the page only shows
+#   host: 127.0.0.1       # others than this computer need a token
 
 # canary:                 # a frame whose score is remembered: an engine that gives another one is not ready
 #   image: null           # null: a generated pattern
@@ -125,23 +138,58 @@ def run(
     Exit codes: 0 it ended or was asked to, 1 it could not start or go on; every part has its outcome either way.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    line = Line.from_settings(read_settings(settings))
+    station = Station(read_settings(settings))
+    line = station.line
 
     def stop(number: int, frame: FrameType | None) -> None:
         line.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    line.start()
+    station.start()
     common.note(f"running: {line.health().engine}, bundle {line.health().bundle}")
+    if station.note:
+        common.note(station.note)
+    if station.settings.web is not None:
+        common.note(f"page: {station.settings.web.address}")
     try:
         while not line.wait(every or None):
             common.note(_state(line.health()))
     finally:
-        line.close()
+        station.close()
     health = line.health()
     common.print_json(_summary(health)) if json else common.say(_state(health))
     line.raise_if_stopped()
+
+
+@app.command()
+@common.interruptible
+def activate(
+    settings: File,
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, beside the one that runs or in web.bundles.")],
+    shadow: Annotated[int, typer.Option(min=0, help="Parts that both bundles judge before the change.")] = 0,
+    allowed: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of those that the new bundle may judge otherwise.")
+    ] = 0.02,
+) -> None:
+    """Have a running line judge with another bundle, after checks; the old one judges until then.
+
+    It must be whole, of the same products and sizes, calibrated, and give the canary frame its score. In shadow the
+    verdicts stay the old one's, and every difference is an event. Ctrl-C ends it without a change. The line
+    goes on with the new bundle after a restart; `flowad-line check` says so. Exit codes: 0 it judges, 1 it was refused.
+    """
+    client = Client(read_settings(settings))
+    client.activate(str(bundle.resolve()), shadow, allowed)
+    _follow(client)
+
+
+@app.command()
+@common.interruptible
+def rollback(settings: File = Path("line.yaml")) -> None:
+    """Go back to the bundle that a running line judged with before the last activation."""
+    client = Client(read_settings(settings))
+    client.rollback()
+    _follow(client)
 
 
 @app.command()
@@ -200,6 +248,18 @@ def replay(
         raise typer.Exit(common.EXIT_ERROR)
 
 
+def _follow(client: Client) -> None:
+    def tell(now: Progress) -> None:
+        done = f", {now.judged} of {now.parts} parts, {now.disagreements} judged otherwise" if now.judged else ""
+        common.note(f"{now.bundle}: {now.text}{done}")
+
+    try:
+        common.say(f"active: {client.follow(tell).text}")
+    except KeyboardInterrupt:
+        client.cancel()
+        raise
+
+
 def _checks(settings: LineSettings) -> Iterator[tuple[str, bool, str]]:
     yield _tried("bundle", lambda: _engine(settings))
     for camera, source in settings.sources.items():
@@ -207,6 +267,8 @@ def _checks(settings: LineSettings) -> Iterator[tuple[str, bool, str]]:
     for name, sink in zip(sink_names(settings.sinks), settings.sinks, strict=True):
         yield _tried(f"sink {name}", sink.check)
     yield _tried("journal", lambda: _journal(settings.journal))
+    if (web := settings.web) is not None:
+        yield _tried("web", lambda: _page(web))
 
 
 def _tried(what: str, call: Callable[[], str]) -> tuple[str, bool, str]:
@@ -216,8 +278,24 @@ def _tried(what: str, call: Callable[[], str]) -> tuple[str, bool, str]:
         return what, False, str(error)
 
 
+def _page(web: WebSettings) -> str:
+    require("line", "fastapi", "uvicorn", "prometheus_client", by="the page")
+    from flowad_fast.line.web.server import bind, read_token
+
+    token = read_token(web)
+    bind(web).close()
+    clear = token is not None and not web.local and web.certificate is None
+    reach = "this computer" if web.local else "anyone on the network"
+    return (
+        f"{web.address} is free, {reach} may look, "
+        + ("who has the token may activate bundles" if token else "nobody may change anything, for there is no token")
+        + ("; the token travels unencrypted, see certificate and key" if clear else "")
+    )
+
+
 def _engine(settings: LineSettings) -> str:
-    scoring = _scoring(settings)
+    activated = active(settings)
+    scoring = _scoring(settings if activated is None else settings.model_copy(update={"bundle": activated.bundle}))
     for camera, source in settings.sources.items():
         try:
             scoring.classes.indices([source.class_name] if source.class_name is not None else None, 1)
@@ -226,7 +304,8 @@ def _engine(settings: LineSettings) -> str:
     canary = CanaryCheck(settings.canary, settings.journal / "canary.json" if settings.journal.is_dir() else None)
     try:
         scoring.start(settings.limits.start)
-        return f"{scoring.bundle} runs on {scoring.engine}; canary: {canary(scoring, settings.limits.start)}"
+        text = f"{scoring.bundle} runs on {scoring.engine}; canary: {canary(scoring, settings.limits.start)}"
+        return text if activated is None else f"{text}; {activated.text(settings.bundle)}"
     finally:
         scoring.close()
 

@@ -21,7 +21,11 @@ def pattern(height: int, width: int) -> NDArray[np.uint8]:
 
 
 class CanaryCheck:
-    """Compares the canary's score with the remembered one; the first score of a bundle is remembered."""
+    """Compares the canary's score with the remembered one; the first score of a bundle is remembered.
+
+    Attributes:
+        maps: the last map of the frame, by hash of the bundle.
+    """
 
     def __init__(self, settings: Canary, memory: Path | None) -> None:
         """Read the frame.
@@ -33,6 +37,7 @@ class CanaryCheck:
         self._settings, self._memory = settings, memory
         self._frame = None if settings.image is None else read_frame(settings.image)
         self._scores = _read(memory)
+        self.maps: dict[str, NDArray[np.float32]] = {}
 
     def __call__(self, scoring: Scoring, limit: float) -> str:
         """Judge the canary; what was found, in words.
@@ -50,6 +55,7 @@ class CanaryCheck:
         score = np.atleast_1d(found.raw_score[0]).astype(float)
         if not np.isfinite(score).all():
             raise EngineUnavailableError(f"the canary frame's score is {score.tolist()}, expected finite numbers")
+        self.maps[scoring.bundle] = found.map[0]
         key = f"{scoring.bundle or id(scoring)} {hashlib.sha256(frame.tobytes()).hexdigest()[:12]}"
         known = self._scores.get(key)
         if known is None or len(known) != len(score):

@@ -1,11 +1,14 @@
 """The journal as the line uses it: it may be missing, and a full disk is an alarm that stops nothing."""
 
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from flowad_fast.line.event import Alarm
 from flowad_fast.line.journal import Begun, Journal
+
+_log = logging.getLogger(__name__)
 
 
 class Keeping:
@@ -30,6 +33,14 @@ class Keeping:
     def begin(self, part: str, camera: str, arrived: datetime) -> None:
         """A part has arrived."""
         self._write(lambda journal: journal.begin(part, camera, arrived))
+
+    def taken(self, begun: Callable[[], None] | None, camera: str) -> None:
+        """The part is in the journal, so its source need not give it again."""
+        try:
+            if begun is not None:
+                begun()
+        except OSError as error:
+            _log.warning("camera %s: what was taken cannot be noted: %s", camera, error)
 
     def end(self, part: str) -> None:
         """A part's outcome was told."""

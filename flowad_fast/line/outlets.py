@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from flowad_fast.line.health import SinkState
 from flowad_fast.line.spool import Spool, SpoolFeeder, kept_records
 
 _log = logging.getLogger(__name__)
+_LISTENER = "listener "
 Listener = Callable[[Record | Alarm], None]
 
 
@@ -50,7 +52,7 @@ class Outlets:
                 kept[name] = kept_records(spool, {record.part for record in lost}) if lost else {}
                 spooled[name] = SpoolFeeder(name, sink, tell, spool)
         for number, listener in enumerate(self.listeners, 1):
-            feeders[f"listener {number}"] = Feeder(f"listener {number}", _Listening(listener), tell)
+            feeders[f"{_LISTENER}{number}"] = Feeder(f"{_LISTENER}{number}", _Listening(listener), tell)
         self._feeders = feeders | spooled  # those without a spool first: a gate must not wait for a disk
         told = {part: record for one in kept.values() for part, record in one.items()}
         for record in lost:
@@ -71,12 +73,23 @@ class Outlets:
         }
 
     def close(self, limit: float) -> None:
-        """Let all deliver what waits, side by side, for at most `limit` seconds."""
-        threads = [threading.Thread(target=one.close, args=(limit,), daemon=True) for one in self._feeders.values()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(limit + 0.5)
+        """Let all deliver what waits, side by side, for at most `limit` seconds.
+
+        Listeners come first, for a third of it at most: what they tell, the monitor's alarms, still reaches the sinks.
+        """
+        end = time.monotonic() + limit
+        listening = [one for name, one in self._feeders.items() if name.startswith(_LISTENER)]
+        _close(listening, limit / 3)
+        others = [one for one in self._feeders.values() if one not in listening]
+        _close(others, max(0.0, end - time.monotonic()))
+
+
+def _close(feeders: Sequence[Feeder], limit: float) -> None:
+    threads = [threading.Thread(target=one.close, args=(limit,), daemon=True) for one in feeders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(limit + 0.5)
 
 
 @dataclass(frozen=True)

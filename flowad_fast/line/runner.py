@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Container, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from flowad_fast.errors import FlowADError, FrameError, LineStoppedError
@@ -34,6 +33,10 @@ _log = logging.getLogger(__name__)
 
 class Line:
     """Parts in, exactly one record per part out, on time or openly not.
+
+    Attributes:
+        scoring: what judges; `swap` changes it.
+        cameras, judge, canary: their names, what each sees, and the frame whose score is known.
 
     Example:
         A detector with a calibration, frames from anywhere:
@@ -77,12 +80,13 @@ class Line:
             journal: folder of this line alone; None: a kill loses the parts in flight, and what sinks missed.
             spool: bytes on disk for each promising sink.
         """
-        self._scoring: Scoring = as_scoring(scoring)
+        self.scoring: Scoring = as_scoring(scoring)
         self._sources = dict(sources)
-        self._judge = Judge(self._sources, dict(classes or {}))
+        self.cameras = tuple(self._sources)
+        self.judge = Judge(self._sources, dict(classes or {}))
         self._deadline, self._on_no_result = deadline, on_no_result
         self._limits = limits or Limits()
-        self._canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
+        self.canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
         self._policy = Policy(capacity, largest_batch)
         self._lock = threading.RLock()
         self._work, self._clock = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -91,12 +95,11 @@ class Line:
         self._over = False
         self._items: dict[str, Item] = {}
         self._batch: Batch | None = None
+        self._busy: Scoring | None = None  # what the thread that scores is calling, or starting again
         self._beyond = float("inf")  # monotonic: when the call that runs is beyond its limit
         self._watched = float("inf")  # the deadline that the clock's thread waits for
-        self._counts = Counts()
-        self._failures = Failures(self._limits.restarts, self._limits.window)
-        self._loud = ""
-        self._ready = "the line was not started"
+        self._counts, self._failures = Counts(), Failures(self._limits.restarts, self._limits.window)
+        self._loud, self._ready = "", "the line was not started"
         self._stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
         self._numbers = dict.fromkeys(self._sources, 0)
         self._keeping = Keeping(journal, self.tell)
@@ -138,13 +141,13 @@ class Line:
             FlowADError: the engine does not start, or is not what it was; no calibration; another line runs here.
         """
         for camera in self._sources:  # a wrong class fails now, not part by part
-            self._scoring.classes.indices(self._judge.names([camera]), 1)
+            self.scoring.classes.indices(self.judge.names([camera]), 1)
         self._keeping.open()
         try:
-            self._scoring.start(self._limits.start)
-            self._check(self._scoring)
+            self.scoring.start(self._limits.start)
+            self._check(self.scoring)
         except BaseException:
-            self._scoring.close()
+            self.scoring.close()
             self._keeping.close()
             raise
         self._outlets.open(self.tell, [lost_record(part, self._on_no_result) for part in self._keeping.lost])
@@ -186,7 +189,7 @@ class Line:
             self._over = True
             self._work.notify_all()
             self._clock.notify_all()
-        self._scoring.close()
+        self.scoring.close()
         self._outlets.close(max(0.2, end - time.monotonic()))
         self._keeping.close()
 
@@ -210,19 +213,23 @@ class Line:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def swap(self, scoring: Scoring | Call) -> Scoring:
         """Judge with another detector from the next batch on; the one before, which still runs, for going back.
 
-        Whether it may replace the running one is for the caller to check. A `Scoring` must have been started.
+        Whether it may replace the running one, and is ready, is for the caller to check. A `Scoring` must have been
+        started. Returns once the one before has given its last answer.
         """
         other = as_scoring(scoring)
         if other is not scoring:
             other.start(self._limits.start)
         with self._lock:
-            before, self._scoring = self._scoring, other
+            before, self.scoring = self.scoring, other
+            self._ready = ""
+            while self._busy is before and before is not other and not (self._over or self._loud):
+                self._idle.wait(0.1)
         return before
 
     def tell(self, alarm: Alarm) -> None:
@@ -238,22 +245,17 @@ class Line:
             hangs = time.monotonic() > self._beyond + 1
             alive = not self._over and all(one.is_alive() for one in self._threads) and not hangs
             why = self._loud or ("a call of the detector hangs" if hangs else "" if alive else "the line does not run")
-            return Health(
+            unready = self._ready or ("the line is stopping" if self._stopping.is_set() else "")
+            if self._cameras and all(one.trouble for one in self._cameras.values()):
+                unready = unready or "no camera gives parts"
+            return self._counts.health(
                 alive=alive,
-                ready=alive and not self._ready,
-                why=why or self._ready,
-                engine=self._scoring.engine,
-                bundle=self._scoring.bundle,
-                arrived=self._counts.arrived,
-                pending=self._policy.pending,
-                results=dict(self._counts.results),
-                actions=dict(self._counts.actions),
-                failures=self._counts.failures,
-                latency=self._counts.latency(),
+                why=why,
+                unready=unready,
+                scoring=self.scoring,
+                policy=self._policy,
                 sources={camera: one.trouble for camera, one in self._cameras.items()},
                 sinks=self._outlets.states(),
-                last=tuple(self._counts.last),
-                alarms=tuple(self._counts.alarms),
             )
 
     # Sources
@@ -269,7 +271,7 @@ class Line:
         frame, lost = shot.frame, shot.lost
         if frame is not None and not lost:
             try:
-                frame = check_frames(frame, self._scoring.size)[0]
+                frame = check_frames(frame, self.scoring.size)[0]
             except FrameError as error:
                 lost = str(error)
         elif not lost:
@@ -286,11 +288,7 @@ class Line:
             self._items[name] = Item(camera, arrived, frame)
             self._counts.arrived += 1
             self._keeping.begin(name, camera, arrived)
-            if shot.begun is not None:
-                try:
-                    shot.begun()
-                except OSError as error:
-                    _log.warning("camera %s: what was taken cannot be noted: %s", camera, error)
+            self._keeping.taken(shot.begun, camera)
             now = time.monotonic()
             self._tell(self._policy.lose(part, now, lost) if lost else self._policy.arrive(part, now))
             self._work.notify()
@@ -313,17 +311,20 @@ class Line:
     def _score(self) -> None:
         while True:
             with self._lock:
+                self._busy = None
+                self._idle.notify_all()
                 while not self._over and (batch := self._policy.take(time.monotonic())) is None:
                     self._work.wait()
                 if self._over:
                     return
                 assert batch is not None
                 items = [self._items[part.id] for part in batch.parts]
-                scoring, self._batch = self._scoring, batch
+                scoring, self._batch = self.scoring, batch
+                self._busy = scoring
                 self._beyond = time.monotonic() + self._limits.call
             failure = None
             try:
-                judgements = self._judge(scoring, batch, items, self._limits.call)
+                judgements = self.judge(scoring, batch, items, self._limits.call)
             except (HangError, EngineLostError) as error:
                 failure = str(error)
             except Exception as error:  # about these parts, not about the engine
@@ -344,9 +345,9 @@ class Line:
 
     def _check(self, scoring: Scoring) -> None:
         """Judge the canary, learn how long a call takes, and say that the line is ready; FlowADError otherwise."""
-        _log.info("canary: %s", self._canary(scoring, self._limits.start))
+        _log.info("canary: %s", self.canary(scoring, self._limits.start))
         start = time.monotonic()
-        self._canary(scoring, self._limits.start)
+        self.canary(scoring, self._limits.start)
         with self._lock:
             self._policy.pace.learn(1, time.monotonic() - start)
             self._ready = ""
@@ -366,6 +367,8 @@ class Line:
                 self.stop(f"the engine failed {len(self._failures)} times in {self._limits.window:g} s, last: {reason}")
                 self._abandon()
                 return False
+            if self.scoring is not scoring:  # it was replaced meanwhile
+                return True
             try:
                 scoring.start(self._limits.start)
                 self._check(scoring)

@@ -25,6 +25,7 @@ from flowad_fast.config import Classes
 from flowad_fast.detector import Detection, Detector, load
 from flowad_fast.errors import EngineUnavailableError, FlowADError, FrameError
 from flowad_fast.files import sha256
+from flowad_fast.stages.decision import Calibration
 
 _log = logging.getLogger(__name__)
 Frames: TypeAlias = NDArray[np.uint8]
@@ -48,6 +49,7 @@ class Scoring(Protocol):
         classes: the model's classes.
         size: height and width that frames must have, None for any.
         image_size: side of the maps, pixels.
+        calibration: thresholds, None for a model that was not calibrated.
     """
 
     bundle: str
@@ -55,6 +57,7 @@ class Scoring(Protocol):
     classes: Classes
     size: tuple[int, int] | None
     image_size: int
+    calibration: Calibration | None
 
     def start(self, limit: float) -> None:
         """Start, or after a failure start again, within `limit` seconds; FlowADError where that fails."""
@@ -90,6 +93,7 @@ class InThread:
         self._detector, self.bundle = detector, bundle
         self.engine, self.classes, self.size = detector.engine, detector.classes, detector.frame_size
         self.image_size = detector.image_size
+        self.calibration: Calibration | None = getattr(detector, "calibration", None)
         self._jobs: SimpleQueue[_Job | None] | None = None
         self._answers: SimpleQueue[_Answer] = SimpleQueue()
 
@@ -163,10 +167,11 @@ class InProcess:
             make: a function of a module that makes the detector in the child; None: `flowad_fast.load`.
         """
         self._start, self._make = start, make
-        folder, self._manifest = bundles.read(start.bundle)
+        folder, self.manifest = bundles.read(start.bundle)
         self.bundle = sha256(folder / bundles.MANIFEST)[:12]
-        self.engine, self.classes = "", self._manifest.model.classes
-        self.size, self.image_size = self._manifest.frame_size, self._manifest.model.image.size
+        self.engine, self.classes = "", self.manifest.model.classes
+        self.size, self.image_size = self.manifest.frame_size, self.manifest.model.image.size
+        self.calibration, self.path = self.manifest.calibration, start.bundle
         self._child: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
         self._memory: SharedMemory | None = None
@@ -207,8 +212,8 @@ class InProcess:
             raise EngineLostError(f"the detector's process said {answer!r}, expected a result")
         heat = np.ndarray(maps, np.float32, memory.buf, begin).copy()
         height, width = frames.shape[1:3]
-        calibration = self._manifest.calibration
-        return Detection(heat, answer.raw, answer.classes, answer.invalid, self.engine, calibration, (height, width))
+        limits = self.calibration
+        return Detection(heat, answer.raw, answer.classes, answer.invalid, self.engine, limits, (height, width))
 
     def close(self) -> None:
         """Kill the child and free the memory."""

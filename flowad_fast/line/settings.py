@@ -1,15 +1,17 @@
 """One file says what a line is: cameras, bundle, deadlines, limits, sinks."""
 
 from collections.abc import Iterable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowad_fast.config import Frozen, parse
 from flowad_fast.errors import ConfigError
 from flowad_fast.line.sinks import SinkSettings
+from flowad_fast.line.sinks.base import Secret
 from flowad_fast.line.sources import SourceSettings
 
 
@@ -36,6 +38,68 @@ class Canary(Frozen):
     """How far its score may be from the remembered one, as a share of that (or absolute where that is below 1)."""
 
 
+class MonitorSettings(Frozen):
+    """When the line says that something has changed; per camera."""
+
+    false_alarms: float = Field(default=0.01, gt=0, lt=1)
+    """At most this share of lines that are as they were has any alarm of the monitor within `horizon` parts."""
+    horizon: int = Field(default=100_000, ge=100)
+    reference: int = Field(default=500, ge=50, le=100_000)
+    """Parts after a bundle's first start that say what is usual; calibration alone says how many are rejected."""
+    rejects: float | None = Field(default=None, gt=0, lt=1)
+    """Share of parts that is rejected as a rule, defective ones included; null: alpha of the calibration."""
+    no_results: float = Field(default=0.001, gt=0, lt=1)
+    """Share of parts without a verdict that is usual."""
+    margin: float = Field(default=0.1, ge=0, lt=0.5)
+    """By how much the share of parts above the usual median may differ from a half, for lamps and batches vary."""
+
+
+class WebSettings(Frozen):
+    """The page and the addresses for probes. Without a token it only shows."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8600, ge=1, le=65535)
+    token: Secret | None = None
+    """At least 16 characters, in a file or an environment variable; who has it may activate bundles."""
+    private: bool = False
+    """Whether reading the page's data and the metrics needs the token too; probes never do."""
+    certificate: Path | None = None
+    """PEM, with `key`: encrypted. Without it a token beyond this computer can be read on the way."""
+    key: Path | None = None
+    insecure: bool = False
+    """Whether anyone on the network may look, without any token."""
+    bundles: Path | None = None
+    """Folder whose bundles may be activated; null: the one that `bundle` lies in."""
+
+    @model_validator(mode="after")
+    def _safe(self) -> "WebSettings":
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("got one of certificate and key, expected both or none")
+        if self.private and self.token is None:
+            raise ValueError("got private without a token; name a token's file or environment variable")
+        if not self.local and self.token is None and not self.insecure:
+            raise ValueError(
+                f"got the host {self.host!r}, which others can reach, without a token; "
+                "add token: {file: …}, or write insecure: true"
+            )
+        return self
+
+    @property
+    def local(self) -> bool:
+        """Whether only this computer can reach it."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def address(self) -> str:
+        """Where to look, on this computer where that is possible."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        scheme = "http" if self.certificate is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
 class LineSettings(Frozen):
     """A line. Paths are relative to the folder in which the command runs."""
 
@@ -60,6 +124,9 @@ class LineSettings(Frozen):
     """Bytes that each sink which promises delivery may keep on disk while it does not work."""
     limits: Limits = Limits()
     canary: Canary = Canary()
+    monitor: MonitorSettings = MonitorSettings()
+    web: WebSettings | None = None
+    """null: no page, and no activation while it runs."""
 
     @field_validator("sources")
     @classmethod
