@@ -199,7 +199,7 @@ class InProcess:
         """See `Scoring`."""
         if self._pipe is None:
             raise EngineLostError("the detector's process is not running")
-        maps = (len(frames), *self._manifest.map_size(frames.shape[1], frames.shape[2]))
+        maps = (len(frames), *self.manifest.map_size(frames.shape[1], frames.shape[2]))
         begin = -(-frames.nbytes // 64) * 64
         memory = self._shared(begin + int(np.prod(maps)) * 4)
         np.ndarray(frames.shape, np.uint8, memory.buf)[...] = frames
