@@ -1,0 +1,398 @@
+"""A real `flowad-line run` in a process of its own, what it is fed, and whether it accounts for all of it."""
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import yaml
+
+from flowad_fast.benchmarks.runs.line_work import Work
+from flowad_fast.bundle import MANIFEST
+from flowad_fast.errors import LineStoppedError
+from flowad_fast.files import sha256
+
+DEADLINE = 2.0
+"""Seconds; a part that is judged twice as slowly as ever seen here is still in time."""
+CALL, START, DRAIN = 1.0, 60.0, 5.0
+"""The line's limits, short so that the campaign is."""
+TOKEN = "a-token-of-the-campaign"
+WHOLE, TORN, FROZEN = "p", "x", "f"
+"""A picture; half of its file; the picture before once more. Only the first may ever be good."""
+USUAL = "flowad_fast.cli.line"
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A part that the source was given: which picture, in which way, and when (monotonic)."""
+
+    picture: int
+    way: str
+    at: float
+
+
+class Feed:
+    """Writes pictures into the watched folder at a rate, each under a name of its own: the count of what came in."""
+
+    def __init__(self, work: Work, folder: Path, rate: float, seed: int) -> None:
+        """Nothing is written until `start`."""
+        self.folder, self.rate, self.way = folder, rate, WHOLE
+        self._data = [path.read_bytes() for path in work.pictures]
+        self._random = random.Random(seed)
+        self._order: list[int] = []
+        self.fed: dict[str, Fed] = {}
+        self._stop, self._allowed = threading.Event(), threading.Event()
+        self._allowed.set()
+        self._writing = threading.Lock()
+        self._last = 0
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def pause(self) -> None:
+        """No more parts until `resume`; returns when none is being written."""
+        self._allowed.clear()
+        with self._writing:
+            pass
+
+    def resume(self) -> None:
+        """Parts again."""
+        self._allowed.set()
+
+    def stop(self) -> None:
+        """The last part was written."""
+        self._stop.set()
+        self._allowed.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            due = max(due + 1 / self.rate, time.monotonic() - 1)
+            self._allowed.wait()
+            with self._writing:
+                if self._allowed.is_set() and not self._stop.is_set():
+                    self._write()
+
+    def _write(self) -> None:
+        way = self.way
+        if way != FROZEN:
+            if not self._order:
+                self._order = self._random.sample(range(len(self._data)), len(self._data))
+            self._last = self._order.pop()
+        data = self._data[self._last]
+        name = f"{len(self.fed):06d}-{self._last:02d}{way}.png"
+        part = self.folder / f"{name}.tmp"
+        part.write_bytes(data[: len(data) // 2] if way == TORN else data)
+        self.fed[name] = Fed(self._last, way, time.monotonic())
+        part.rename(self.folder / name)
+
+
+class Rig:
+    """A folder with settings, the line that runs with them, and its feed."""
+
+    def __init__(
+        self,
+        work: Work,
+        folder: Path,
+        *,
+        rate: float,
+        seed: int,
+        sinks: tuple[dict[str, object], ...] = (),
+        module: str = USUAL,
+        **settings: object,
+    ) -> None:
+        """Write the settings; nothing runs yet.
+
+        Args:
+            work: bundle and pictures.
+            folder: of this line alone.
+            rate: parts a second.
+            seed: of their order.
+            sinks: beside the JSON lines and the database.
+            module: which command runs.
+            settings: fields of the settings that differ.
+        """
+        self.work, self.folder, self.module, self.port = work, folder, module, free_port()
+        self.incoming, self.out = folder / "incoming", folder / "out"
+        for one in (self.incoming, self.out):
+            one.mkdir(parents=True)
+        (folder / "token").write_text(TOKEN)
+        plain: dict[str, object] = {
+            "bundle": str(work.bundle),
+            "deadline": DEADLINE,
+            "threads": 1,
+            "device": "cpu",
+            "largest_batch": 4,
+            "capacity": 64,
+            "sources": {"cell": {"kind": "folder", "folder": "incoming", "quiet": 0, "poll": 0.01}},
+            "sinks": [
+                {"kind": "jsonl", "path": "out/outcomes.jsonl", "daily": False},
+                {"kind": "database", "url": "sqlite:///out/outcomes.sqlite"},
+                *sinks,
+            ],
+            "limits": {"call": CALL, "start": START, "drain": DRAIN},
+            "journal": "out/journal",
+            "web": {"port": self.port, "token": {"file": "token"}, "bundles": str(work.bundle.parent)},
+        }
+        (folder / "line.yaml").write_text(yaml.safe_dump(plain | settings))
+        self.feed = Feed(work, self.incoming, rate, seed)
+        self.bundle = sha256(work.bundle / MANIFEST)[:12]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # The process
+
+    def start(self) -> None:
+        """Start the line and wait until it is ready; LineStoppedError where it does not become so."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", self.module, "run", "line.yaml", "--every", "0", "--json"],
+            cwd=self.folder,
+            stdout=(self.folder / "stdout").open("ab"),
+            stderr=(self.folder / "stderr").open("ab"),
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        if not until(self.ready, START, self.alive):
+            raise LineStoppedError(f"the line did not start: {self.words()}")
+
+    @property
+    def process(self) -> psutil.Process:
+        """The line's."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
+
+    @property
+    def child(self) -> psutil.Process:
+        """The detector's."""
+        found = [one for one in self.process.children() if "spawn_main" in " ".join(one.cmdline())]
+        if not found:
+            raise LineStoppedError(f"the detector's process is not there: {self.words()}")
+        return found[0]
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: int) -> int:
+        """Send a signal that ends it, and wait; the exit code."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        return self.wait(DRAIN + 10)
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its end; the exit code. It is killed after `seconds`, which LineStoppedError says."""
+        assert self._process is not None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise LineStoppedError(f"the line did not end within {seconds:g} s") from None
+
+    def words(self) -> str:
+        """The last that it said on standard error."""
+        lines = (self.folder / "stderr").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def ask(self, method: str, path: str, body: object = None, timeout: float = 5) -> tuple[int, bytes]:
+        """A request to its page: status and body; OSError where nobody answers."""
+        one = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        try:
+            one.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = one.getresponse()
+            return answer.status, answer.read()
+        except http.client.HTTPException as error:
+            raise OSError(str(error)) from None
+        finally:
+            one.close()
+
+    def ready(self) -> bool:
+        """Whether its probe says so."""
+        try:
+            return self.ask("GET", "/readyz", timeout=2)[0] == 200
+        except OSError:
+            return False
+
+    def sinks(self) -> dict[str, Any]:
+        """State of its sinks, as the page shows it."""
+        found = json.loads(self.ask("GET", "/api/state")[1])["sinks"]
+        return found if isinstance(found, dict) else {one["name"]: one for one in found}
+
+    # What came out
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Records in the JSON lines, in order; the same one twice only once."""
+        path = self.out / "outcomes.jsonl"
+        seen: dict[str, dict[str, Any]] = {}
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if line.endswith(b"\n") and (row := json.loads(line))["event"] == "record":
+                seen.setdefault(f"{row['part']} {row['result']}", row)
+        return list(seen.values())
+
+    def alarms(self) -> list[str]:
+        """Kinds of the alarms in the JSON lines, in order."""
+        path = self.out / "outcomes.jsonl"
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return [row["kind"] for row in rows if row["event"] == "alarm" and not row["over"]]
+
+    def stored(self) -> set[tuple[str, str]]:
+        """Part and result of every row in the database."""
+        path = self.out / "outcomes.sqlite"
+        if not path.exists():
+            return set()
+        base = sqlite3.connect(path)
+        try:
+            return set(base.execute("SELECT part, result FROM flowad_outcomes"))
+        finally:
+            base.close()
+
+    def judged_since(self, moment: float) -> bool:
+        """Whether a whole part that was fed after `moment` has a verdict."""
+        for row in self.rows()[::-1]:
+            fed = self.feed.fed.get(name_of(row))
+            if fed is not None and fed.at > moment and row["result"] in ("good", "anomalous"):
+                return True
+        return False
+
+    def back(self, moment: float, limit: float) -> float | None:
+        """Seconds from `moment` until it is ready and has judged a later part; None where it is not within `limit`."""
+        end = moment + limit
+        good = until(lambda: self.ready() and self.judged_since(moment), end - time.monotonic(), self.alive)
+        return time.monotonic() - moment if good else None
+
+    def told(self, limit: float) -> bool:
+        """Wait until every part that was fed has an outcome."""
+        return until(lambda: self.feed.fed.keys() <= {name_of(row) for row in self.rows()}, limit, self.alive)
+
+    def __enter__(self) -> "Rig":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.feed.stop()
+        if self.alive():
+            assert self._process is not None
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass(frozen=True)
+class Account:
+    """Parts that came in, outcomes that came out by result, parts that passed, what is wrong, and what is to be known."""
+
+    parts: int
+    outcomes: int
+    results: dict[str, int]
+    good: int
+    problems: list[str]
+    notes: list[str]
+
+
+def account(rig: Rig, bundles: frozenset[str]) -> Account:
+    """Hold what came out against what went in, and every "good" against the bare detector and the deadline.
+
+    Args:
+        rig: whose line has ended.
+        bundles: hashes that may have judged.
+    """
+    fed, rows, problems, notes = rig.feed.fed, rig.rows(), [], []
+    by_file: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_file.setdefault(name_of(row), []).append(row)
+    if missing := fed.keys() - by_file.keys():
+        problems.append(f"{len(missing)} parts have no outcome, the first is {min(missing)}")
+    if unknown := by_file.keys() - fed.keys():
+        problems.append(f"{len(unknown)} outcomes are of parts that never came, the first is {min(unknown)}")
+    parts = Counter(row["part"] for row in rows)
+    if twice := [part for part, count in parts.items() if count > 1]:
+        problems.append(f"{len(twice)} parts have several outcomes, the first is {twice[0]}")
+    again = [name for name, found in by_file.items() if len({row["part"] for row in found}) > 1]
+    if judged := [name for name in again if sum(row["result"] == "good" for row in by_file[name]) > 1]:
+        problems.append(f"{len(judged)} parts passed twice, the first is {judged[0]}")
+    if again:
+        notes.append(
+            f"{len(again)} parts fell between journal and list of taken files: named as in flight, then given again"
+        )
+    good = [row for row in rows if row["result"] == "good"]
+    problems += [problem for row in rows if (problem := doubt(rig, row, bundles))]
+    problems += disorder(rows)
+    stored = rig.stored()
+    written = {(row["part"], row["result"]) for row in rows}
+    if stored != written:
+        problems.append(f"{len(stored ^ written)} outcomes are not the same in the database and the JSON lines")
+    results = Counter(row["result"] for row in rows)
+    return Account(len(fed), len(parts) - len(again), dict(results), len(good), problems[:5], notes)
+
+
+def doubt(rig: Rig, row: dict[str, Any], bundles: frozenset[str]) -> str | None:
+    """Why an outcome may not be what it is, or None: what the bare detector said, and whether it came in time."""
+    fed, result = rig.feed.fed.get(name_of(row)), row["result"]
+    if fed is None or result not in ("good", "anomalous"):
+        return f"{row['part']} passed without a verdict" if row["action"] == "pass" else None
+    if fed.way != WHOLE:
+        return f"{row['part']} is {result}, but was torn or frozen"
+    if row["seconds"] > DEADLINE:
+        return f"{row['part']} is {result} after {row['seconds']:.3f} s, its deadline is {DEADLINE:g} s"
+    if row["bundle"] not in bundles:
+        return f"{row['part']} was judged by {row['bundle']}, which was not to judge"
+    expected = rig.work.scores[fed.picture]
+    if abs(row["score"] - expected) > 1e-3 * max(abs(expected), 1e-9):
+        return f"{row['part']} has the score {row['score']:g}, the bare detector gave {expected:g}"
+    if (result == "anomalous") != rig.work.anomalous[fed.picture] or (row["action"] == "pass") != (result == "good"):
+        return f"{row['part']} is {result} and does {row['action']}, the bare detector's score {expected:g} says otherwise"
+    return None
+
+
+def disorder(rows: list[dict[str, Any]]) -> list[str]:
+    """Whether the outcomes of a run are in another order than its parts; those that a killed run left come first."""
+    last: dict[str, str] = {}
+    for row in rows:
+        if "killed" in row["reason"]:
+            continue
+        run = row["part"].split("/")[1]
+        if (name := name_of(row)) < last.get(run, ""):
+            return [f"{row['part']} was told after {last[run]}"]
+        last[run] = name
+    return []
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """The file of a part."""
+    return str(row["part"]).split("/", 2)[-1]
+
+
+def until(holds: Callable[[], object], seconds: float, while_true: Callable[[], bool] = lambda: True) -> bool:
+    """Wait until something holds; False after `seconds`, or when `while_true` no longer does."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() >= end or not while_true():
+            return bool(holds())
+        time.sleep(0.03)
+    return True
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nothing listened on a moment ago."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+KILL, TERM, HALT = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
