@@ -1,5 +1,9 @@
 """What a sink missed, on disk: in order, over restarts, within its budget."""
 
+import errno
+import os
+import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,3 +104,84 @@ def test_a_row_that_cannot_be_read_does_not_hold_up_the_others(tmp_path: Path) -
     feeder = SpoolFeeder("db", store, lambda alarm: None, spool)
     feeder.give(Alarm("1", datetime.now(UTC), ""))
     assert feeder.close(5) and store.got == ["1"] and feeder.missed == 1
+
+
+class FullDisk:
+    """Writing fails with ENOSPC while `full`; reading and deleting do not, as on a real one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        write, write_text = os.write, Path.write_text
+
+        def no_bytes(descriptor: int, data: bytes) -> int:
+            self._check()
+            return write(descriptor, data)
+
+        def no_text(path: Path, text: str) -> int:
+            self._check()
+            return write_text(path, text)
+
+        patch.setattr(os, "write", no_bytes)
+        patch.setattr(Path, "write_text", no_text)
+
+    def _check(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Gate(Store):
+    """Waits, once, inside a delivery."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def publish(self, events: list[Record | Alarm]) -> None:
+        self.inside.set()
+        assert self.go_on.wait(10)
+        super().publish(events)
+
+
+def alarm(number: int) -> Alarm:
+    return Alarm(str(number), datetime.now(UTC), "")
+
+
+def test_a_full_disk_ends_no_delivery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was on its way when the disk became full cannot be noted as taken; what comes then waits in memory."""
+    disk, store = FullDisk(monkeypatch), Gate()
+    feeder = SpoolFeeder("db", store, lambda alarm: None, Spool(tmp_path, 1 << 20))
+    feeder.give(alarm(0))
+    assert store.inside.wait(5)
+    disk.full = True
+    feeder.give(alarm(1))
+    feeder.give(alarm(2))
+    store.go_on.set()
+    end = time.monotonic() + 5
+    while len(store.got) < 3:
+        assert time.monotonic() < end, store.got
+        time.sleep(0.005)
+    disk.full = False
+    feeder.give(alarm(3))
+    assert feeder.close(5) and store.got == ["0", "1", "2", "3"]
+    assert feeder.missed == 0 and feeder.waiting == 0 and feeder.delivered == 4
+    again = Store()
+    assert SpoolFeeder("db", again, lambda alarm: None, Spool(tmp_path, 1 << 20)).close(5) and again.got == []
+
+
+@pytest.mark.parametrize("still_full", [False, True])
+def test_what_waits_in_memory_goes_to_disk_at_the_end(
+    still_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, down = FullDisk(monkeypatch), Store(failing=10**6)
+    feeder = SpoolFeeder("db", down, lambda alarm: None, Spool(tmp_path, 1 << 20), capacity=3, pauses=(0.001, 0.002))
+    feeder.give(alarm(0))
+    disk.full = True
+    for i in range(1, 6):
+        feeder.give(alarm(i))
+    assert feeder.missed == 2 and feeder.waiting == 4 and "free space" in feeder.trouble, "the oldest in memory go"
+    disk.full = still_full
+    assert feeder.close(0.05)
+    store = Store()
+    assert SpoolFeeder("db", store, lambda alarm: None, Spool(tmp_path, 1 << 20)).close(5)
+    assert store.got == (["0"] if still_full else ["0", "3", "4", "5"])
+    assert feeder.missed == (5 if still_full else 2)

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from flowad_fast.line.event import Alarm, Record, Sink
@@ -89,15 +91,16 @@ class Spool:
         return []
 
     def taken(self, count: int) -> None:
-        """The lines of the last `next` were delivered."""
+        """The lines of the last `next` were delivered; a full disk that cannot note it gives them again after a restart."""
         if self._read is None:
             return  # they were dropped meanwhile, and are counted there
         self._first, self._offset = self._read
         self._read = None
         self.waiting -= count
         fresh = self._place.with_name("taken.new")
-        fresh.write_text(f"{self._first} {self._offset}")
-        os.replace(fresh, self._place)
+        with suppress(OSError):  # the next one notes this one too
+            fresh.write_text(f"{self._first} {self._offset}")
+            os.replace(fresh, self._place)
 
     def all(self) -> Iterator[bytes]:
         """All lines that wait, oldest first; none of them is taken by that."""
@@ -147,7 +150,8 @@ def kept_records(spool: Spool, parts: Container[str]) -> dict[str, Record]:
 class SpoolFeeder(Feeder):
     """A feeder whose events wait on disk. `give` writes them before it returns, so that no kill loses them.
 
-    Pictures are not kept. `missed` counts what the budget, or a full disk, has cost.
+    While the disk is full they wait in memory, at most `capacity` of them, for a sink elsewhere must not go without.
+    Pictures are not kept. `missed` counts what the budget, or more events than that, has cost.
     """
 
     def __init__(
@@ -157,17 +161,20 @@ class SpoolFeeder(Feeder):
         tell: Callable[[Alarm], None],
         spool: Spool,
         *,
+        capacity: int = 1024,
         batch: int = 64,
         pauses: tuple[float, float] = (0.1, 30.0),
     ) -> None:
         """Start the thread; what earlier runs left is delivered first."""
-        self._spool, self._lines = spool, 0
-        super().__init__(name, sink, tell, batch=batch, pauses=pauses)
+        self._spool, self._lines = spool, list[bytes]()
+        self._unwritten: deque[bytes] = deque()  # later than all that is on disk
+        self._from_disk = True  # where the lines that are held came from
+        super().__init__(name, sink, tell, capacity=capacity, batch=batch, pauses=pauses)
 
     @property
     def waiting(self) -> int:
         """Events that the sink has not taken."""
-        return self._spool.waiting
+        return self._spool.waiting + len(self._unwritten) + (0 if self._from_disk else len(self._lines))
 
     def give(self, event: Record | Alarm) -> None:
         """Write an event to disk; never waits for the sink."""
@@ -176,29 +183,53 @@ class SpoolFeeder(Feeder):
             if self._closed:
                 self.missed += 1
                 return
-            before = self._spool.dropped
-            try:
-                self._spool.put(line)
-            except OSError as error:
-                self.missed += 1
-                self.trouble = self.trouble or str(error)
-            self.missed += self._spool.dropped - before
+            self._unwritten.append(line)
+            self._write()
             self._change.notify()
 
+    def _write(self) -> None:
+        """Write what waits in memory to disk, in order, as far as that has room."""
+        before = self._spool.dropped
+        try:
+            while self._unwritten:
+                self._spool.put(self._unwritten[0])
+                self._unwritten.popleft()
+        except OSError as error:
+            if len(self._unwritten) > self._capacity:
+                self._unwritten.popleft()
+                self.missed += 1
+                self.trouble = self.trouble or str(error)
+        self.missed += self._spool.dropped - before
+
     def _fill(self) -> None:
-        while not self._held and (lines := self._spool.next(self._batch)):
-            self._lines = len(lines)
+        while not self._held and (lines := self._next_lines()):
+            self._lines = lines
             for line in lines:
                 try:
                     self._held.append(from_row(json.loads(line)))
                 except (ValueError, KeyError, TypeError):
                     self.missed += 1  # another version's, or a damaged disk's: it must not hold up the others
             if not self._held:
-                self._spool.taken(self._lines)
+                self._done()
+
+    def _next_lines(self) -> list[bytes]:
+        lines = self._spool.next(self._batch)
+        self._from_disk = bool(lines)
+        while not self._from_disk and self._unwritten and len(lines) < self._batch:
+            lines.append(self._unwritten.popleft())
+        return lines
 
     def _done(self) -> None:
-        self._spool.taken(self._lines)
+        if self._from_disk:
+            self._spool.taken(len(self._lines))
+        self._lines = []
 
     def _give_up(self) -> None:
-        self._held = []  # all of it stays on disk
+        self._held = []
+        if not self._from_disk:
+            self._unwritten.extendleft(reversed(self._lines))
+            self._lines = []
+        self._write()
+        self.missed += len(self._unwritten)  # the disk is still full; all the others stay on it
+        self._unwritten.clear()
         self._spool.close()
