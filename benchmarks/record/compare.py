@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from flowad_fast.benchmarks.record.clock import interval
-from flowad_fast.benchmarks.record.record import Record, Row, Speedless
+from flowad_fast.benchmarks.record.record import Header, Record, Row
 from flowad_fast.errors import ConfigError
 
 FLOOR = 0.03
@@ -29,7 +29,7 @@ class Change:
     memory: float | None = None
 
 
-def compare(old: Record | Speedless, new: Record | Speedless) -> list[Change]:
+def compare(old: Header, new: Header) -> list[Change]:
     """Each row that both records have: change of speed with a verdict, and change of memory.
 
     On one GPU, times are compared. On a CPU, where two runs never have the machine to themselves in the same way,
@@ -40,7 +40,7 @@ def compare(old: Record | Speedless, new: Record | Speedless) -> list[Change]:
         ConfigError: a record without speeds.
     """
     if not isinstance(old, Record) or not isinstance(new, Record):
-        raise ConfigError("a record of drift has no speeds to compare; give records of flowad-bench or its ladder")
+        raise ConfigError("a record of this kind has no speeds to compare; give records of flowad-bench or its ladder")
     theirs = {(row.preset, row.name): row for row in old.cases}
     gpu = old.environment.gpu
     same_gpu = gpu is not None and gpu == new.environment.gpu

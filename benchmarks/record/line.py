@@ -272,7 +272,9 @@ def _endurance(found: EnduranceResult) -> tuple[str, tuple[str, ...], list[list[
         f"parts, {found.outcomes} outcomes ({results}); {_with(found.setting)}",
         *found.problems,
     ]
-    title = f"endurance: {found.minutes:.1f} of {found.asked_minutes:g} minutes, {'passed' if found.passed else 'failed'}"
+    title = (
+        f"endurance: {found.minutes:.1f} of {found.asked_minutes:g} minutes, {'passed' if found.passed else 'failed'}"
+    )
     heads = ("memory", "first MB", "last MB", "largest − smallest", "trend per hour", f"flat within {FLAT:.0%}")
     return title, heads, rows, remarks
 

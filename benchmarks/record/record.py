@@ -7,7 +7,7 @@ belongs together. Measuring makes new rows and changes none.
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -19,6 +19,9 @@ from flowad_fast.files import make_folder, replacing
 from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.scorers import Scorer
+
+if TYPE_CHECKING:
+    from flowad_fast.benchmarks.record.line import LineRecord
 
 SCHEMA = 1
 Status = Literal[
@@ -377,7 +380,7 @@ def finite(value: Any) -> Any:
     return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(path: Path) -> Record | Speedless:
+def read(path: Path) -> "Record | Speedless | LineRecord":
     """A record of this schema.
 
     Raises:
@@ -389,8 +392,8 @@ def read(path: Path) -> Record | Speedless:
             f"{path}: expected a flowad-bench record of schema {SCHEMA}, got schema {data.get('schema')!r}; "
             "measure again with this version"
         )
-    if data.get("kind") == "drift":
-        return parse(DriftRecord, data, str(path))
-    if data.get("kind") == "evaluations":
-        return parse(EvaluationsRecord, data, str(path))
-    return parse(FewerRecord if data.get("kind") == "fewer" else Record, data, str(path))
+    from flowad_fast.benchmarks.record.line import LineRecord  # which builds on this module
+
+    kinds = {"drift": DriftRecord, "evaluations": EvaluationsRecord, "fewer": FewerRecord, "line": LineRecord}
+    kind: type[Record | Speedless | LineRecord] = kinds.get(str(data.get("kind")), Record)  # type: ignore[assignment]
+    return parse(kind, data, str(path))

@@ -8,6 +8,8 @@ from rich.table import Table
 
 from flowad_fast.benchmarks.record import accuracy, evaluations, paper
 from flowad_fast.benchmarks.record.compare import Change
+from flowad_fast.benchmarks.record.line import LineRecord
+from flowad_fast.benchmarks.record.line import markdown as line_markdown
 from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.benchmarks.record.record import (
     DriftRecord,
@@ -17,7 +19,6 @@ from flowad_fast.benchmarks.record.record import (
     Pair,
     Record,
     Row,
-    Speedless,
     read,
 )
 
@@ -181,6 +182,8 @@ def readme(folder: Path = RESULTS) -> str:
             parts.append(drift_markdown(record))
         elif isinstance(record, EvaluationsRecord):
             parts.append(evaluations.markdown(record))
+        elif isinstance(record, LineRecord):
+            parts.append(line_markdown(record))
         elif record.kind == "peers":
             parts.append(peers_markdown(record))
         else:
@@ -205,7 +208,7 @@ def _machine(record: Header) -> str:
     return "  \n".join(lines)
 
 
-def _table1(records: Mapping[str, Record | Speedless], folder: Path = RESULTS) -> str:
+def _table1(records: Mapping[str, Header], folder: Path = RESULTS) -> str:
     """Table 1's efficiency columns, as reported and as measured, for every method in it."""
     heads = (
         "method", "FPS, paper, reported (H100)", "GB, paper, reported", "FPS, this machine, measured",
@@ -226,7 +229,7 @@ def _table1(records: Mapping[str, Record | Speedless], folder: Path = RESULTS) -
     return "\n".join(["## The paper's efficiency columns", "", *table, "", f"{counted} {paper.CONFLICT}", ""])
 
 
-def _best(method: paper.Reported, records: Mapping[str, Record | Speedless]) -> list[str]:
+def _best(method: paper.Reported, records: Mapping[str, Header]) -> list[str]:
     """The fastest row that a record has for a method: FPS, GB, p50, NFE, ratio, how, machine; GPUs' first."""
     rows = [
         (record.environment.gpu is not None, row.measured.fps, row.measured.memory_mb.whole, row, record)

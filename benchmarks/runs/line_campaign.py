@@ -4,15 +4,15 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from flowad_fast.benchmarks.record.line import CampaignSetting, FaultRow
-from flowad_fast.benchmarks.runs.line_faults import FAULTS, SERVED, Fault
-from flowad_fast.benchmarks.runs.line_rig import DEADLINE, DRAIN, TERM, Rig, account, until
+from flowad_fast.benchmarks.runs.line_account import Account, account
+from flowad_fast.benchmarks.runs.line_faults import FAULTS, RATE, SERVED, Fault, Stage
+from flowad_fast.benchmarks.runs.line_rig import DEADLINE, TERM, Rig, until
 from flowad_fast.benchmarks.runs.line_work import Work
 from flowad_fast.errors import ConfigError, EngineUnavailableError, LineStoppedError, nearest
 
-RATE = 8.0
-"""Parts a second, where a fault has no other: about a third of what one core judges with the demo model."""
 BEFORE, AFTER = 6, 1.5
 """Outcomes before the fault, and seconds of parts after the line is back."""
 
@@ -55,72 +55,76 @@ def one(work: Work, folder: Path, fault: Fault, seed: int) -> FaultRow:
     """Start a line, let the fault happen, see it come back, end it, and hold it to account."""
     start = time.monotonic()
     folder.mkdir(parents=True)
-
-    def row(status: str, problems: Sequence[str], **more: object) -> FaultRow:
-        fields: dict[str, object] = {"parts": 0, "outcomes": 0, "results": {}, "good": 0, "recovery_s": None} | more
-        return FaultRow(
-            name=fault.name, fault=fault.title, how=fault.how, limit_s=fault.limit, status=status, problems=problems,
-            seconds=round(time.monotonic() - start, 1), **fields,
-        )  # type: ignore[arg-type]  # fmt: skip
-
+    found, recovery = Account(), None
+    status: Literal["ok", "failed", "not run"] = "ok"
     try:
-        with fault.stage(folder) as stage:  # type: ignore[attr-defined]
-            rate = fault.rate or RATE
-            with Rig(work, folder / "line", rate=rate, seed=seed, sinks=stage.sinks, module=fault.module) as rig:
-                problems, recovery = _happen(rig, fault, stage)
-                found = account(rig, frozenset({rig.bundle}))
-                problems += found.problems
-                problems += [
-                    f"no part was {name!r}, so the fault did not show" for name in fault.expected
-                    if not found.results.get(name)
-                ]  # fmt: skip
-                for name, parts in stage.served.items():
-                    lacking = {str(one["part"]) for one in rig.rows()} - parts()
-                    if lacking:
-                        problems.append(f"{name} lacks {len(lacking)} outcomes, the first is {min(lacking)}")
+        with (
+            fault.stage(folder) as stage,
+            Rig(work, folder / "line", rate=RATE, seed=seed, sinks=stage.sinks, module=fault.module) as rig,
+        ):
+            problems, recovery = _happen(rig, fault, stage)
+            found = account(rig, frozenset({rig.bundle}))
+            problems += [*found.problems, *_unseen(fault, found), *_unserved(rig, stage)]
     except EngineUnavailableError as error:
-        return row("not run", [str(error)])
+        status, problems = "not run", [str(error)]
     except (LineStoppedError, OSError) as error:
-        return row("failed", [f"{type(error).__name__}: {error}"])
-    if not problems:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems and status == "ok":
+        status = "failed"
+    if status == "ok":
         shutil.rmtree(folder)  # of one that failed everything stays to be looked at
-    return row(
-        "failed" if problems else "ok",
-        problems,
+    return FaultRow(
+        name=fault.name,
+        fault=fault.title,
+        how=fault.how,
         parts=found.parts,
         outcomes=found.outcomes,
         results=found.results,
         good=found.good,
         recovery_s=None if recovery is None else round(recovery, 2),
-        notes=found.notes,
+        limit_s=fault.limit,
+        status=status,
+        problems=tuple(problems),
+        notes=tuple(found.notes),
+        seconds=round(time.monotonic() - start, 1),
     )
 
 
-def _happen(rig: Rig, fault: Fault, stage: object) -> tuple[list[str], float | None]:
+def _happen(rig: Rig, fault: Fault, stage: Stage) -> tuple[list[str], float | None]:
+    """What is wrong, and how long it took until the line was back; the line has ended, in a good way or not."""
     rig.start()
     rig.feed.start()
     if not until(lambda: len(rig.rows()) >= BEFORE, 30, rig.alive):
         raise LineStoppedError(f"no outcomes before the fault: {rig.words()}")
     moment = time.monotonic()
-    problems = fault.act(rig, stage)  # type: ignore[arg-type]
-    if fault.name not in ("kill-9", "sigterm", "hanging", "killed", "raising"):
-        moment = time.monotonic()
+    problems = fault.act(rig, stage)
+    if not fault.sudden:
+        moment = rig.ended or time.monotonic()
     recovery = rig.back(moment, fault.limit)
     if recovery is None:
         problems.append(f"the line was not back within {fault.limit:g} s: {rig.words()}")
     time.sleep(AFTER)
     rig.feed.stop()
     rig.told(DEADLINE + 10)
-    _serve(rig, stage)
+    for parts in stage.served.values():
+        until(lambda parts=parts: _parts(rig) <= parts(), SERVED, rig.alive)  # type: ignore[misc]
     if not rig.alive():
         return [*problems, f"the line has ended: {rig.words()}"], recovery
-    code = rig.signal(TERM)
-    if code:
+    if code := rig.signal(TERM):
         problems.append(f"it ended with exit code {code}: {rig.words()}")
     return problems, recovery
 
 
-def _serve(rig: Rig, stage: object) -> None:
-    """Wait until every sink that the fault is about has everything."""
-    for parts in stage.served.values():  # type: ignore[attr-defined]
-        until(lambda parts=parts: {str(row["part"]) for row in rig.rows()} <= parts(), SERVED, rig.alive)  # type: ignore
+def _unseen(fault: Fault, found: Account) -> list[str]:
+    return [
+        f"no part was {name!r}, so the fault did not show" for name in fault.expected if not found.results.get(name)
+    ]
+
+
+def _unserved(rig: Rig, stage: Stage) -> list[str]:
+    lacking = {name: _parts(rig) - parts() for name, parts in stage.served.items()}
+    return [f"{name} lacks {len(one)} outcomes, the first is {min(one)}" for name, one in lacking.items() if one]
+
+
+def _parts(rig: Rig) -> set[str]:
+    return {str(row["part"]) for row in rig.rows()}

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from flowad_fast.benchmarks.runs.line_rig import (
     FROZEN,
     HALT,
     KILL,
+    START,
     TERM,
     TORN,
     WHOLE,
@@ -29,6 +30,10 @@ from flowad_fast.benchmarks.runs.line_rig import (
 from flowad_fast.benchmarks.runs.line_servers import Broker, Hook, fill, small_disk
 
 FAULTY = "flowad_fast.benchmarks.runs.line_faulty"
+RATE = 8.0
+"""Parts a second: about a third of what one core judges with the demo model."""
+OVERLOAD = 60.0
+"""Parts a second where the line is to be ended while parts wait."""
 LASTS = 2.0
 """Seconds that a fault with a duration lasts."""
 SERVED = 30.0
@@ -104,7 +109,8 @@ class Fault:
         expected: results without a verdict that the fault must show at least once, otherwise it was none.
         module: the command that runs.
         stage: what it needs.
-        rate: parts a second; None: the campaign's.
+        sudden: whether the time until the line is back counts from the moment at which it is caused; otherwise from its
+            end.
     """
 
     name: str
@@ -114,8 +120,8 @@ class Fault:
     limit: float
     expected: tuple[str, ...] = ()
     module: str = "flowad_fast.cli.line"
-    stage: Callable[[Path], "contextmanager[Stage]"] = plain  # type: ignore[assignment, valid-type]
-    rate: float | None = None
+    stage: Callable[[Path], AbstractContextManager[Stage]] = plain
+    sudden: bool = False
 
 
 def unplugged(rig: Rig, stage: Stage) -> Problems:
@@ -236,7 +242,7 @@ def killed_line(rig: Rig, stage: Stage) -> Problems:
     _overload(rig)
     rig.signal(KILL)
     rig.feed.pause()
-    rig.feed.rate = 8.0
+    rig.feed.rate = RATE
     rig.start()
     rig.feed.resume()
     return []
@@ -252,9 +258,12 @@ def terminated(rig: Rig, stage: Stage) -> Problems:
     if took > DRAIN + 2:
         problems.append(f"it took {took:.1f} s to end, the limit is {DRAIN:g} s")
     rig.feed.pause()
-    rig.feed.rate = 8.0
+    rig.feed.rate = RATE
     rig.start()
     rig.feed.resume()
+    until(lambda: rig.judged_since(start), CALL + START)  # what was left undone is named before that
+    if left := sum("killed" in row["reason"] for row in rig.rows()):
+        problems.append(f"{left} parts had no outcome when it ended, the next start had to name them")
     return problems
 
 
@@ -299,7 +308,7 @@ def _restarted(rig: Rig) -> Problems:
 
 
 def _overload(rig: Rig) -> None:
-    rig.feed.rate = 60.0
+    rig.feed.rate = OVERLOAD
     time.sleep(LASTS)
 
 
@@ -314,10 +323,10 @@ FAULTS = (
     Fault("webhook", "slow webhook", "answers take 1.5 s, then longer than the sink waits, for 2 s each", webhook_slow,
           10, stage=with_hook),
     Fault("page", "page hammered", "eight clients without a pause for 2 s", hammered, 10),
-    Fault("hanging", "engine hanging", "SIGSTOP of the detector's process", hanging, 30, ("late",)),
-    Fault("killed", "engine killed", "SIGKILL of the detector's process", killed, 30),
+    Fault("hanging", "engine hanging", "SIGSTOP of the detector's process", hanging, 30, ("late",), sudden=True),
+    Fault("killed", "engine killed", "SIGKILL of the detector's process", killed, 30, sudden=True),
     Fault("raising", "engine raising", "inside its process, through a detector that raises while a file is there",
-          raising, 30, ("engine failed",), module=FAULTY),
+          raising, 30, ("engine failed",), module=FAULTY, sudden=True),
     Fault("clock", "clock jumps", "inside the line, through its clock functions: an hour forward, a day back, and "
           "right again; the computer's own clock is left alone", clock_jumps, 10, module=FAULTY),
     Fault("kill-9", "kill -9 of the line", "under 60 parts a second, then started again as a service manager would",
@@ -327,4 +336,3 @@ FAULTS = (
           altered, 10),
 )  # fmt: skip
 """All of them, in the order in which they are run."""
-

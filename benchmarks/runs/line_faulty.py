@@ -16,7 +16,6 @@ from pathlib import Path
 
 import flowad_fast.line
 from flowad_fast.cli import line as command
-from flowad_fast.config import Classes
 from flowad_fast.detector import Detection, Detector, load
 from flowad_fast.line import runner, station
 from flowad_fast.line.scoring import Frames, InProcess, Names, Start
@@ -29,12 +28,8 @@ class Raising:
 
     def __init__(self, detector: Detector, flag: Path) -> None:
         self._detector, self._flag = detector, flag
-        self.engine, self.frame_size, self.image_size = detector.engine, detector.frame_size, detector.image_size
-
-    @property
-    def classes(self) -> Classes:
-        """See `Call`."""
-        return self._detector.classes
+        self.engine, self.classes = detector.engine, detector.classes
+        self.frame_size, self.image_size = detector.frame_size, detector.image_size
 
     def __call__(self, frames: Frames, classes: Names = None) -> Detection:
         """See `Call`."""

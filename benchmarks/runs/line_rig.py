@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,13 @@ class Feed:
 
 
 class Rig:
-    """A folder with settings, the line that runs with them, and its feed."""
+    """A folder with settings, the line that runs with them, and its feed.
+
+    Attributes:
+        feed: what comes in.
+        bundle: hash of the bundle that is to judge.
+        ended: when the line was last ended by a signal (monotonic); None: never.
+    """
 
     def __init__(
         self,
@@ -133,7 +138,7 @@ class Rig:
         self.work, self.folder, self.module, self.port = work, folder, module, free_port()
         self.incoming, self.out = folder / "incoming", folder / "out"
         for one in (self.incoming, self.out):
-            one.mkdir(parents=True)
+            one.mkdir(parents=True, exist_ok=True)
         (folder / "token").write_text(TOKEN)
         plain: dict[str, object] = {
             "bundle": str(work.bundle),
@@ -155,6 +160,7 @@ class Rig:
         (folder / "line.yaml").write_text(yaml.safe_dump(plain | settings))
         self.feed = Feed(work, self.incoming, rate, seed)
         self.bundle = sha256(work.bundle / MANIFEST)[:12]
+        self.ended: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     # The process
@@ -193,6 +199,7 @@ class Rig:
     def signal(self, number: int) -> int:
         """Send a signal that ends it, and wait; the exit code."""
         assert self._process is not None
+        self.ended = time.monotonic()
         self._process.send_signal(number)
         return self.wait(DRAIN + 10)
 
@@ -293,86 +300,6 @@ class Rig:
             self._process.wait()
 
 
-@dataclass(frozen=True)
-class Account:
-    """Parts that came in, outcomes that came out by result, parts that passed, what is wrong, and what is to be known."""
-
-    parts: int
-    outcomes: int
-    results: dict[str, int]
-    good: int
-    problems: list[str]
-    notes: list[str]
-
-
-def account(rig: Rig, bundles: frozenset[str]) -> Account:
-    """Hold what came out against what went in, and every "good" against the bare detector and the deadline.
-
-    Args:
-        rig: whose line has ended.
-        bundles: hashes that may have judged.
-    """
-    fed, rows, problems, notes = rig.feed.fed, rig.rows(), [], []
-    by_file: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_file.setdefault(name_of(row), []).append(row)
-    if missing := fed.keys() - by_file.keys():
-        problems.append(f"{len(missing)} parts have no outcome, the first is {min(missing)}")
-    if unknown := by_file.keys() - fed.keys():
-        problems.append(f"{len(unknown)} outcomes are of parts that never came, the first is {min(unknown)}")
-    parts = Counter(row["part"] for row in rows)
-    if twice := [part for part, count in parts.items() if count > 1]:
-        problems.append(f"{len(twice)} parts have several outcomes, the first is {twice[0]}")
-    again = [name for name, found in by_file.items() if len({row["part"] for row in found}) > 1]
-    if judged := [name for name in again if sum(row["result"] == "good" for row in by_file[name]) > 1]:
-        problems.append(f"{len(judged)} parts passed twice, the first is {judged[0]}")
-    if again:
-        notes.append(
-            f"{len(again)} parts fell between journal and list of taken files: named as in flight, then given again"
-        )
-    good = [row for row in rows if row["result"] == "good"]
-    problems += [problem for row in rows if (problem := doubt(rig, row, bundles))]
-    problems += disorder(rows)
-    stored = rig.stored()
-    written = {(row["part"], row["result"]) for row in rows}
-    if stored != written:
-        problems.append(f"{len(stored ^ written)} outcomes are not the same in the database and the JSON lines")
-    results = Counter(row["result"] for row in rows)
-    return Account(len(fed), len(parts) - len(again), dict(results), len(good), problems[:5], notes)
-
-
-def doubt(rig: Rig, row: dict[str, Any], bundles: frozenset[str]) -> str | None:
-    """Why an outcome may not be what it is, or None: what the bare detector said, and whether it came in time."""
-    fed, result = rig.feed.fed.get(name_of(row)), row["result"]
-    if fed is None or result not in ("good", "anomalous"):
-        return f"{row['part']} passed without a verdict" if row["action"] == "pass" else None
-    if fed.way != WHOLE:
-        return f"{row['part']} is {result}, but was torn or frozen"
-    if row["seconds"] > DEADLINE:
-        return f"{row['part']} is {result} after {row['seconds']:.3f} s, its deadline is {DEADLINE:g} s"
-    if row["bundle"] not in bundles:
-        return f"{row['part']} was judged by {row['bundle']}, which was not to judge"
-    expected = rig.work.scores[fed.picture]
-    if abs(row["score"] - expected) > 1e-3 * max(abs(expected), 1e-9):
-        return f"{row['part']} has the score {row['score']:g}, the bare detector gave {expected:g}"
-    if (result == "anomalous") != rig.work.anomalous[fed.picture] or (row["action"] == "pass") != (result == "good"):
-        return f"{row['part']} is {result} and does {row['action']}, the bare detector's score {expected:g} says otherwise"
-    return None
-
-
-def disorder(rows: list[dict[str, Any]]) -> list[str]:
-    """Whether the outcomes of a run are in another order than its parts; those that a killed run left come first."""
-    last: dict[str, str] = {}
-    for row in rows:
-        if "killed" in row["reason"]:
-            continue
-        run = row["part"].split("/")[1]
-        if (name := name_of(row)) < last.get(run, ""):
-            return [f"{row['part']} was told after {last[run]}"]
-        last[run] = name
-    return []
-
-
 def name_of(row: dict[str, Any]) -> str:
     """The file of a part."""
     return str(row["part"]).split("/", 2)[-1]
@@ -393,6 +320,12 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+def listening(port: int) -> bool:
+    """Whether anything listens on a port of the loopback interface."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 KILL, TERM, HALT = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP

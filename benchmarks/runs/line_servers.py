@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowad_fast.benchmarks.runs.line_rig import free_port, until
+from flowad_fast.benchmarks.runs.line_rig import free_port, listening, until
 from flowad_fast.errors import EngineUnavailableError
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Broker:
         self._process = subprocess.Popen(
             [self._program, "-c", self._folder / "conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        if not until(lambda: listening(self.port), 10):
+            raise EngineUnavailableError(f"mosquitto did not listen on port {self.port} within 10 s")
 
     def kill(self) -> None:
         """As a power cut does."""

@@ -15,7 +15,7 @@ from flowad_fast.errors import ConfigError
 from flowad_fast.stages.decision import Calibration, ClassCalibration
 
 PICTURES = 24
-"""Different pictures; the same one comes again only after all the others, as a frozen camera would otherwise be seen."""
+"""Different pictures; the same one comes again only after the others, for two in a row are a frozen camera."""
 
 
 @dataclass(frozen=True)
@@ -120,4 +120,6 @@ def _export(target: Path) -> None:
 
     model = load_checkpoint(DEMO)
     side = model.spec.image.size
-    export_bundle(model, Inversion(), target, formats=("onnx",), frames=draw(4, side, side, 0), device="cpu", quiet=True)
+    export_bundle(
+        model, Inversion(), target, formats=("onnx",), frames=draw(4, side, side, 0), device="cpu", quiet=True
+    )

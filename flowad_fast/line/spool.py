@@ -91,7 +91,7 @@ class Spool:
         return []
 
     def taken(self, count: int) -> None:
-        """The lines of the last `next` were delivered; a full disk that cannot note it gives them again after a restart."""
+        """The lines of the last `next` were delivered; where a full disk cannot note it, a restart gives them again."""
         if self._read is None:
             return  # they were dropped meanwhile, and are counted there
         self._first, self._offset = self._read
