@@ -233,7 +233,7 @@ def _rate(found: RateResult) -> tuple[str, tuple[str, ...], list[list[str]], lis
     engine = " and ".join(f"{fps:.2f}" for fps in found.engine_fps)
     remark = f"the engine alone, before and after: {engine} frames a second; {_with(found.setting)}"
     if found.sustained is None or found.share is None:
-        title = "sustained rate: no rate held"
+        title = "sustained rate: not even the lowest rate held"
     else:
         met = "met" if found.share >= RATE_GOAL else "not met"
         title = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.record.line import EnduranceResult, FaultRow, LineRecord, Setting
+from flowad_fast.benchmarks.record.machine import Moment
 from flowad_fast.benchmarks.runs import line_campaign, line_endurance, line_load
 from flowad_fast.benchmarks.runs.line_faults import Fault
 from flowad_fast.benchmarks.runs.line_work import Work, prepare
@@ -49,11 +50,34 @@ def run(
 ) -> LineRecord:
     """Run the parts in turn; `keep` gets the record after each, after each fault, and once a minute of endurance.
 
-    `samples` is where endurance writes what it sees as it sees it; None: beside everything else that is temporary.
-    What the line of a fault that failed has written stays in a temporary folder, which the row names.
+    `samples` is where endurance writes what it sees as it sees it; None: where everything temporary is.
+    What the line of a fault that failed has written stays in a temporary folder, which is told.
     """
     before = moment()
     folder = Path(tempfile.mkdtemp(prefix="flowad-line-"))
+    done = False
+    try:
+        record = _measured(plan, folder, before, samples, tell, keep)
+        done = passed(record)
+    except BaseException:
+        done = True  # nothing failed that somebody would look at
+        raise
+    finally:
+        if done:
+            shutil.rmtree(folder)
+    if not done:
+        tell(f"what failed has left its files in {folder}")
+    return record
+
+
+def _measured(
+    plan: Plan,
+    folder: Path,
+    before: Moment,
+    samples: Path | None,
+    tell: Callable[[str], None],
+    keep: Callable[[LineRecord], None],
+) -> LineRecord:
     work = prepare(folder, plan.bundle, plan.seed, tell)
     record = LineRecord(preset=work.name, environment=environment(before), note=plan.note)
 
@@ -77,15 +101,8 @@ def run(
         line_campaign.run(work, folder / "faults", plan.faults, plan.seed, tell, faults)
     if "endurance" in plan.parts:
         at = samples or folder / "samples.jsonl"
-        add(
-            endurance=line_endurance.run(
-                work, folder / "endurance", setting, plan.minutes, at, tell, endurance, min(5.0, plan.minutes)
-            )
-        )
-    if passed(record):
-        shutil.rmtree(folder)
-    else:
-        tell(f"what failed has left its files in {folder}")
+        every = min(5.0, plan.minutes)  # a short one needs samples too
+        endurance(line_endurance.run(work, folder / "endurance", setting, plan.minutes, at, tell, endurance, every))
     return record
 
 

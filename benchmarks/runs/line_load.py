@@ -19,6 +19,10 @@ from flowad_fast.line.settings import Limits
 from flowad_fast.line.sources import EndOfSource, Shot
 from flowad_fast.stages.decision import Verdict
 
+LEAST = 1000
+"""Parts of a trial, at least: fewer could not show that one of a thousand is late."""
+LOWEST, HIGHEST = 0.5, 1.15
+"""Where the sustained rate is looked for, as shares of the engine's own."""
 ALLOWED = 1e-3
 """Share of parts without a verdict in time at which p99.9 of the deadlines still holds."""
 STEPS = 6
@@ -111,11 +115,11 @@ def sustained(work: Work, setting: Setting, seconds: float, journal: Path, tell:
 
     def holds(rate: float, times: int = 1) -> bool:
         tell(f"rate: {rate:.2f} parts a second")
-        count = times * max(1000, round(rate * seconds))
+        count = times * max(LEAST, round(rate * seconds))
         trials.append(trial(work, setting, rate, count, journal / f"{len(trials)}"))
         return trials[-1].held
 
-    low, high = 0.3 * before, 1.15 * before
+    low, high = LOWEST * before, HIGHEST * before
     best = low if holds(low) else None
     for _ in range(STEPS if best is not None else 0):
         middle = (low + high) / 2
@@ -124,7 +128,7 @@ def sustained(work: Work, setting: Setting, seconds: float, journal: Path, tell:
         else:
             high = middle
     while best is not None and not holds(best, 3):  # a rate that held once, by luck, is no sustained one
-        best = best * 0.95 if best * 0.95 > 0.3 * before else None
+        best = best * 0.95 if best * 0.95 >= LOWEST * before else None
     after = engine_fps(work, setting, seconds)
     share = None if best is None else best / ((before + after) / 2)
     return RateResult(setting=setting, engine_fps=(before, after), sustained=best, share=share, trials=tuple(trials))
