@@ -55,13 +55,14 @@ def one(work: Work, folder: Path, fault: Fault, seed: int) -> FaultRow:
     """Start a line, let the fault happen, see it come back, end it, and hold it to account."""
     start = time.monotonic()
     folder.mkdir(parents=True)
-    found, recovery = Account(), None
+    found, recovery, note = Account(), None, ""
     status: Literal["ok", "failed", "not run"] = "ok"
     try:
         with (
             fault.stage(folder) as stage,
             Rig(work, folder / "line", rate=RATE, seed=seed, sinks=stage.sinks, module=fault.module) as rig,
         ):
+            note = stage.note
             problems, recovery = _happen(rig, fault, stage)
             found = account(rig, frozenset({rig.bundle}))
             problems += [*found.problems, *_unseen(fault, found), *_unserved(rig, stage)]
@@ -85,7 +86,7 @@ def one(work: Work, folder: Path, fault: Fault, seed: int) -> FaultRow:
         limit_s=fault.limit,
         status=status,
         problems=tuple(problems),
-        notes=tuple(found.notes),
+        notes=(*((note,) if note else ()), *found.notes),
         seconds=round(time.monotonic() - start, 1),
     )
 

@@ -85,9 +85,9 @@ def run(
                 )  # fmt: skip
                 with samples.open("a") as file:
                     file.write(found[-1].model_dump_json() + "\n")
-                tell(f"endurance: {(now - start) / 60:.1f} of {minutes:g} minutes, {judged} parts")
-                if now - kept > 60:
+                if now - kept > 60 or len(found) == 1:
                     kept = now
+                    tell(f"endurance: {(now - start) / 60:.1f} of {minutes:g} minutes, {judged} parts")
                     keep(result(judged, 0, {}, ["not over yet"]))
                 time.sleep(max(0.0, every - (time.monotonic() - now)))
         except KeyboardInterrupt:

@@ -125,11 +125,12 @@ class Hook:
 @contextmanager
 def small_disk(folder: Path, size: str = "16m") -> Iterator[None]:
     """A file system of its own in memory, which can be filled; EngineUnavailableError where none may be mounted."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "flowad-campaign", folder], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise EngineUnavailableError(f"no small file system may be mounted here ({done.stderr.strip()}); run as root")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "flowad-campaign", str(folder)]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join(str(getattr(error, "stderr", "") or error).split())
+        raise EngineUnavailableError(f"no small file system may be mounted here ({reason})") from None
     try:
         yield
     finally:
