@@ -16,7 +16,7 @@ ADDED_GOALS = {"p50": 1.0, "p99": 3.0}
 FLAT = 0.02
 """Share by which memory may differ after warming up."""
 FAULTS = (
-    "fault", "parts", "outcomes", "no result, by reason", "good, timely and confirmed", "back after s", "limit s",
+    "fault", "parts", "outcomes", "good, timely and confirmed", "not good", "back after s", "limit s",
     "passed",
 )  # fmt: skip
 
@@ -166,12 +166,11 @@ class LineRecord(Header):
 
 def fault_cells(row: FaultRow) -> list[str]:
     """A fault's cells, in the order of `FAULTS`."""
-    verdicts = ("good", "anomalous", "invalid")
-    reasons = [f"{count} {name}" for name, count in sorted(row.results.items()) if name not in verdicts]
+    others = [f"{count} {name}" for name, count in sorted(row.results.items()) if name != "good"]
     back = "no" if row.recovery_s is None else f"{row.recovery_s:.1f}"
     verdict = "yes" if row.passed else row.status if row.status == "not run" else "**no**"
     return [
-        row.fault, str(row.parts), str(row.outcomes), ", ".join(reasons) or "0", str(row.good), back,
+        row.fault, str(row.parts), str(row.outcomes), str(row.good), ", ".join(others) or "none", back,
         f"{row.limit_s:g}", verdict,
     ]  # fmt: skip
 

@@ -294,9 +294,8 @@ class Rig:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.feed.stop()
-        if self.alive():
-            assert self._process is not None
-            self._process.kill()
+        if self._process is not None and self.alive():
+            os.killpg(self._process.pid, signal.SIGKILL)  # the detector too, which may stand still
             self._process.wait()
 
 
