@@ -44,15 +44,16 @@ def account(rig: Rig, bundles: frozenset[str]) -> Account:
         notes.append(
             f"{len(again)} parts fell between journal and list of taken files: named as in flight, then given again"
         )
-    good = [row for row in rows if row["result"] == "good"]
-    problems += [problem for row in rows if (problem := doubt(rig, row, bundles))]
+    doubts = [doubt(rig, row, bundles) for row in rows]
+    problems += [problem for problem in doubts if problem]
+    good = sum(row["result"] == "good" and not problem for row, problem in zip(rows, doubts, strict=True))
     problems += disorder(rows)
     stored = rig.stored()
     written = {(row["part"], row["result"]) for row in rows}
     if stored != written:
         problems.append(f"{len(stored ^ written)} outcomes are not the same in the database and the JSON lines")
     results = Counter(row["result"] for row in rows)
-    return Account(len(fed), len(parts) - len(again), dict(results), len(good), problems[:5], notes)
+    return Account(len(fed), len(parts) - len(again), dict(results), good, problems[:5], notes)
 
 
 def doubt(rig: Rig, row: dict[str, Any], bundles: frozenset[str]) -> str | None:
