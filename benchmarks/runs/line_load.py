@@ -21,6 +21,8 @@ from flowad_fast.stages.decision import Verdict
 
 LEAST = 1000
 """Parts of a trial, at least: fewer could not show that one of a thousand is late."""
+OVER = 0.02
+"""A rate so much above what can be judged must use up a deadline in a trial: parts wait before they are late."""
 LOWEST, HIGHEST = 0.5, 1.15
 """Where the sustained rate is looked for, as shares of the engine's own."""
 ALLOWED = 1e-3
@@ -105,7 +107,8 @@ def sustained(work: Work, setting: Setting, seconds: float, journal: Path, tell:
     Args:
         work: bundle and frames.
         setting: threads, deadline, batch.
-        seconds: of each trial, longer where that is not a thousand parts; the last one, which confirms, takes thrice.
+        seconds: of each trial, longer where that is no thousand parts or fifty deadlines; the last one, which confirms,
+            takes thrice as long.
         journal: folder for the lines' journals.
         tell: hears what is done.
     """
@@ -115,7 +118,7 @@ def sustained(work: Work, setting: Setting, seconds: float, journal: Path, tell:
 
     def holds(rate: float, times: int = 1) -> bool:
         tell(f"rate: {rate:.2f} parts a second")
-        count = times * max(LEAST, round(rate * seconds))
+        count = times * max(LEAST, round(rate * max(seconds, setting.deadline_s / OVER)))
         trials.append(trial(work, setting, rate, count, journal / f"{len(trials)}"))
         return trials[-1].held
 
