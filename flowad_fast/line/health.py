@@ -38,6 +38,7 @@ class Health:
         failures: of the engine, since the start.
         latency: p50, p95, p99 and max, seconds from arrival until told, of the last records; empty before any.
         sources: by camera, "" while it works, else its trouble.
+        transport: by camera, what its connection has counted since it was made, such as missing packets.
         sinks: by name.
         last: the newest records, oldest first.
         alarms: the newest alarms, oldest first.
@@ -58,6 +59,7 @@ class Health:
     sinks: Mapping[str, SinkState]
     last: tuple[Record, ...] = field(repr=False, default=())
     alarms: tuple[Alarm, ...] = field(repr=False, default=())
+    transport: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Counts:

@@ -251,6 +251,7 @@ class Line:
                 failures=self._counts.failures,
                 latency=self._counts.latency(),
                 sources={camera: one.trouble for camera, one in self._cameras.items()},
+                transport={camera: one.counters for camera, one in self._cameras.items()},
                 sinks=self._outlets.states(),
                 last=tuple(self._counts.last),
                 alarms=tuple(self._counts.alarms),
@@ -283,7 +284,7 @@ class Line:
             if name in self._items:
                 name += f"~{self._numbers[camera]}"
             part = Part(name, camera, now - shot.age, now - shot.age + self._deadline)
-            self._items[name] = Item(camera, arrived, frame)
+            self._items[name] = Item(camera, arrived, frame, shot.stamp)
             self._counts.arrived += 1
             self._keeping.begin(name, camera, arrived)
             if shot.begun is not None:
