@@ -100,12 +100,14 @@ def test_the_camera_in_software_shows_pictures_pixel_by_pixel(tmp_path: Path) ->
     with only_camera(), open(os.devnull, "w") as nowhere:
         with line_demo.process(command, subprocess.PIPE, nowhere) as process:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
-            again = subprocess.run(command, capture_output=True, text=True)
+            again = subprocess.run(command, capture_output=True, text=True, timeout=30)
             assert again.returncode == 1 and "no camera can start there" in again.stderr
             settings = {"kind": "gige", "camera": "127.0.0.1", "region": [0, 0, 80, 64], "pixel_format": "Mono8"}
             camera = GigeSettings.model_validate(settings).open(tmp_path)
             shown: list[np.ndarray] = []
+            end = time.monotonic() + 20
             while len(shown) < 4:
+                assert time.monotonic() < end
                 if (shot := camera.read(1)) is not None:
                     assert shot.frame is not None, shot.lost
                     shown.append(shot.frame)

@@ -8,6 +8,7 @@ ever.
 
 import ctypes
 import signal
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from flowad_fast.errors import ConfigError
 from flowad_fast.line.sources.aravis import library
 from flowad_fast.line.sources.pixels import code
 
+CONTROL_PORT = 3956
+"""Of the protocol, UDP."""
 READY = "ready"
 """What it prints when it can be connected."""
 _FILL = ctypes.CFUNCTYPE(
@@ -78,9 +81,17 @@ def start(pictures: list[NDArray[np.uint8]], address: str, serial: str) -> tuple
         ctypes.memmove(target, frame.ctypes.data, frame.nbytes)
         shown += 1
 
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:  # Aravis would share the port without a word
+        try:
+            control.bind((address, CONTROL_PORT))
+        except OSError as error:
+            raise ConfigError(
+                f"{address}: no camera can start there ({error.strerror}); expected an address of this computer that "
+                "no other camera has"
+            ) from None
     camera = aravis.GvFakeCamera.new(address, serial)
     if not camera.is_running():
-        raise ConfigError(f"{address}: no camera can start there; expected an address of this computer without one")
+        raise ConfigError(f"{address}: the camera did not start")
     native.arv_fake_camera_set_fill_pattern(hash(camera.get_fake_camera()), fill, None)  # the hash is its pointer
     return camera, fill, native
 

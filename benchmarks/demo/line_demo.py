@@ -29,6 +29,7 @@ import yaml
 from rich.table import Table
 
 from flowad_fast.benchmarks.demo import judging
+from flowad_fast.benchmarks.demo.cell_camera import READY
 from flowad_fast.cli import common
 from flowad_fast.errors import FlowADError, LineStoppedError, require
 from flowad_fast.line.settings import LineSettings
@@ -183,7 +184,7 @@ def _camera(stack: ExitStack, folder: Path, run: Path) -> str:
     log = stack.enter_context((run / "camera.log").open("w"))
     camera = stack.enter_context(process(command, stdout=subprocess.PIPE, stderr=log))
     assert camera.stdout is not None
-    if camera.stdout.readline().strip() == "ready":
+    if camera.stdout.readline().strip() == READY:
         return ""
     camera.wait(10)
     return " ".join((run / "camera.log").read_text().split()) or "it did not start"
