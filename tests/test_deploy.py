@@ -74,3 +74,14 @@ def test_the_container_runs_as_nobody_in_particular_and_has_no_torch() -> None:
     container = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
     assert re.search(r"^USER 10001$", container, re.M)
     assert re.findall(r'"/src\[(\w+)\]"', container) == ["line"]
+
+
+def test_the_container_gets_all_that_the_package_is_made_of() -> None:
+    container = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (?!--)(.*) /src\S*$", container, re.M) for word in line.split()]
+    root = DEPLOY.parent
+    assert all((root / name).exists() for name in copied)
+    linked = {
+        path.resolve().relative_to(root).as_posix() for path in (root / "flowad_fast").iterdir() if path.is_symlink()
+    }
+    assert {"flowad_fast", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", *linked} == set(copied)
