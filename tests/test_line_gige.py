@@ -239,7 +239,7 @@ def test_without_pygobject_it_is_said_what_to_install(monkeypatch: pytest.Monkey
         aravis._debian("apt-get install gir1.2-aravis-0.8 python3-gi")
     (tmp_path / "gi").mkdir()
     (tmp_path / "gi" / "_gi.cpython-27-x86_64-linux-gnu.so").touch()
-    with pytest.raises(MissingExtraError, match='for another Python .* pip install "pygobject<3.52"'):
+    with pytest.raises(MissingExtraError, match='for another Python .* pip install "pygobject<3.51"'):
         aravis._debian("apt-get install python3-gi")
 
 

@@ -91,7 +91,7 @@ def library() -> Any:
 def _debian(remedy: str) -> None:
     """Import `gi`, and nothing else, from Debian's folder."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    pip = 'apt-get install libgirepository1.0-dev libcairo2-dev pkg-config gcc && pip install "pygobject<3.52"'
+    pip = 'apt-get install libgirepository1.0-dev libcairo2-dev pkg-config gcc && pip install "pygobject<3.51"'
     if not any((DEBIAN / "gi" / f"_gi{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         found = "is there for another Python" if (DEBIAN / "gi").is_dir() else "is missing"
         raise MissingExtraError(
