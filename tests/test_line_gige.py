@@ -4,6 +4,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 
 from flowad_fast.errors import ConfigError, FrameError, MissingExtraError
 from flowad_fast.line import Alarm, Line, NoResult, Record, Shot
+from flowad_fast.line.sinks.rows import from_row, to_row
 from flowad_fast.line.sources import aravis
 from flowad_fast.line.sources.aravis import Grab, Options
 from flowad_fast.line.sources.gige import GigeCamera, GigeSettings, gap
 from flowad_fast.line.sources.pixels import FORMATS, code, demosaic, to_rgb
-from tests.line_servers import missing, only_camera, program, until
+from tests.line_servers import missing, only_camera, program, record, until
 from tests.test_detector import FakeEngine, calibration
 from tests.test_detector import fake as detector
 
@@ -146,7 +148,13 @@ def test_a_camera_that_counts_anew_is_told() -> None:
     assert [bool(shot.lost) for shot in found] == [False, True, False, False]
     assert "counts anew" in found[1].lost
     assert [shot.name for shot in found] == ["1.500", "", "2.2", "2.3"]
-    assert gap(1 << 40, 5) is None and gap(7, 7) is None
+    assert gap(1 << 40, 5) is None and gap(7, 7) is None and gap(5, 65533) is None
+
+
+@pytest.mark.parametrize(("last", "old"), [(9, 7), (9, 9), (3, 65530)])
+def test_the_torn_echo_of_a_frame_that_was_told_is_no_part(last: int, old: int) -> None:
+    found = shots([whole(last), whole(old, status="missing-packets"), whole(last + 1)])
+    assert [(shot.name, shot.lost) for shot in found] == [(f"1.{last}", ""), (f"1.{last + 1}", "")]
 
 
 @pytest.mark.parametrize("status", ["timeout", "missing-packets", "size-mismatch", "aborted", "wrong-packet-id"])
@@ -243,6 +251,12 @@ def test_without_pygobject_it_is_said_what_to_install(monkeypatch: pytest.Monkey
         aravis._debian("apt-get install python3-gi")
 
 
+def test_records_keep_the_camera_s_time() -> None:
+    one = replace(record("a"), stamp=1_795_665_325_107_825_001)
+    assert from_row(to_row(one)) == one
+    assert from_row({key: value for key, value in to_row(record("a")).items() if key != "stamp"}) == record("a")
+
+
 # Against Aravis' fake camera
 
 
@@ -253,10 +267,10 @@ class Camera:
         self._program = program("arv-fake-gv-camera-0.8", "aravis-tools")
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [self._program, "-i", "127.0.0.1", "-s", "TEST01"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    def start(self, lost_packets: int = 0) -> None:
+        """`lost_packets` in a thousand."""
+        command = [self._program, "-i", "127.0.0.1", "-s", "TEST01", "-r", str(lost_packets)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -338,6 +352,29 @@ def test_a_software_trigger_gives_exactly_one_frame(fake: Camera) -> None:
     assert all(shot.frame is not None for shot in frames(timed, 6))
     assert time.monotonic() - start >= 4 / 20
     timed.close()
+
+
+@pytest.mark.long
+def test_on_a_network_that_loses_packets_each_frame_is_whole_or_told_lost(fake: Camera) -> None:
+    fake.kill()
+    fake.start(lost_packets=30)
+    one = settings(region=[0, 0, 128, 128], frame_rate=50, pixel_format="Mono8", trigger="free")
+    camera, found = one.open(Path()), []
+    end = time.monotonic() + 15
+    while time.monotonic() < end and not (len(found) > 40 and any(shot.lost for shot in found)):
+        try:
+            if (shot := camera.read(0.2)) is not None:
+                found.append(shot)
+        except OSError:
+            time.sleep(0.1)  # not up yet
+    camera.close()
+    lost = [shot for shot in found if shot.frame is None]
+    assert lost and len(lost) < len(found)
+    reasons = {shot.lost for shot in lost}
+    assert all("is not whole" in one or "no frame" in one for one in reasons), reasons
+    ids = [int(shot.name.split(".")[-1]) for shot in found]
+    assert [gap(a, b) for a, b in zip(ids, ids[1:], strict=False)] == [0] * (len(ids) - 1), "each id has one part"
+    assert found[-1].counters["missing_packets"] > 0
 
 
 @pytest.mark.long

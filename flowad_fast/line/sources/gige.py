@@ -242,6 +242,8 @@ class GigeCamera:
         if grab.status in _NO_ID:
             self._shots.append(Shot(None, lost=f"buffer {grab.status}", age=self._age(), counters=counters))
             return
+        if grab.status != "success" and self._last is not None and gap(self._last, grab.frame) is None:
+            return  # a late packet of a frame that has been told; Aravis makes another buffer of it, which stays torn
         for name, lost in self._missing(grab.frame):
             self._shots.append(Shot(None, name, lost, age=self._age(), counters=counters))
         name = self._name(grab.frame)
@@ -311,12 +313,13 @@ class GigeCamera:
 
 
 def gap(last: int, frame: int) -> int | None:
-    """Frames missing between two ids; None where the camera counts anew.
+    """Frames missing between two ids; None where the second is not later: an old frame, or the camera counts anew.
 
     Ids of GigE Vision 1 have 16 bits, and 1 follows 65535 (0 means none, but some cameras count it).
     """
     if frame > last:
-        return frame - last - 1
+        count = frame - last - 1
+        return count if count < 0x8000 or frame > 0xFFFF else None  # else an older one, from before a round
     if last > 0xFFFF:
         return None
     count = 0xFFFF - last + max(frame, 1) - 1
