@@ -68,9 +68,11 @@ def test_every_outcome_reaches_every_sink_and_no_process_is_left(
         try:
             if interrupted:
                 end = time.monotonic() + 60
-                while not any(one.stat().st_size for one in output.glob("run-*/outcomes.jsonl")):
+                told = ""
+                while not all(f'"{camera}/' in told for camera in line_demo.PRODUCTS):
                     assert time.monotonic() < end and demo.poll() is None
                     time.sleep(0.05)
+                    told = "".join(one.read_text() for one in output.glob("run-*/outcomes.jsonl"))
                 demo.send_signal(signal.SIGINT)
             said, _ = demo.communicate(timeout=90)
         finally:
