@@ -20,6 +20,7 @@ from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.config import Precision, Tiling
 from flowad_fast.detector import Detector
+from flowad_fast.engines import backend
 from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError
 from flowad_fast.export.calibration import check_good, fit
@@ -37,6 +38,7 @@ from flowad_fast.export.location import (
 from flowad_fast.export.verify import (
     FAILED,
     NOT_AVAILABLE,
+    UNMEASURED,
     Outcome,
     Reference,
     check_size,
@@ -317,11 +319,16 @@ def export_bundle(
         return export.conclude(target, good, alpha)
 
 
-def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, device: str = "cpu") -> dict[str, Outcome]:
+def check_bundle(
+    path: str | Path, model: "FlowModel", frames: ParityFrames, device: str = "cpu", engine: str | None = None
+) -> dict[str, Outcome]:
     """Check a bundle's hashes and its parity on `frames` again, on this machine.
+
+    With an engine, by that one, and only of the artefacts that it reads; otherwise each by its format's own.
 
     Raises:
         BundleError: an altered bundle.
+        EngineUnavailableError: no such engine, the bundle has nothing for it, or it cannot run here.
         ConfigError: frames of another size than the bundle's.
     """
     folder, manifest = bundle.read(path)
@@ -330,11 +337,22 @@ def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, dev
         image = manifest.model.image
         frames = parity_tiles(frames, Tiler(manifest.tiling, image.size, read_mask(folder, manifest), image.mean))
     table = None if manifest.location is None else bundle.location_table(folder, manifest)
+    asked = manifest.artefacts
+    if engine is not None:
+        asked = {name: one for name, one in asked.items() if one.engine == backend(engine).artefact}
+        if not asked:
+            raise EngineUnavailableError(
+                f"{folder}: the bundle has nothing for the engine {engine} (it has: {', '.join(manifest.artefacts)}); "
+                "export it again with that --format"
+            )
     reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames, table)
-    return {
-        name: reference.measure(name, artefact, folder, manifest, device)
-        for name, artefact in manifest.artefacts.items()
+    outcomes = {
+        name: reference.measure(name, artefact, folder, manifest, device, engine) for name, artefact in asked.items()
     }
+    absent = [one.reason for one in outcomes.values() if one.status == UNMEASURED]
+    if engine is not None and absent:  # of what was asked for, nothing measured is no result
+        raise EngineUnavailableError(absent[0])
+    return outcomes
 
 
 def _tiler(

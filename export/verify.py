@@ -93,7 +93,15 @@ class Reference:
         y = class_indices(model, frames)
         return cls(frames, y, reference_outputs(model, scorer, aggregate, frames.frames, y, location))
 
-    def measure(self, name: str, artefact: Artefact, folder: Path, manifest: Manifest, device: str) -> Outcome:
+    def measure(
+        self,
+        name: str,
+        artefact: Artefact,
+        folder: Path,
+        manifest: Manifest,
+        device: str,
+        engine: str | None = None,
+    ) -> Outcome:
         """The outcome of an artefact that lies in `folder`, by running it; what cannot run here is openly unmeasured.
 
         Args:
@@ -102,19 +110,21 @@ class Reference:
             folder: where its files lie.
             manifest: what it computes; its own artefacts do not matter.
             device: where it runs.
+            engine: which one runs it, where several read such artefacts; None for the artefact's own.
         """
         size = sum((folder / file).stat().st_size for file in artefact.files)
         only = manifest.model_copy(update={"artefacts": {name: artefact}})
         try:
-            engine = start_engine(folder, only, artefact.engine, device, artefact)
-            got = run_in_batches(engine, self.frames.frames, self.y)
+            running = start_engine(folder, only, engine or artefact.engine, device, artefact)
+            got = run_in_batches(running, self.frames.frames, self.y)
         except EngineUnavailableError as error:
             reason = one_line(error)
             unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": reason})
             return Outcome(UNMEASURED, reason, unmeasured, size)
         velocity = manifest.model.velocity
         parity = compare(
-            got, self.expected, self.frames.source, artefact.precision, engine.device, self.frames.labels,
+            got, self.expected, self.frames.source, artefact.precision,
+            running.device if engine is None else running.title, self.frames.labels,
             manifest.aggregate, velocity.height * velocity.width, norm_power(manifest.scorer),
         )  # fmt: skip
         checked = artefact.model_copy(update={"parity": parity, "unmeasured": None})

@@ -22,7 +22,7 @@ FLOORS = (
     ("tuning.recipe",),
     ("bundle", "checkpoints.defaults"),
     ("engines", "engines.onnx_file", "engines.cores", "masks"),
-    ("engines.start", "engines.onnxruntime", "engines.tiled"),
+    ("engines.start", "engines.onnxruntime", "engines.openvino", "engines.tiled"),
     ("detector",),
     ("line.outcome",),
     ("line.policy", "line.event", "line.journal"),

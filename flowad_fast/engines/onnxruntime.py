@@ -12,7 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from flowad_fast.bundle import LOCATION, Artefact
 from flowad_fast.engines import Engine
 from flowad_fast.engines.cores import limit
-from flowad_fast.engines.onnx_file import external_tensors
+from flowad_fast.engines.onnx_file import check_external_data
 from flowad_fast.environment import has_gpu_driver
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
 
@@ -120,7 +120,7 @@ class OnnxRuntimeEngine(Engine):
 
     @classmethod
     def from_artefact(
-        cls, path: Path, artefact: Artefact, device: str = "auto", threads: int | None = None
+        cls, path: Path, artefact: Artefact, device: str = "auto", threads: int | None = None, **mode: str
     ) -> "OnnxRuntimeEngine":
         """See `Engine`; external data may lie in the artefact's own files only."""
         return cls(path, device, threads, artefact.files)
@@ -177,37 +177,6 @@ class OnnxRuntimeEngine(Engine):
 def has_cuda() -> bool:
     """Whether this ONNX Runtime was built for CUDA."""
     return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-
-
-def check_external_data(path: Path, files: Collection[str] | None = None) -> None:
-    """Refuse a graph whose external data is not a plain file beside it that holds all that the graph takes from it.
-
-    Args:
-        path: the ONNX file; only the graph is read.
-        files: names that are acceptable; None for any.
-
-    Raises:
-        BundleError: no ONNX file, an absolute path, `..`, a sub-folder, a link, an unlisted file, or past the end.
-    """
-    for tensor in external_tensors(path):
-        location, where = tensor.entries.get("location", ""), f"{path}: external data of {tensor.name!r}"
-        if not location or location in (".", "..") or any(c in location for c in "/\\:\0"):
-            raise BundleError(f"{where} is at {location!r}; expected the name of a file in the same folder")
-        data = path.parent / location
-        if data.is_symlink() or not data.is_file():
-            raise BundleError(f"{where}: {data} is missing, or a link; export the bundle again")
-        if files is not None and location not in files:
-            raise BundleError(f"{where} is in {location!r}, which the manifest does not list; export the bundle again")
-        offset, length = (_count(tensor.entries.get(key, "0"), where) for key in ("offset", "length"))
-        size = data.stat().st_size
-        if offset + length > size or (offset and offset >= size):
-            raise BundleError(f"{where}: bytes {offset} to {offset + length} of a file of {size} bytes; it is cut off")
-
-
-def _count(text: str, where: str) -> int:
-    if not text.isdecimal() or len(text) > 18:
-        raise BundleError(f"{where}: {text!r} is no offset or length")
-    return int(text)
 
 
 def _chain(kind: str, index: str) -> list[tuple[str, dict[str, Any]]]:
