@@ -155,7 +155,9 @@ class OpenVinoEngine(Engine):
 
     def _chosen(self) -> str:
         """The device that AUTO takes; the graph is then compiled there, so that nothing moves to another one later."""
-        able = [name for name in self._core.available_devices if ARITHMETIC.get(name.partition(".")[0]) == "f32"]
+        able: list[str] = [
+            name for name in self._core.available_devices if ARITHMETIC.get(name.partition(".")[0]) == "f32"
+        ]
         if len(able) == 1:
             return able[0]
         steady = {"ENABLE_STARTUP_FALLBACK": False, "ENABLE_RUNTIME_FALLBACK": False, "INFERENCE_PRECISION_HINT": "f32"}
