@@ -523,6 +523,9 @@ def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
 
 def _print_reasons(outcomes: dict[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
+        if outcome.artefact is not None and "note" in outcome.artefact.details:
+            common.say(f"{name}: {outcome.artefact.details['note']}")
+    for name, outcome in outcomes.items():
         if outcome.reason:
             common.say(f"{name}: {outcome}")
 

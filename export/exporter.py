@@ -25,8 +25,8 @@ from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError
 from flowad_fast.export.calibration import check_good, fit
 from flowad_fast.export.card import write_card
-from flowad_fast.export.formats import BATCH, FORMATS, OPSET, Request
-from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles
+from flowad_fast.export.formats import BATCH, FORMATS, OPSET, Ranges, Request
+from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles, spread
 from flowad_fast.export.location import (
     StatisticsParts,
     check_parts,
@@ -140,7 +140,7 @@ class Export:
             artefact = Artefact(
                 engine=FORMATS[name].engine,
                 files={file: sha256(folder / file) for file in built.files},
-                precision=self.request.precision,
+                precision=FORMATS[name].quantises or self.request.precision,
                 versions=built.versions,
                 build_seconds=round(time.perf_counter() - start, 2),
                 details=dict(built.details),
@@ -271,12 +271,14 @@ def export_bundle(
     size, tiler = frame_size, _tiler(model, tiling, mask, frame_size, aggregate, location is not None)
     if tiler is not None:
         given, size = parity_tiles(given, tiler), (tiler.size, tiler.size)
-    ranges = (given.frames, class_indices(model, given))
+    seen = (given.frames, class_indices(model, given))
     built_for = str(torch_device(device))
-    request = Request(model, scorer, aggregate, size, opset, precision, batch, built_for, workspace, ranges)
+    request = Request(model, scorer, aggregate, size, opset, precision, batch, built_for, workspace, seen)
     if good is not None:
         say(f"good parts: checking {len(good)} frames")
         check_good(good, alpha, aggregate)
+    if any(FORMATS[name].quantises for name in formats if name in FORMATS):
+        request = replace(request, ranges=_ranges(model, given, good, tiler))
     statistics = None
     if location is not None:
         check_located(aggregate)
@@ -317,6 +319,19 @@ def export_bundle(
         for name in formats:
             export.write(name)
         return export.conclude(target, good, alpha)
+
+
+def _ranges(model: "FlowModel", given: ParityFrames, good: GoodParts | None, tiler: Tiler | None) -> Ranges:
+    """What a quantised graph takes its ranges from: good parts, else the good ones of the frames for the check."""
+    if good is not None:
+        kept = spread(good)
+        kept = kept if tiler is None else parity_tiles(kept, tiler, len(kept.frames))
+        return Ranges(kept.frames, class_indices(model, kept), kept.source)
+    y = class_indices(model, given)
+    if given.labels is None:
+        return Ranges(given.frames, y, f"{len(given.frames)} {given.source}, taken for good")
+    keep = given.labels == 0
+    return Ranges(given.frames[keep], None if y is None else y[keep], f"{keep.sum()} good of {given.source}")
 
 
 def check_bundle(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowad_fast.bundle import Artefact, Manifest, Parity
-from flowad_fast.config import Precision
+from flowad_fast.config import Certified
 from flowad_fast.engines import Engine
 from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import ConfigError, EngineUnavailableError, FlowADError, ParityError
@@ -33,16 +33,20 @@ class Tolerance:
     rms: float
 
 
-TOLERANCES: dict[Precision, Tolerance] = {
+TOLERANCES: dict[Certified, Tolerance] = {
     "fp32": Tolerance(1e-3, 1e-4),
     "tf32": Tolerance(2e-2, 4e-3),
     "fp16": Tolerance(2e-2, 4e-3),
     "bf16": Tolerance(1e-1, 2e-2),
     "fp8": Tolerance(5e-1, 1e-1),
+    "int8": Tolerance(3e-1, 3e-2),
 }
 """By precision. Worst drift (max, RMS) of the demo checkpoint over the scorers, torch on a CPU: fp32 5e-6 and 7e-7,
 fp16 4e-3 and 7e-4, bf16 7e-2 and 6e-3, fp8 (emulated) 3e-1 and 6e-2, all from reconstruction with the inversion start,
-which is twice as long; the others stay at a fifth of that. There is room for deeper models; tf32 was not measured."""
+which is twice as long; the others stay at a fifth of that. There is room for deeper models; tf32 was not measured.
+int8 (the field's products, OpenVINO with AVX-512 VNNI): 7e-2 and 7e-3 over mismatch and inversion; four times that,
+since the ranges are those of good parts and a defect that exceeds them is cut off, and far below the 1.4 and 0.17 that
+a quantised backbone costs."""
 HUGE = 1e30
 """Stands for an error that is not finite, which JSON cannot hold."""
 
@@ -196,7 +200,7 @@ def compare(
     got: Outputs,
     expected: Outputs,
     source: str,
-    precision: Precision,
+    precision: Certified,
     device: str,
     labels: np.ndarray | None = None,
     aggregate: Aggregate = "max",

@@ -173,6 +173,12 @@ ENGINES: dict[str, Backend] = {
     "openvino": Backend(
         "the exported ONNX graph in OpenVINO", "openvino:OpenVinoEngine", "onnxruntime", requires="openvino"
     ),
+    "openvino-int8": Backend(
+        "a graph quantised to int8 in OpenVINO",
+        "openvino_int8:OpenVinoInt8Engine",
+        "openvino-int8",
+        requires="openvino",
+    ),
     "compile": Backend("torch.compile of the pipeline, in this process", "inductor:InductorEngine", "eager", "model"),
     "inductor": Backend("the package that AOTInductor has compiled", "inductor:AotInductorEngine", "inductor"),
     "tensorrt": Backend(

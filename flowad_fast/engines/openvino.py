@@ -20,7 +20,7 @@ from flowad_fast.environment import without
 from flowad_fast.errors import BundleError, EngineUnavailableError, nearest
 
 with without("openvino_telemetry"):
-    import openvino
+    import openvino as openvino
 
 KINDS = ("cpu", "gpu", "npu")
 """Of devices, as `load(device=…)` spells them; `gpu:1` is what OpenVINO calls GPU.1."""

@@ -5,7 +5,7 @@ from collections.abc import Set
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def start_engine(
         model,
         manifest.scorer,
         manifest.aggregate,
-        arithmetic(engine, precision or artefact.precision, ops),
+        arithmetic(engine, precision or cast(Precision, artefact.precision), ops),
         located=manifest.location is not None,
     )
     if manifest.location is not None:
