@@ -7,7 +7,9 @@ after the field saturate. So only the field's products are, without those that t
 """
 
 import importlib
+import io
 import logging
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +72,7 @@ def write(request: Request, folder: Path) -> Built:
 
 
 def _nncf() -> ModuleType:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU, which nothing here needs
     try:
         with without("openvino_telemetry"):
             return importlib.import_module("nncf")
@@ -90,19 +93,22 @@ def _quantised(nncf: ModuleType, model: Any, chosen: set[str], ranges: Ranges, l
     feeds = [_feed(ranges, i) | constant for i in range(len(ranges.frames))]
     kinds = {node.get_type_name() for node in model.get_ops()}
     others = [n.get_friendly_name() for n in model.get_ops() if n.get_type_name() in PRODUCTS]
-    return nncf.quantize(
-        model,
-        nncf.Dataset(feeds),
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(feeds),
-        ignored_scope=nncf.IgnoredScope(
-            types=sorted(kinds - set(PRODUCTS)), names=[name for name in others if name not in chosen], validate=False
-        ),
-        # Ranges are the extremes seen: means of them, the default, cut off what the map is made of.
-        advanced_parameters=AdvancedQuantizationParameters(
-            disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-        ),
-    )
+    with redirect_stdout(io.StringIO()):  # its progress bar would be among the command's JSON
+        return nncf.quantize(
+            model,
+            nncf.Dataset(feeds),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(feeds),
+            ignored_scope=nncf.IgnoredScope(
+                types=sorted(kinds - set(PRODUCTS)),
+                names=[name for name in others if name not in chosen],
+                validate=False,
+            ),
+            # Ranges are the extremes seen: means of them, the default, cut off what the map is made of.
+            advanced_parameters=AdvancedQuantizationParameters(
+                disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+            ),
+        )
 
 
 def _feed(ranges: Ranges, i: int) -> dict[str, np.ndarray]:

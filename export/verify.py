@@ -121,6 +121,9 @@ class Reference:
         try:
             running = start_engine(folder, only, engine or artefact.engine, device, artefact)
             got = run_in_batches(running, self.frames.frames, self.y)
+        except ParityError as error:  # of an engine that checks itself when it starts
+            failed = artefact.model_copy(update={"parity": None, "unmeasured": one_line(error)})
+            return Outcome(FAILED_PARITY, one_line(error), failed, size)
         except EngineUnavailableError as error:
             reason = one_line(error)
             unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": reason})

@@ -371,6 +371,7 @@ def load(
     Raises:
         BundleError: no bundle, another version, or an altered file.
         EngineUnavailableError: the engine is not in the bundle or cannot run here; says what to install.
+        ParityError: a quantised graph gives other results on this CPU than where it was certified.
 
     Example:
         `bundle` is the folder of an exported and calibrated bundle, as `make demo` leaves one.

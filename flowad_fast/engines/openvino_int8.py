@@ -4,6 +4,8 @@ Products of bytes are summed differently by different instruction sets, some of 
 canary, one frame with its map and score as certified, and the engine refuses to start where they come out otherwise.
 """
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from flowad_fast.bundle import Artefact
 from flowad_fast.engines.instructions import cpu_flags, cpu_name, worth
 from flowad_fast.engines.openvino import HEAVY, OpenVinoEngine, nodes
-from flowad_fast.errors import BundleError, EngineUnavailableError
+from flowad_fast.errors import BundleError, EngineUnavailableError, ParityError
 
 BYTES = ("u8", "i8")
 """What a quantised product is computed in."""
@@ -30,7 +32,8 @@ class OpenVinoInt8Engine(OpenVinoEngine):
         """See `OpenVinoEngine`.
 
         Raises:
-            EngineUnavailableError: no product is computed in bytes here, or the canary comes out otherwise.
+            EngineUnavailableError: no product is computed in bytes here.
+            ParityError: the canary comes out otherwise than where it was certified.
             BundleError: the canary is missing or cannot be read.
         """
         super().__init__(path, artefact, "cpu" if device == "auto" else device, threads, mode)
@@ -74,7 +77,7 @@ class OpenVinoInt8Engine(OpenVinoEngine):
         flags = cpu_flags()
         here = f"{cpu_name()} ({'unknown instructions' if flags is None else ', '.join(flags)})"
         there = f"{artefact.details.get('cpu', 'unknown')} ({artefact.details.get('cpu_flags', 'unknown')})"
-        raise EngineUnavailableError(
+        raise ParityError(
             f"{path.parent}: int8 gives other results here than where it was certified: the canary's map differs by "
             f"{worst:.1e} (tolerance {float(canary['max']):.0e}), RMS {rms:.1e} ({float(canary['rms']):.0e}), its "
             f"score by {score:.1e}; certified on {there}, this is {here}; export it on such a CPU with --format "
@@ -104,9 +107,11 @@ def read_canary(path: Path) -> dict[str, np.ndarray]:
     """
     needed = {"frames", "map", "score", "max", "rms"}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as file:
+            found = {
+                name.removesuffix(".npy"): np.load(file.open(name), allow_pickle=False) for name in file.namelist()
+            }
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{path}: no canary: {' '.join(str(error).split())[:200]}; export the bundle again") from None
     if not needed <= set(found) or found["frames"].dtype != np.uint8 or found["frames"].ndim != 4:
         raise BundleError(f"{path}: no canary: expected {', '.join(sorted(needed))}; export the bundle again")
