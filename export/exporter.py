@@ -25,8 +25,8 @@ from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError
 from flowad_fast.export.calibration import check_good, fit
 from flowad_fast.export.card import write_card
-from flowad_fast.export.formats import BATCH, FORMATS, OPSET, Ranges, Request
-from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles, spread
+from flowad_fast.export.formats import BATCH, FORMATS, OPSET, Request
+from flowad_fast.export.frames import GoodParts, ParityFrames, parity_tiles
 from flowad_fast.export.location import (
     StatisticsParts,
     check_parts,
@@ -35,10 +35,10 @@ from flowad_fast.export.location import (
     in_words,
     refuse_overlap,
 )
+from flowad_fast.export.ranges import ranges_of
 from flowad_fast.export.verify import (
     FAILED,
     NOT_AVAILABLE,
-    UNMEASURED,
     Outcome,
     Reference,
     check_size,
@@ -278,7 +278,7 @@ def export_bundle(
         say(f"good parts: checking {len(good)} frames")
         check_good(good, alpha, aggregate)
     if any(FORMATS[name].quantises for name in formats if name in FORMATS):
-        request = replace(request, ranges=_ranges(model, given, good, tiler))
+        request = replace(request, ranges=ranges_of(model, given, good, tiler))
     statistics = None
     if location is not None:
         check_located(aggregate)
@@ -321,19 +321,6 @@ def export_bundle(
         return export.conclude(target, good, alpha)
 
 
-def _ranges(model: "FlowModel", given: ParityFrames, good: GoodParts | None, tiler: Tiler | None) -> Ranges:
-    """What a quantised graph takes its ranges from: good parts, else the good ones of the frames for the check."""
-    if good is not None:
-        kept = spread(good)
-        kept = kept if tiler is None else parity_tiles(kept, tiler, len(kept.frames))
-        return Ranges(kept.frames, class_indices(model, kept), kept.source)
-    y = class_indices(model, given)
-    if given.labels is None:
-        return Ranges(given.frames, y, f"{len(given.frames)} {given.source}, taken for good")
-    keep = given.labels == 0
-    return Ranges(given.frames[keep], None if y is None else y[keep], f"{keep.sum()} good of {given.source}")
-
-
 def check_bundle(
     path: str | Path, model: "FlowModel", frames: ParityFrames, device: str = "cpu", engine: str | None = None
 ) -> dict[str, Outcome]:
@@ -356,18 +343,10 @@ def check_bundle(
     if engine is not None:
         asked = {name: one for name, one in asked.items() if one.engine == backend(engine).artefact}
         if not asked:
-            raise EngineUnavailableError(
-                f"{folder}: the bundle has nothing for the engine {engine} (it has: {', '.join(manifest.artefacts)}); "
-                "export it again with that --format"
-            )
+            has = ", ".join(manifest.artefacts)
+            raise EngineUnavailableError(f"{folder}: nothing for the engine {engine} (it has: {has}); export it again")
     reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames, table)
-    outcomes = {
-        name: reference.measure(name, artefact, folder, manifest, device, engine) for name, artefact in asked.items()
-    }
-    absent = [one.reason for one in outcomes.values() if one.status == UNMEASURED]
-    if engine is not None and absent:  # of what was asked for, nothing measured is no result
-        raise EngineUnavailableError(absent[0])
-    return outcomes
+    return {name: reference.measure(name, one, folder, manifest, device, engine) for name, one in asked.items()}
 
 
 def _tiler(

@@ -115,6 +115,9 @@ class Reference:
             manifest: what it computes; its own artefacts do not matter.
             device: where it runs.
             engine: which one runs it, where several read such artefacts; None for the artefact's own.
+
+        Raises:
+            EngineUnavailableError: the engine that was asked for by name cannot run here.
         """
         size = sum((folder / file).stat().st_size for file in artefact.files)
         only = manifest.model_copy(update={"artefacts": {name: artefact}})
@@ -125,6 +128,8 @@ class Reference:
             failed = artefact.model_copy(update={"parity": None, "unmeasured": one_line(error)})
             return Outcome(FAILED_PARITY, one_line(error), failed, size)
         except EngineUnavailableError as error:
+            if engine is not None:  # of what was asked for by name, not measured is no outcome
+                raise
             reason = one_line(error)
             unmeasured = artefact.model_copy(update={"parity": None, "unmeasured": reason})
             return Outcome(UNMEASURED, reason, unmeasured, size)

@@ -358,7 +358,8 @@ def load(
         engine: a name in `engines.ENGINES`, or `auto`: on a GPU the captured CUDA graph with fused operators, on a CPU
             ONNX Runtime, as far as the bundle has what they run (`engines.start.AUTO`). What runs, and with which
             precision and operators, is in `Detector.engine`.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`; of `openvino`: `auto`, `cpu`, `gpu`, `npu`, also with `:N`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; of `openvino`: `auto`, `cpu`, `gpu`, `npu`, also with `:N`; of
+            `onnxruntime` also its other providers, such as `dml` and `nv-tensorrt-rtx`.
         precision: of engines that start from the bundle's weights; None is what the artefact was certified for.
         ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid, whoever calls: for a detector

@@ -21,7 +21,7 @@ FLOORS = (
     ("stages.scorers", "detection"),
     ("tuning.recipe",),
     ("bundle", "checkpoints.defaults"),
-    ("engines", "engines.onnx_file", "engines.cores", "engines.instructions", "masks"),
+    ("engines", "engines.onnx_file", "engines.cores", "engines.instructions", "engines.plugins", "masks"),
     ("engines.start", "engines.onnxruntime", "engines.openvino", "engines.tiled"),
     ("engines.openvino_int8",),
     ("detector",),

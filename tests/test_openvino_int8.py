@@ -17,9 +17,10 @@ from flowad_fast import bundle
 from flowad_fast.engines import instructions
 from flowad_fast.engines.instructions import cpu_flags, cpu_name, worth
 from flowad_fast.errors import BundleError, ConfigError, ParityError
-from flowad_fast.export.exporter import _ranges, export_bundle
+from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.formats import FORMATS, Request
 from flowad_fast.export.frames import GoodParts, ParityFrames, parity_frames, spread
+from flowad_fast.export.ranges import ranges_of
 from flowad_fast.export.verify import FAILED_PARITY, TOLERANCES, Reference
 from flowad_fast.files import sha256
 from flowad_fast.stages.scorers import Mismatch
@@ -70,12 +71,12 @@ def good_parts(count: int) -> GoodParts:
 def test_ranges_are_those_of_good_parts_only() -> None:
     model, frames = tiny_model(), tiny_frames(6)
     labelled = ParityFrames(frames, "a folder", np.array([0, 1, 0, 1, 1, 0]))
-    of_labels = _ranges(model, labelled, None, None)
+    of_labels = ranges_of(model, labelled, None, None)
     np.testing.assert_array_equal(of_labels.frames, frames[[0, 2, 5]])
     assert of_labels.source == "3 good of a folder"
-    unlabelled = _ranges(model, ParityFrames(frames, "frames of x"), None, None)
+    unlabelled = ranges_of(model, ParityFrames(frames, "frames of x"), None, None)
     assert len(unlabelled.frames) == 6 and unlabelled.source.endswith("taken for good")
-    given = _ranges(model, labelled, good_parts(9), None)
+    given = ranges_of(model, labelled, good_parts(9), None)
     assert len(given.frames) == 9 and given.source == "9 of 9 good parts"
 
 

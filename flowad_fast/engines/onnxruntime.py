@@ -13,6 +13,7 @@ from flowad_fast.bundle import LOCATION, Artefact
 from flowad_fast.engines import Engine
 from flowad_fast.engines.cores import limit
 from flowad_fast.engines.onnx_file import check_external_data
+from flowad_fast.engines.plugins import PLUGINS, plugin_device
 from flowad_fast.environment import has_gpu_driver
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
 
@@ -57,7 +58,7 @@ class OnnxRuntimeEngine(Engine):
 
         Args:
             path: the ONNX file.
-            device: `auto`, or a key of `PROVIDERS`, with `:N` for the N-th device.
+            device: `auto`, or a key of `PROVIDERS` or `PLUGINS`, with `:N` for the N-th device.
             threads: CPU threads inside an operator, None for what `cores.limit` says.
             files: names that external data may have (those of the manifest, whose hashes were checked); None for any
                 in the graph's folder.
@@ -73,10 +74,10 @@ class OnnxRuntimeEngine(Engine):
         available = onnxruntime.get_available_providers()
         if kind == "auto":
             kind = "cuda" if has_cuda() and has_gpu_driver() else "cpu"
-        if kind not in PROVIDERS:
-            raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, 'auto'))}")
-        provider = PROVIDERS[kind]
-        if provider not in available:
+        if kind not in PROVIDERS and kind not in PLUGINS:
+            raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, *PLUGINS, 'auto'))}")
+        provider = PLUGINS[kind].provider if kind in PLUGINS else PROVIDERS[kind]
+        if kind in PROVIDERS and provider not in available:
             raise EngineUnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} has no provider for device {device!r} "
                 f"(it has {', '.join(available)}); install onnxruntime-gpu, or ask for device='cpu'"
@@ -86,8 +87,13 @@ class OnnxRuntimeEngine(Engine):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
+        chain = None
+        if kind in PLUGINS:
+            options.add_provider_for_devices([plugin_device(kind, index)], {})
+        else:
+            chain = _chain(kind, index)
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=_chain(kind, index))
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=chain)
         except errors.NotImplemented as error:
             raise EngineUnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
@@ -107,7 +113,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _check_placement(self, provider: str, kind: str) -> None:
         """Refuse a session that would run the expensive operators somewhere else than asked."""
-        allowed = {name for name, _ in _chain(kind, "")}
+        allowed = {provider} if kind in PLUGINS else {name for name, _ in _chain(kind, "")}
         if not hasattr(self.session, "get_provider_graph_assignment_info"):  # older releases cannot say
             return
         for part in self.session.get_provider_graph_assignment_info():
