@@ -282,6 +282,9 @@ def verify(
             doubt = f"parity: not re-checked: {error}"
         else:
             outcomes = _rechecked(folder, eager, data, device, engine)
+            by = {one.artefact.parity.device for one in outcomes.values() if one.artefact and one.artefact.parity}
+            if engine is not None and not json:
+                common.say(f"parity measured by {', '.join(sorted(by))}")
     _print_bundle(folder, manifest, outcomes, doubt, json)
     failed = [name for name, outcome in outcomes.items() if not outcome.ok and outcome.status != HASHES_OK]
     if failed:
