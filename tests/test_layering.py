@@ -21,7 +21,7 @@ FLOORS = (
     ("stages.scorers", "detection"),
     ("tuning.recipe",),
     ("bundle", "checkpoints.defaults"),
-    ("engines", "engines.onnx_file", "engines.cores", "masks"),
+    ("engines", "engines.onnx_file", "engines.cores", "engines.instructions", "engines.plugins", "masks"),
     ("engines.start", "engines.onnxruntime", "engines.tiled"),
     ("detector",),
     ("line.outcome", "line.monitor_evidence"),
@@ -47,6 +47,9 @@ FLOORS = (
     ("engines.device", "engines.precision", "engines.memory", "engines.timing"),
     ("engines.attention", "engines.products", "engines.flight"),
     ("engines.eager", "engines.cudagraph", "engines.inductor", "engines.tensorrt"),
+    # These need OpenVINO, not torch: `tests/test_openvino.py` runs them without.
+    ("engines.openvino",),
+    ("engines.openvino_int8",),
     ("checkpoints.reading",),
     ("checkpoints.fill", "checkpoints.foreign", "checkpoints.backbones"),
     ("checkpoints.own",),
