@@ -8,10 +8,11 @@ GPU_ENV = build/gpu
 JOBS   ?= 2
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test quick slow fuzz lint wheel-test docs release gpu-check clean
+.PHONY: help demo line-demo test quick slow fuzz lint wheel-test docs release gpu-check clean
 
 help:
 	@echo "make demo        install, then the main job on real photos; writes demo-output/report.html"
+	@echo "make line-demo   a whole line on this computer for a minute: cameras, broker, OPC UA, outcomes (docs/line.md)"
 	@echo "make test        install, then all tests (GPU tests are reported as skipped without a GPU)"
 	@echo "make quick       the tests that take less than a minute together"
 	@echo "make slow        the tests that take minutes and up to 24 GiB: models above 2 GB"
@@ -37,6 +38,13 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m flowad_fast.benchmarks.demo
+
+$(VENV)/line.stamp: $(VENV)/demo.stamp
+	$(PIP) --editable ".[demo,line]"
+	@touch $@
+
+line-demo: $(VENV)/line.stamp
+	$(BIN)/python -m flowad_fast.benchmarks.demo.line_demo $(ARGS)
 
 # One thread per process: two processes of one thread do more than one of two.
 test: $(VENV)/dev.stamp
@@ -92,4 +100,4 @@ gpu-check:
 	$(GPU_ENV)/bin/python -m flowad_fast.benchmarks.gpu_check $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-output line-demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache

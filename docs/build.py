@@ -6,6 +6,7 @@ the same pages.
 
 import argparse
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pdoc.render
@@ -29,7 +30,9 @@ def build(folder: Path) -> None:
         setattr(flowad_fast, name, getattr(flowad_fast, name))
     shutil.rmtree(folder, ignore_errors=True)
     pdoc.render.configure(docformat="google", footer_text=f"flowad-fast {flowad_fast.__version__}", search=False)
-    pdoc.pdoc(*MODULES, output_directory=folder)
+    # OpenVINO's engines are documented where it is installed.
+    left_out = () if find_spec("openvino") else ("!flowad_fast.engines.openvino", "!flowad_fast.engines.openvino_int8")
+    pdoc.pdoc(*MODULES, *left_out, output_directory=folder)
 
 
 if __name__ == "__main__":

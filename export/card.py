@@ -67,6 +67,9 @@ def model_card(manifest: Manifest) -> str:
     ]
     for name, a in manifest.artefacts.items():
         lines.append(f"| {name} | {a.engine} | {a.precision} | {' | '.join(_certificate(a))} |")
+    notes = [f"- {name}: {a.details['note']}." for name, a in manifest.artefacts.items() if "note" in a.details]
+    if notes:
+        lines += ["", *notes]
     if manifest.location is not None:
         lines += ["", "## Location statistics", "", *(f"- {line.strip()}" for line in in_words(manifest.location))]
     if manifest.model.student is not None:

@@ -21,6 +21,7 @@ from flowad_fast.cli import common
 from flowad_fast.cli.authors import choose
 from flowad_fast.cli.scorer_options import with_scorer_options
 from flowad_fast.config import Precision, Weights
+from flowad_fast.engines import backend
 from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
 from flowad_fast.export.calibration import parse_severity, recalibrate
 from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
@@ -81,7 +82,7 @@ LocationParts = Annotated[
         help="Good parts for location statistics, none of them among those of the threshold. [default: half of those]"
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:N.")]
+Device = Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:N, or what --engine has.")]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
 
 
@@ -243,7 +244,15 @@ def show(path: Bundle, json: Json = False) -> None:
 
 
 def verify(
-    path: Bundle, data: Data = None, device: Device = "auto", threads: common.Threads = None, json: Json = False
+    path: Bundle,
+    data: Data = None,
+    device: Device = "auto",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="By this engine, of what it reads, for example openvino. [default: each format's own]"),
+    ] = None,
+    threads: common.Threads = None,
+    json: Json = False,
 ) -> None:
     """Check a bundle again on this machine: its files' hashes, and the parity of its artefacts.
 
@@ -252,24 +261,30 @@ def verify(
 
     Example: `flowad-export verify bundles/demo-inversion`.
     """
+    if engine is not None:
+        backend(engine)
+    asked = "--data" if data is not None else "--engine" if engine is not None else None
     folder, manifest = bundle.read(path)
     outcomes, doubt = _hashed(folder, manifest), ""
     eager = manifest.artefacts.get("eager")
     if eager is None:
-        if data is not None:
+        if asked is not None:
             raise ConfigError(
-                f"{folder}: re-checking parity needs the model, which the format eager holds; omit --data"
+                f"{folder}: re-checking parity needs the model, which the format eager holds; omit {asked}"
             )
         doubt = "parity: not re-checked, since the bundle has no format eager, which holds the model"
     else:
         try:
             require("model", *MODEL, by="re-checking parity")
         except MissingExtraError as error:
-            if data is not None:
+            if asked is not None:
                 raise
             doubt = f"parity: not re-checked: {error}"
         else:
-            outcomes = _rechecked(folder, eager, data, device)
+            outcomes = _rechecked(folder, eager, data, device, engine)
+            by = {one.artefact.parity.device for one in outcomes.values() if one.artefact and one.artefact.parity}
+            if engine is not None and not json:
+                common.say(f"parity measured by {', '.join(sorted(by))}")
     _print_bundle(folder, manifest, outcomes, doubt, json)
     failed = [name for name, outcome in outcomes.items() if not outcome.ok and outcome.status != HASHES_OK]
     if failed:
@@ -443,7 +458,7 @@ def _hashed(folder: Path, manifest: Manifest) -> dict[str, Outcome]:
     }
 
 
-def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str) -> dict[str, Outcome]:
+def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str, engine: str | None) -> dict[str, Outcome]:
     from flowad_fast.checkpoints.load import load_checkpoint
 
     with common.err.status("verifying"):
@@ -451,7 +466,7 @@ def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str) -> 
         frames = parity_frames(data)
         for line in frames.left_out:
             common.note(line)
-        return check_bundle(folder, model, frames, device)
+        return check_bundle(folder, model, frames, device, engine)
 
 
 def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome], doubt: str, json: bool) -> None:
@@ -510,6 +525,9 @@ def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
 
 
 def _print_reasons(outcomes: dict[str, Outcome]) -> None:
+    for name, outcome in outcomes.items():
+        if outcome.artefact is not None and "note" in outcome.artefact.details:
+            common.say(f"{name}: {outcome.artefact.details['note']}")
     for name, outcome in outcomes.items():
         if outcome.reason:
             common.say(f"{name}: {outcome}")

@@ -20,6 +20,7 @@ from flowad_fast import bundle
 from flowad_fast.bundle import Artefact, Manifest
 from flowad_fast.config import Precision, Tiling
 from flowad_fast.detector import Detector
+from flowad_fast.engines import backend
 from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import CalibrationError, ConfigError, EngineUnavailableError, FlowADError
 from flowad_fast.export.calibration import check_good, fit
@@ -34,6 +35,7 @@ from flowad_fast.export.location import (
     in_words,
     refuse_overlap,
 )
+from flowad_fast.export.ranges import ranges_of
 from flowad_fast.export.verify import (
     FAILED,
     NOT_AVAILABLE,
@@ -138,7 +140,7 @@ class Export:
             artefact = Artefact(
                 engine=FORMATS[name].engine,
                 files={file: sha256(folder / file) for file in built.files},
-                precision=self.request.precision,
+                precision=FORMATS[name].quantises or self.request.precision,
                 versions=built.versions,
                 build_seconds=round(time.perf_counter() - start, 2),
                 details=dict(built.details),
@@ -269,12 +271,14 @@ def export_bundle(
     size, tiler = frame_size, _tiler(model, tiling, mask, frame_size, aggregate, location is not None)
     if tiler is not None:
         given, size = parity_tiles(given, tiler), (tiler.size, tiler.size)
-    ranges = (given.frames, class_indices(model, given))
+    seen = (given.frames, class_indices(model, given))
     built_for = str(torch_device(device))
-    request = Request(model, scorer, aggregate, size, opset, precision, batch, built_for, workspace, ranges)
+    request = Request(model, scorer, aggregate, size, opset, precision, batch, built_for, workspace, seen)
     if good is not None:
         say(f"good parts: checking {len(good)} frames")
         check_good(good, alpha, aggregate)
+    if any(FORMATS[name].quantises for name in formats if name in FORMATS):
+        request = replace(request, ranges=ranges_of(model, given, good, tiler))
     statistics = None
     if location is not None:
         check_located(aggregate)
@@ -317,11 +321,16 @@ def export_bundle(
         return export.conclude(target, good, alpha)
 
 
-def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, device: str = "cpu") -> dict[str, Outcome]:
+def check_bundle(
+    path: str | Path, model: "FlowModel", frames: ParityFrames, device: str = "cpu", engine: str | None = None
+) -> dict[str, Outcome]:
     """Check a bundle's hashes and its parity on `frames` again, on this machine.
+
+    With an engine, by that one, and only of the artefacts that it reads; otherwise each by its format's own.
 
     Raises:
         BundleError: an altered bundle.
+        EngineUnavailableError: no such engine, the bundle has nothing for it, or it cannot run here.
         ConfigError: frames of another size than the bundle's.
     """
     folder, manifest = bundle.read(path)
@@ -330,11 +339,14 @@ def check_bundle(path: str | Path, model: "FlowModel", frames: ParityFrames, dev
         image = manifest.model.image
         frames = parity_tiles(frames, Tiler(manifest.tiling, image.size, read_mask(folder, manifest), image.mean))
     table = None if manifest.location is None else bundle.location_table(folder, manifest)
+    asked = manifest.artefacts
+    if engine is not None:
+        asked = {name: one for name, one in asked.items() if one.engine == backend(engine).artefact}
+        if not asked:
+            has = ", ".join(manifest.artefacts)
+            raise EngineUnavailableError(f"{folder}: nothing for the engine {engine} (it has: {has}); export it again")
     reference = Reference.of(model, manifest.scorer, manifest.aggregate, frames, table)
-    return {
-        name: reference.measure(name, artefact, folder, manifest, device)
-        for name, artefact in manifest.artefacts.items()
-    }
+    return {name: reference.measure(name, one, folder, manifest, device, engine) for name, one in asked.items()}
 
 
 def _tiler(

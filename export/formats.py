@@ -8,7 +8,7 @@ import importlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,15 @@ From 23 on attention is one operator, which TensorRT-RTX builds only where it ha
 
 
 @dataclass(frozen=True)
+class Ranges:
+    """Good frames uint8 (n, H, W, 3) with class indices (n,) or None that int8 takes its ranges from, and whose."""
+
+    frames: np.ndarray
+    y: np.ndarray | None
+    source: str
+
+
+@dataclass(frozen=True)
 class Request:
     """What is exported: a model with a scorer, for frames of one size or (None) of any.
 
@@ -54,6 +63,7 @@ class Request:
     device: str = "cpu"
     workspace: int | None = None
     frames: tuple[np.ndarray, np.ndarray | None] | None = None
+    ranges: Ranges | None = None
     location: np.ndarray | None = None
     """Location statistics (classes, 2, h, w): an input of the graph, or, where a format's clients cannot give them,
     constants in it."""
@@ -85,6 +95,7 @@ class Format:
         engine: what `flowad_fast.load` calls the engine that opens it.
         precisions: what it can write.
         auto: whether `--format auto` includes it.
+        quantises: what its artefacts are certified in where that is no precision that can be asked for.
         tiles: whether it can be used for frames that are cut into tiles, which is done around the engine.
     """
 
@@ -93,6 +104,7 @@ class Format:
     engine: EngineName
     precisions: tuple[Precision, ...] = ("fp32",)
     auto: bool = False
+    quantises: Literal["int8"] | None = None
     tiles: bool = True
 
     def write(self, request: Request, folder: Path) -> Built:
@@ -126,6 +138,12 @@ FORMATS: dict[str, Format] = {
         "tensorrt_engine:write_rtx",
         "tensorrt-rtx",
         _GRAPH,
+    ),
+    "openvino-int8": Format(
+        "graph quantised to int8 for OpenVINO on CPUs with VNNI or AMX, ranges from good parts",
+        "openvino_int8:write",
+        "openvino-int8",
+        quantises="int8",
     ),
     "aoti": Format(
         "AOTInductor package: machine code, for Python and C++",

@@ -21,6 +21,8 @@ from flowad_fast.stages.tiling import Tiler
 DEMO = "demo"
 """One of the names that stand for solar cells of ELPV wherever a folder of frames is expected, see `shipped.PHOTOS`."""
 PARITY_FRAMES = 16
+RANGE_FRAMES = 64
+"""Good parts that quantised graphs take their ranges from."""
 PARITY_BYTES = 512 * 2**20
 """Of parity frames: large photos are fewer, at least two of each label."""
 
@@ -66,6 +68,23 @@ class GoodParts:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+
+def spread(good: GoodParts, count: int = RANGE_FRAMES) -> ParityFrames:
+    """`count` good parts of one size, spread evenly over the classes; fewer of large photos, see `PARITY_BYTES`.
+
+    Raises:
+        FrameError: one of them cannot be read.
+    """
+    first = good.frames[0]
+    count = max(1, min(count, PARITY_BYTES // first.nbytes))
+    by_class = [[i for i, name in enumerate(good.classes) if name == one] for one in dict.fromkeys(good.classes)]
+    turns = itertools.zip_longest(*(_spread(places, -(-count // len(by_class))) for places in by_class))
+    chosen = [i for turn in turns for i in turn if i is not None][:count]
+    same = [(i, frame) for i in chosen if (frame := good.frames[i]).shape == first.shape]
+    names = tuple(good.classes[i] for i, _ in same)
+    source = f"{len(same)} of {len(good)} good parts"
+    return ParityFrames(np.stack([frame for _, frame in same]), source, None, names if any(names) else None)
 
 
 def parity_frames(source: str | Path | None, count: int = PARITY_FRAMES) -> ParityFrames:

@@ -22,7 +22,7 @@ import filelock
 import numpy as np
 from pydantic import Field, model_validator
 
-from flowad_fast.config import Frozen, ModelConfig, Precision, Tiling, parse, read_mapping
+from flowad_fast.config import Certified, Frozen, ModelConfig, Tiling, parse, read_mapping
 from flowad_fast.errors import BundleError
 from flowad_fast.files import replacing, sha256
 from flowad_fast.stages.decision import Aggregate, Calibration
@@ -37,7 +37,7 @@ LOCATION = "location"
 """The input of an exported graph that takes location statistics."""
 CONSTANT_LOCATION = "constant_location"
 """Detail of an artefact whose graph holds the location statistics, which cannot be fitted anew without an export."""
-EngineName = Literal["eager", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"]
+EngineName = Literal["eager", "onnxruntime", "openvino-int8", "tensorrt", "tensorrt-rtx", "inductor"]
 
 
 class Parity(Frozen):
@@ -68,7 +68,7 @@ class Artefact(Frozen):
     engine: EngineName
     files: dict[str, str]
     """File name to SHA-256; the first is the one that the engine opens."""
-    precision: Precision = "fp32"
+    precision: Certified = "fp32"
     versions: dict[str, str] = {}
     build_seconds: float | None = None
     parity: Parity | None = None

@@ -41,6 +41,8 @@ TRANSFORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "default": ((0.5,) * 3,
 
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+Certified = Literal[Precision, "int8"]
+"""What an artefact is certified in: a precision, or int8, which graphs have that a format quantises."""
 """Arithmetic of the velocity field's matrix products; state, statistics and accumulation are float32 in all of them.
 
 What each is made of: `stages.arithmetic.NUMBERS`."""

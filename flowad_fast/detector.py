@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -201,8 +201,10 @@ class Detector:
         """What the engine measured and chose on this machine, as JSON values; {} where it has nothing to choose.
 
         `attention` and its `attention_ms` by backend, with eager also `attention_errors`, relative to the plain one.
-        With cudagraph `attentions`, by batch size what was `chosen`, and `ms` and `error` of every backend; and
-        `products`, by batch size and by part of a block what was `chosen`, and `us` (microseconds) of every candidate.
+        With openvino `device` (its full name), `execution_devices`, `precision`, `mode`, `threads`, `streams`, and
+        `nodes` of the compiled graph by precision. With cudagraph `attentions`, by batch size what was `chosen`, and
+        `ms` and `error` of every backend; and `products`, by batch size and by part of a block what was `chosen`, and
+        `us` (microseconds) of every candidate.
         """
         return {} if self._engine is None else dict(self._engine.details)
 
@@ -347,6 +349,7 @@ def load(
     ops: str | None = None,
     reject_repeats: bool = False,
     threads: int | None = None,
+    mode: Literal["latency", "throughput"] | None = None,
 ) -> Detector:
     """A detector from an exported bundle, after verifying its files' hashes.
 
@@ -355,7 +358,8 @@ def load(
         engine: a name in `engines.ENGINES`, or `auto`: on a GPU the captured CUDA graph with fused operators, on a CPU
             ONNX Runtime, as far as the bundle has what they run (`engines.start.AUTO`). What runs, and with which
             precision and operators, is in `Detector.engine`.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; of `openvino`: `auto`, `cpu`, `gpu`, `npu`, also with `:N`; of
+            `onnxruntime` also its other providers, such as `dml` and `nv-tensorrt-rtx`.
         precision: of engines that start from the bundle's weights; None is what the artefact was certified for.
         ops: operators of engines that start from the bundle's weights, see `Detector.from_model`.
         reject_repeats: call a frame that equals the one before pixel by pixel invalid, whoever calls: for a detector
@@ -363,10 +367,12 @@ def load(
         threads: CPU threads that one call may use, for engines that run on the CPU. None is what OMP_NUM_THREADS says,
             otherwise the cores that the process or its container may use. The torch engines set torch's number, which
             belongs to the process.
+        mode: of the engine `openvino`: `latency` (its default), or `throughput` for batches and many threads.
 
     Raises:
         BundleError: no bundle, another version, or an altered file.
         EngineUnavailableError: the engine is not in the bundle or cannot run here; says what to install.
+        ParityError: a quantised graph gives other results on this CPU than where it was certified.
 
     Example:
         `bundle` is the folder of an exported and calibrated bundle, as `make demo` leaves one.
@@ -386,7 +392,7 @@ def load(
             f"{folder}: the bundle has nothing for the engine {engine} "
             f"(it has: {', '.join(sorted(has)) or 'nothing'}); export it again with that --format"
         )
-    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops, threads=threads)
+    running = start_engine(folder, manifest, engine, device, precision=precision, ops=ops, threads=threads, mode=mode)
     if bundles.read(folder, verify=False)[1] != manifest:  # its thresholds are not those of the engine that was started
         raise BundleError(f"{folder}: the bundle was replaced while it was being loaded; load it again")
     mask = read_mask(folder, manifest)

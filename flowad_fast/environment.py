@@ -8,10 +8,14 @@ import ctypes
 import getpass
 import os
 import stat
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-SILENT = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
-"""Variables that stop libraries from reporting on their use: ONNX Runtime, huggingface_hub. "0" lets them again."""
+SILENT = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "NNCF_CI")
+"""Variables that stop libraries from reporting on their use: ONNX Runtime, huggingface_hub, NNCF. "0" lets the first
+two again, the third where the variable is deleted. For OpenVINO, which has none, see `without`."""
 HOME_FOLDERS = {
     "MPLCONFIGDIR": ("~/.config/matplotlib", "matplotlib"),
     "TRITON_CACHE_DIR": ("~/.triton/cache", "triton"),
@@ -31,6 +35,23 @@ def settle() -> None:
             private = private_folder()
             if private is not None:
                 os.environ[name] = os.path.join(private, elsewhere)
+
+
+@contextmanager
+def without(package: str) -> Iterator[None]:
+    """Let imports inside find no `package`, unless it was imported before.
+
+    OpenVINO reports its own import to Google Analytics through openvino_telemetry, from a process that it forks, and
+    has no variable against it; without that package it reports nothing. Who wants it to imports it before.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def private_folder() -> str | None:

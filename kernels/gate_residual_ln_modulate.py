@@ -21,6 +21,7 @@ from flowad_fast.kernels.launch import (
     modulation,
     normalise_row,
     normalise_tangent,
+    rows_together,
     runs_triton,
     store_row,
     warps,
@@ -58,29 +59,33 @@ def _kernel(
     N,
     D: tl.constexpr,
     K: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
-    b, n = row // N, row % N
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = tl.num_programs(0) * ROWS
+    b = first // N
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     gate = load_row(gate_ptr + b * gate_b, cols, mask)
-    x = load_row(x_ptr + b * x_b + n * x_n, cols, mask) + gate * load_row(o_ptr + b * o_b + n * o_n, cols, mask)
-    stored = x.to(x_out_ptr.dtype.element_ty)
-    tl.store(x_out_ptr + row * D + cols, stored, mask=mask)
-    y, r = normalise_row(stored.to(tl.float32), mask, D)
     gain = 1.0 + load_row(scale_ptr + b * scale_b, cols, mask)
     shift = load_row(shift_ptr + b * shift_b, cols, mask)
-    store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
-    if dx_ptr is not None:
-        for k in range(K):
-            dx = load_row(dx_ptr + tl.cast(k, tl.int64) * dx_k + b * dx_b + n * dx_n, cols, mask)
-            dx += gate * load_row(do_ptr + tl.cast(k, tl.int64) * do_k + b * do_b + n * do_n, cols, mask)
-            dstored = dx.to(dx_out_ptr.dtype.element_ty)
-            tl.store(dx_out_ptr + (tl.cast(k, tl.int64) * rows + row) * D + cols, dstored, mask=mask)
-            dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
-            store_row(dy_ptr, dy_scale_ptr, tl.cast(k, tl.int64) * rows + row, dy, cols, mask, D)
+    for i in range(ROWS):
+        row = first + i
+        n = row % N
+        x = load_row(x_ptr + b * x_b + n * x_n, cols, mask) + gate * load_row(o_ptr + b * o_b + n * o_n, cols, mask)
+        stored = x.to(x_out_ptr.dtype.element_ty)
+        tl.store(x_out_ptr + row * D + cols, stored, mask=mask)
+        y, r = normalise_row(stored.to(tl.float32), mask, D)
+        store_row(y_ptr, y_scale_ptr, row, y * gain + shift, cols, mask, D)
+        if dx_ptr is not None:
+            for k in range(K):
+                dx = load_row(dx_ptr + tl.cast(k, tl.int64) * dx_k + b * dx_b + n * dx_n, cols, mask)
+                dx += gate * load_row(do_ptr + tl.cast(k, tl.int64) * do_k + b * do_b + n * do_n, cols, mask)
+                dstored = dx.to(dx_out_ptr.dtype.element_ty)
+                tl.store(dx_out_ptr + (tl.cast(k, tl.int64) * rows + row) * D + cols, dstored, mask=mask)
+                dy = normalise_tangent(dstored.to(tl.float32), y, r, D) * gain
+                store_row(dy_ptr, dy_scale_ptr, tl.cast(k, tl.int64) * rows + row, dy, cols, mask, D)
 
 
 def _launch(
@@ -109,7 +114,8 @@ def _launch(
         check_tangents(x, dx)
         tangents = dx.shape[0]
     block = triton.next_power_of_2(width)
-    wrap_triton(_kernel)[(batch * tokens,)](
+    together = rows_together(batch, tokens)
+    wrap_triton(_kernel)[(batch * tokens // together,)](
         x,
         dx,
         o,
@@ -133,6 +139,7 @@ def _launch(
         tokens,
         D=width,
         K=tangents,
+        ROWS=together,
         BLOCK=block,
         num_warps=warps(block),
     )

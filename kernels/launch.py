@@ -16,6 +16,9 @@ from flowad_fast.kernels import reference
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that kernels read and write; float8_e4m3fn is only written."""
 
+MANY_ROWS = 4096
+"""From so many on a GPU is full with a quarter of the programs."""
+
 _FP8_MAX = tl.constexpr(reference.FP8_MAX)
 _FP8_TINY = tl.constexpr(reference.FP8_TINY)
 _LN_EPS = tl.constexpr(reference.LN_EPS)
@@ -29,6 +32,14 @@ def runs_triton(x: Tensor) -> bool:
 def warps(block: int) -> int:
     """Warps of a program that holds `block` values in registers: 16 values per thread, 1 to 16 warps."""
     return min(max(block // 512, 1), 16)
+
+
+def rows_together(batch: int, tokens: int) -> int:
+    """Rows of one image that a program takes in turn, so that their modulations are read once.
+
+    They are as large as the rows; but few rows are better spread over all multiprocessors.
+    """
+    return 4 if tokens % 4 == 0 and batch * tokens >= MANY_ROWS else 1
 
 
 def check_floats(*tensors: Tensor | None) -> None:

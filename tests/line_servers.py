@@ -3,14 +3,17 @@
 import os
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from filelock import FileLock
 
 from flowad_fast.line.event import Action, Record
 from flowad_fast.line.outcome import NoResult
@@ -43,6 +46,13 @@ def missing(package: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@contextmanager
+def only_camera() -> Iterator[None]:
+    """Wait until no other test has Aravis' fake camera: its protocol has one fixed port."""
+    with FileLock(Path(tempfile.gettempdir()) / "flowad-fake-camera.lock", timeout=120):
+        yield
 
 
 def until(holds: Callable[[], object], limit: float = 10) -> None:

@@ -42,7 +42,7 @@ from flowad_fast.stages.scorers import SCORERS, Inversion
 EFFORT = Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
 ROW_KEYS = {
     "name", "preset", "mode", "scorer", "options", "engine", "ran", "details", "precision", "ops", "products",
-    "batch", "steps", "nfe", "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity",
+    "batch", "pieces", "steps", "nfe", "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity",
     "density", "latency_ms", "device_time_ms", "fps", "stability", "memory_mb", "ratio_to_reference",
     "load_s", "export_s", "start_s", "compile_s", "first_call_s", "roof", "prediction", "rung", "rung_name", "method",
 }  # fmt: skip
@@ -371,8 +371,10 @@ def test_the_backbone_alone_is_timed_by_layout_and_stays_as_it_is():
     model = random_model(PRESETS["tiny"].spec, torch.device("cpu"))
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     found = roofs.backbone(model, [1, 2], torch.device("cpu"), 0.01)
-    assert [(one.layout, one.dtype, one.batch) for one in found] == [
-        ("NHWC", "fp32", 1), ("NHWC", "fp32", 2), ("NCHW", "fp32", 1), ("NCHW", "fp32", 2),
+    assert [(one.operators, one.layout, one.dtype, one.batch) for one in found] == [
+        ("torch", "NHWC", "fp32", 1), ("torch", "NHWC", "fp32", 2),
+        ("torch", "NCHW", "fp32", 1), ("torch", "NCHW", "fp32", 2),
+        ("fused", "NHWC", "fp16", 1), ("fused", "NHWC", "fp16", 2),
     ]  # fmt: skip
     assert all(one.ms > 0 for one in found)
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())

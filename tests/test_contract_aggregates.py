@@ -84,7 +84,7 @@ def test_the_pipeline_and_the_captured_graph_give_that_score(aggregate: Aggregat
         maps, raw = pipeline(frames)
         cells = pipeline.cells(frames)
     torch.testing.assert_close(raw, image_score(maps, aggregate, cells), rtol=1e-4, atol=1e-4)
-    assert Buffers.make(pipeline, 2, 64, 64, torch.device("cpu")).scores.shape == raw.shape
+    assert Buffers.make(pipeline, 2, 64, 64, torch.device("cpu")).out.scores.shape == raw.shape
 
 
 @every

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import tiny_frames, tiny_model
 
-from flowad_fast.config import Backbone, Precision, grid_side
+from flowad_fast.config import Backbone, Certified, Precision, grid_side
 from flowad_fast.detector import Detector
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.export.formats import FORMATS
@@ -17,7 +17,8 @@ from flowad_fast.stages.scorers import SCORERS
 
 
 def test_every_precision_has_a_tolerance_and_a_format() -> None:
-    assert set(TOLERANCES) == set(get_args(Precision))
+    assert set(TOLERANCES) == set(get_args(Certified)) > set(get_args(Precision))
+    assert {one.quantises for one in FORMATS.values()} - {None} == set(get_args(Certified)) - set(get_args(Precision))
     assert {precision for one in FORMATS.values() for precision in one.precisions} == set(get_args(Precision))
 
 

@@ -36,7 +36,7 @@ def test_defaults_are_the_careful_ones(tmp_path: Path) -> None:
         (("deadline: 0.5", "deadline: 0"), ["deadline", "greater than 0"]),
         (("deadline: 0.5", "deadline: 0.5\ncapacty: 3"), ["capacty", "did you mean 'capacity'"]),
         (("rate: 20", "rate: -1"), ["sources.right.recorded.rate", "greater than 0", "-1"]),
-        (("kind: folder", "kind: camera"), ["sources.left", "'folder', 'recorded', 'video'"]),
+        (("kind: folder", "kind: camera"), ["sources.left", "'folder', 'gige', 'recorded', 'video'"]),
         (("left:", "../left:"), ["'../left'", "letters, digits"]),
         (("sinks:", "sinks:\n  - {kind: jsonl, path: b}"), ["two sinks named 'jsonl'", "name of its own"]),
         ((GOOD, "- a list"), ["expected fields"]),

@@ -148,7 +148,7 @@ def test_tables_of_another_version_are_refused(settings: DatabaseSettings) -> No
     with sink._connected().begin() as connection:
         connection.execute(sink._tables.schema.update().values(version=7))
     sink.close()
-    expected = "has tables of schema version 7, expected 1; give this line a database of its own"
+    expected = "has tables of schema version 7, expected 2; give this line a database of its own"
     with pytest.raises(ConfigError, match=expected):
         settings.check()
     with pytest.raises(ConfigError, match=expected):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flowad_fast.config import ModelConfig, Precision, VelocityConfig
-from flowad_fast.engines.onnxruntime import HEAVY, OnnxRuntimeEngine, check_external_data
+from flowad_fast.engines.onnx_file import check_external_data
+from flowad_fast.engines.onnxruntime import HEAVY, OnnxRuntimeEngine
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.export import onnx_fp8, onnx_graph
 from flowad_fast.export.formats import Request

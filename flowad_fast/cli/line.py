@@ -51,6 +51,7 @@ sources:
     # class_name: bottle  # for bundles with several products
   # camera2: {kind: recorded, folder: parts, rate: 10, rounds: null}
   # camera3: {kind: video, url: "rtsp://camera.local/stream", every: 5}
+  # camera4: {kind: gige, camera: 192.168.0.20, pixel_format: Mono8, trigger: hardware, line: Line0}
 
 # Where outcomes and alarms go. Those that promise delivery are given what they missed, in order, also after a restart.
 sinks:

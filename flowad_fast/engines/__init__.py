@@ -48,12 +48,14 @@ class Engine(ABC):
         device: what it runs on: `cpu`, `cuda:0`, ...
         on_tensors: whether it has `on_device`.
         takes_threads: whether it is started with a number of CPU threads, as `threads`.
+        modes: what `load(mode=…)` may be, the default first; none where there is nothing to choose.
     """
 
     name: str
     device: str
     on_tensors = False
     takes_threads = False
+    modes: tuple[str, ...] = ()
 
     @abstractmethod
     def run(self, frames: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -87,13 +89,15 @@ class Engine(ABC):
         )
 
     @classmethod
-    def from_artefact(cls, path: Path, artefact: "Artefact", device: str, threads: int | None = None) -> "Engine":
-        """Start on a bundle's artefact, whose first file is `path`.
+    def from_artefact(
+        cls, path: Path, artefact: "Artefact", device: str, threads: int | None = None, **mode: str
+    ) -> "Engine":
+        """Start on a bundle's artefact, whose first file is `path`; `mode` is one of `modes`, where there are some.
 
         Raises:
             EngineUnavailableError: it cannot run here, or takes no number of threads.
         """
-        return cls(path, artefact, device, **cls.with_threads(artefact.engine, threads))  # type: ignore[call-arg]
+        return cls(path, artefact, device, **cls.with_threads(artefact.engine, threads), **mode)  # type: ignore
 
     @classmethod
     def with_threads(cls, name: str, threads: int | None) -> dict[str, int]:
@@ -105,7 +109,7 @@ class Engine(ABC):
         if threads is None:
             return {}
         if not cls.takes_threads:
-            able = "one that runs on the CPU: onnxruntime, eager, compile, inductor"
+            able = "one that runs on the CPU: onnxruntime, openvino, eager, compile, inductor"
             raise EngineUnavailableError(
                 f"the engine {name} takes no number of threads (got {threads}); leave it out, or ask for {able}"
             )
@@ -165,6 +169,15 @@ ENGINES: dict[str, Backend] = {
     "cudagraph": Backend("one CUDA graph from frames to score", "cudagraph:CudaGraphEngine", "eager", "model"),
     "onnxruntime": Backend(
         "the exported ONNX graph in ONNX Runtime", "onnxruntime:OnnxRuntimeEngine", "onnxruntime", requires=""
+    ),
+    "openvino": Backend(
+        "the exported ONNX graph in OpenVINO", "openvino:OpenVinoEngine", "onnxruntime", requires="openvino"
+    ),
+    "openvino-int8": Backend(
+        "a graph quantised to int8 in OpenVINO",
+        "openvino_int8:OpenVinoInt8Engine",
+        "openvino-int8",
+        requires="openvino",
     ),
     "compile": Backend("torch.compile of the pipeline, in this process", "inductor:InductorEngine", "eager", "model"),
     "inductor": Backend("the package that AOTInductor has compiled", "inductor:AotInductorEngine", "inductor"),

@@ -6,13 +6,14 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowad_fast.bundle import LOCATION, Artefact
+from flowad_fast.config import Precision
 from flowad_fast.engines import Engine
 from flowad_fast.engines.cores import bind_torch
 from flowad_fast.engines.device import torch_device
@@ -95,7 +96,7 @@ class AotInductorEngine(Engine):
         built_for = str(artefact.details.get("device"))
         self._device = torch_device(built_for if device == "auto" else device)
         self.device = str(self._device)
-        self._precision = artefact.precision
+        self._precision = cast(Precision, artefact.precision)
         self._lock = threading.Lock()
         check_fit(path, artefact, self._device)
         index = self._device.index if self._device.index is not None else -1

@@ -4,7 +4,7 @@ An ONNX file is one protobuf message. `external_tensors` walks to every tensor t
 so that a graph is checked before a library that would follow its paths parses it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,37 @@ def external_tensors(path: Path) -> Iterator[ExternalTensor]:
         yield from _walk("model", memoryview(path.read_bytes()), 1)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: not an ONNX file: {error}; export the bundle again") from None
+
+
+def check_external_data(path: Path, files: Collection[str] | None = None) -> None:
+    """Refuse a graph whose external data is not a plain file beside it that holds all that the graph takes from it.
+
+    Args:
+        path: the ONNX file; only the graph is read.
+        files: names that are acceptable; None for any.
+
+    Raises:
+        BundleError: no ONNX file, an absolute path, `..`, a sub-folder, a link, an unlisted file, or past the end.
+    """
+    for tensor in external_tensors(path):
+        location, where = tensor.entries.get("location", ""), f"{path}: external data of {tensor.name!r}"
+        if not location or location in (".", "..") or any(c in location for c in "/\\:\0"):
+            raise BundleError(f"{where} is at {location!r}; expected the name of a file in the same folder")
+        data = path.parent / location
+        if data.is_symlink() or not data.is_file():
+            raise BundleError(f"{where}: {data} is missing, or a link; export the bundle again")
+        if files is not None and location not in files:
+            raise BundleError(f"{where} is in {location!r}, which the manifest does not list; export the bundle again")
+        offset, length = (_count(tensor.entries.get(key, "0"), where) for key in ("offset", "length"))
+        size = data.stat().st_size
+        if offset + length > size or (offset and offset >= size):
+            raise BundleError(f"{where}: bytes {offset} to {offset + length} of a file of {size} bytes; it is cut off")
+
+
+def _count(text: str, where: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise BundleError(f"{where}: {text!r} is no offset or length")
+    return int(text)
 
 
 def _walk(kind: str, data: memoryview, depth: int) -> Iterator[ExternalTensor]:

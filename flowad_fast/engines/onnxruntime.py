@@ -12,7 +12,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from flowad_fast.bundle import LOCATION, Artefact
 from flowad_fast.engines import Engine
 from flowad_fast.engines.cores import limit
-from flowad_fast.engines.onnx_file import external_tensors
+from flowad_fast.engines.onnx_file import check_external_data
+from flowad_fast.engines.plugins import PLUGINS, plugin_device
 from flowad_fast.environment import has_gpu_driver
 from flowad_fast.errors import BundleError, EngineUnavailableError, FrameError, nearest
 
@@ -57,7 +58,7 @@ class OnnxRuntimeEngine(Engine):
 
         Args:
             path: the ONNX file.
-            device: `auto`, or a key of `PROVIDERS`, with `:N` for the N-th device.
+            device: `auto`, or a key of `PROVIDERS` or `PLUGINS`, with `:N` for the N-th device.
             threads: CPU threads inside an operator, None for what `cores.limit` says.
             files: names that external data may have (those of the manifest, whose hashes were checked); None for any
                 in the graph's folder.
@@ -73,10 +74,10 @@ class OnnxRuntimeEngine(Engine):
         available = onnxruntime.get_available_providers()
         if kind == "auto":
             kind = "cuda" if has_cuda() and has_gpu_driver() else "cpu"
-        if kind not in PROVIDERS:
-            raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, 'auto'))}")
-        provider = PROVIDERS[kind]
-        if provider not in available:
+        if kind not in PROVIDERS and kind not in PLUGINS:
+            raise EngineUnavailableError(f"unknown device {device!r}; {nearest(kind, (*PROVIDERS, *PLUGINS, 'auto'))}")
+        provider = PLUGINS[kind].provider if kind in PLUGINS else PROVIDERS[kind]
+        if kind in PROVIDERS and provider not in available:
             raise EngineUnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} has no provider for device {device!r} "
                 f"(it has {', '.join(available)}); install onnxruntime-gpu, or ask for device='cpu'"
@@ -86,8 +87,13 @@ class OnnxRuntimeEngine(Engine):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
+        chain = None
+        if kind in PLUGINS:
+            options.add_provider_for_devices([plugin_device(kind, index)], {})
+        else:
+            chain = _chain(kind, index)
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=_chain(kind, index))
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=chain)
         except errors.NotImplemented as error:
             raise EngineUnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on {kind}: {_line(error)}; "
@@ -107,7 +113,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _check_placement(self, provider: str, kind: str) -> None:
         """Refuse a session that would run the expensive operators somewhere else than asked."""
-        allowed = {name for name, _ in _chain(kind, "")}
+        allowed = {provider} if kind in PLUGINS else {name for name, _ in _chain(kind, "")}
         if not hasattr(self.session, "get_provider_graph_assignment_info"):  # older releases cannot say
             return
         for part in self.session.get_provider_graph_assignment_info():
@@ -120,7 +126,7 @@ class OnnxRuntimeEngine(Engine):
 
     @classmethod
     def from_artefact(
-        cls, path: Path, artefact: Artefact, device: str = "auto", threads: int | None = None
+        cls, path: Path, artefact: Artefact, device: str = "auto", threads: int | None = None, **mode: str
     ) -> "OnnxRuntimeEngine":
         """See `Engine`; external data may lie in the artefact's own files only."""
         return cls(path, device, threads, artefact.files)
@@ -177,37 +183,6 @@ class OnnxRuntimeEngine(Engine):
 def has_cuda() -> bool:
     """Whether this ONNX Runtime was built for CUDA."""
     return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-
-
-def check_external_data(path: Path, files: Collection[str] | None = None) -> None:
-    """Refuse a graph whose external data is not a plain file beside it that holds all that the graph takes from it.
-
-    Args:
-        path: the ONNX file; only the graph is read.
-        files: names that are acceptable; None for any.
-
-    Raises:
-        BundleError: no ONNX file, an absolute path, `..`, a sub-folder, a link, an unlisted file, or past the end.
-    """
-    for tensor in external_tensors(path):
-        location, where = tensor.entries.get("location", ""), f"{path}: external data of {tensor.name!r}"
-        if not location or location in (".", "..") or any(c in location for c in "/\\:\0"):
-            raise BundleError(f"{where} is at {location!r}; expected the name of a file in the same folder")
-        data = path.parent / location
-        if data.is_symlink() or not data.is_file():
-            raise BundleError(f"{where}: {data} is missing, or a link; export the bundle again")
-        if files is not None and location not in files:
-            raise BundleError(f"{where} is in {location!r}, which the manifest does not list; export the bundle again")
-        offset, length = (_count(tensor.entries.get(key, "0"), where) for key in ("offset", "length"))
-        size = data.stat().st_size
-        if offset + length > size or (offset and offset >= size):
-            raise BundleError(f"{where}: bytes {offset} to {offset + length} of a file of {size} bytes; it is cut off")
-
-
-def _count(text: str, where: str) -> int:
-    if not text.isdecimal() or len(text) > 18:
-        raise BundleError(f"{where}: {text!r} is no offset or length")
-    return int(text)
 
 
 def _chain(kind: str, index: str) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from collections.abc import Set
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -95,6 +95,7 @@ def start_engine(
     ops: str | None = None,
     threads: int | None = None,
     location: np.ndarray | None = None,
+    mode: str | None = None,
 ) -> Engine:
     """Start an engine on one of a bundle's artefacts; the files' hashes have been checked by `bundle.read`.
 
@@ -102,20 +103,27 @@ def start_engine(
         folder: the bundle's folder.
         manifest: its manifest.
         engine: a name in `ENGINES`.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: see `flowad_fast.load`.
         artefact: which one, when several are for the same engine; None takes the first.
         precision: see `flowad_fast.load`.
         ops: see `flowad_fast.load`.
         threads: see `flowad_fast.load`.
         location: location statistics in place of the bundle's, where it has some.
+        mode: see `flowad_fast.load`.
 
     Raises:
-        EngineUnavailableError: the engine cannot run here, or a precision that the artefact was not built for.
+        EngineUnavailableError: the engine cannot run here, a mode that it does not have, or a precision that the
+            artefact was not built for.
     """
     chosen = backend(engine)
     if artefact is None:
         artefact = next(a for a in manifest.artefacts.values() if a.engine == chosen.artefact)
     path = folder / next(iter(artefact.files))
+    if mode is not None and mode not in (modes := chosen.engine().modes):
+        raise EngineUnavailableError(
+            f"the engine {engine} has no mode {mode!r}; "
+            + (nearest(mode, modes) if modes else "leave it out, or ask for engine='openvino'")
+        )
     if chosen.starts_from == "artefact":
         if precision not in (None, artefact.precision):
             raise EngineUnavailableError(
@@ -124,7 +132,7 @@ def start_engine(
             )
         if ops is not None:
             raise EngineUnavailableError(f"{path}: the engine {engine} has its operators fixed; leave ops={ops!r} out")
-        started = chosen.engine().from_artefact(path, artefact, device, threads)
+        started = chosen.engine().from_artefact(path, artefact, device, threads, **({"mode": mode} if mode else {}))
         if manifest.location is not None and CONSTANT_LOCATION not in artefact.details:
             started.locate(location_table(folder, manifest) if location is None else location)
         return started
@@ -139,7 +147,7 @@ def start_engine(
         model,
         manifest.scorer,
         manifest.aggregate,
-        arithmetic(engine, precision or artefact.precision, ops),
+        arithmetic(engine, precision or cast(Precision, artefact.precision), ops),
         located=manifest.location is not None,
     )
     if manifest.location is not None:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from flowad_fast.line.event import Alarm
@@ -16,6 +16,7 @@ class Acquisition(threading.Thread):
 
     Attributes:
         trouble: what the source raised last, "" while it works.
+        counters: those that came with its last part.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Acquisition(threading.Thread):
         self._camera, self._source, self._pauses = camera, source, pauses
         self._stopping, self._arrive, self._tell, self._ended = stopping, arrive, tell, ended
         self.trouble = ""
+        self.counters: Mapping[str, int] = {}
 
     def run(self) -> None:
         """See the class."""
@@ -71,6 +73,7 @@ class Acquisition(threading.Thread):
             if shot is not None:
                 pause = self._pauses[0]
                 self._lost("")
+                self.counters = shot.counters
                 self._arrive(self._camera, shot)
 
     def _lost(self, trouble: str) -> None:

@@ -34,6 +34,7 @@ class Record:
         regions: where the defects are.
         frame, heat: the picture (H, W, 3) uint8 and the map (S, S), where there are any; only the picture store and the
             page look at them.
+        stamp: the camera's own time, nanoseconds since whatever it counts from; None where it gives none.
     """
 
     part: str
@@ -50,6 +51,7 @@ class Record:
     regions: tuple[Region, ...] = ()
     frame: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     heat: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    stamp: int | None = None
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Health:
         histogram: records by latency, one more than `BUCKETS`, and `total`, the sum of all latencies in seconds.
         waiting: parts that wait to be judged.
         sources: by camera, "" while it works, else its trouble.
+        transport: by camera, what its connection has counted since it was made, such as missing packets.
         sinks: by name.
         last: the newest records, oldest first.
         alarms: the newest alarms, oldest first.
@@ -70,6 +71,7 @@ class Health:
     histogram: tuple[int, ...] = field(repr=False, default=())
     total: float = 0.0
     waiting: int = 0
+    transport: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Counts:
@@ -111,6 +113,7 @@ class Counts:
         scoring: Scoring,
         policy: Policy,
         sources: Mapping[str, str],
+        transport: Mapping[str, Mapping[str, int]],
         sinks: Mapping[str, SinkState],
     ) -> Health:
         """What was counted, with what the line knows: `why` it is not alive, and why it is `unready`."""
@@ -134,4 +137,5 @@ class Counts:
             histogram=tuple(self.histogram),
             total=self.total,
             waiting=policy.waiting,
+            transport=transport,
         )

@@ -31,6 +31,7 @@ class Item:
     camera: str
     arrived: datetime
     frame: NDArray[np.uint8] | None
+    stamp: int | None = None
     judged: Judged | None = None
 
 
@@ -42,7 +43,15 @@ def make_record(outcome: Outcome, item: Item, on_no_result: Action) -> Record:
         action = on_no_result
     part = outcome.part
     record = Record(
-        part.id, part.camera, result, action, item.arrived, outcome.seconds, reason=outcome.reason, frame=item.frame
+        part.id,
+        part.camera,
+        result,
+        action,
+        item.arrived,
+        outcome.seconds,
+        reason=outcome.reason,
+        stamp=item.stamp,
+        frame=item.frame,
     )
     if outcome.judgement is None or (judged := item.judged) is None:
         return record

@@ -255,6 +255,7 @@ class Line:
                 scoring=self.scoring,
                 policy=self._policy,
                 sources={camera: one.trouble for camera, one in self._cameras.items()},
+                transport={camera: one.counters for camera, one in self._cameras.items()},
                 sinks=self._outlets.states(),
             )
 
@@ -285,7 +286,7 @@ class Line:
             if name in self._items:
                 name += f"~{self._numbers[camera]}"
             part = Part(name, camera, now - shot.age, now - shot.age + self._deadline)
-            self._items[name] = Item(camera, arrived, frame)
+            self._items[name] = Item(camera, arrived, frame, shot.stamp)
             self._counts.arrived += 1
             self._keeping.begin(name, camera, arrived)
             self._keeping.taken(shot.begun, camera)

@@ -34,7 +34,7 @@ from flowad_fast.config import IMAGENET_MEAN, ModelConfig, VelocityConfig
 from flowad_fast.data.images import frame_bytes, read_stamped
 from flowad_fast.data.layouts import read_dataset
 from flowad_fast.data.walk import find_photos
-from flowad_fast.engines.onnxruntime import check_external_data
+from flowad_fast.engines.onnx_file import check_external_data
 from flowad_fast.errors import FlowADError
 from flowad_fast.evaluation.inspection import FORMATS, Result, ResultFile
 from flowad_fast.files import sha256

@@ -16,7 +16,7 @@ from flowad_fast.line.sinks.rows import Json, digest, from_row, to_row
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables; a database with another one is refused."""
 _DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
 
@@ -100,6 +100,7 @@ def _tables() -> _Tables:
             sa.Column("bundle", sa.Text, nullable=False),
             sa.Column("timings", sa.JSON, nullable=False),
             sa.Column("regions", sa.JSON, nullable=False),
+            sa.Column("stamp", sa.BigInteger),
         ),
         sa.Table(
             "flowad_alarms",

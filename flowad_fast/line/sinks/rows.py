@@ -79,6 +79,7 @@ class _RecordRow(BaseModel):
     bundle: str
     timings: dict[str, float]
     regions: tuple[Region, ...]
+    stamp: int | None = None
 
 
 class _AlarmRow(BaseModel):

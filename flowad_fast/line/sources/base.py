@@ -1,7 +1,7 @@
 """What a source is, and what it hands to the line."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,8 @@ class Shot:
         lost: why there is no frame, for a part that is known to have passed: a gap in frame ids, an incomplete buffer,
             a file that cannot be read.
         age: seconds since its trigger, which its deadline counts from.
+        stamp: the camera's own time, nanoseconds since whatever it counts from; None where it gives none.
+        counters: what the connection to the camera has counted since it was made, e.g. packets that were missing.
         begun: called once the line has it in its journal, so that it is never given again.
     """
 
@@ -30,6 +32,8 @@ class Shot:
     name: str = ""
     lost: str = ""
     age: float = 0.0
+    stamp: int | None = None
+    counters: Mapping[str, int] = field(default_factory=dict, compare=False)
     begun: Callable[[], None] | None = field(default=None, compare=False)
 
 
