@@ -347,8 +347,9 @@ FAULTS = (
     Fault("webhook", "slow webhook", "answers take 1.5 s, then longer than the sink waits, for 2 s each", webhook_slow,
           10, stage=with_hook),
     Fault("page", "page hammered", "eight clients without a pause for 2 s", hammered, 10),
-    Fault("hanging", "engine hanging", "SIGSTOP of the detector's process", hanging, 30, ("late",), sudden=True),
-    Fault("killed", "engine killed", "SIGKILL of the detector's process", killed, 30, sudden=True),
+    Fault("hanging", "engine hanging", "SIGSTOP of the detector's process", hanging, 30, ("engine failed",),
+          sudden=True),
+    Fault("killed", "engine killed", "SIGKILL of the detector's process", killed, 30, ("engine failed",), sudden=True),
     Fault("raising", "engine raising", "inside its process, through a detector that raises while a file is there",
           raising, 30, ("engine failed",), module=FAULTY, sudden=True),
     Fault("clock", "clock jumps", "inside the line, through its clock functions: an hour forward, a day back, and "
