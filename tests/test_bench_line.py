@@ -176,13 +176,16 @@ def test_the_sustained_rate_is_found_and_confirmed(
 
     monkeypatch.setattr(line_load, "trial", trial)
     monkeypatch.setattr(line_load, "engine_fps", lambda *arguments: 100.0)
-    setting = Setting(bundle="b", frame_size=(1, 1), threads=1, deadline_s=1, largest_batch=1)
+    setting = Setting(bundle="b", frame_size=(1, 1), threads=1, deadline_s=0.1, largest_batch=1)
     found = line_load.sustained(WORK, setting, 1.0, tmp_path, lambda text: None)
     if limit < 50:
         assert found.sustained is found.share is None and len(found.trials) == 1
         return
     assert found.sustained is not None and limit - 6 < found.sustained <= limit
     assert found.share == pytest.approx(found.sustained / 100) and counts[-1] == 3000 and found.trials[-1].held
+    late = setting.but(deadline_s=2.0)
+    line_load.sustained(WORK, late, 1.0, tmp_path, lambda text: None)
+    assert max(counts) > 3 * 2.0 / 0.02 * (limit - 6), "a rate that is 2 % too high must have time to show"
 
 
 @pytest.mark.long
