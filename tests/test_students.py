@@ -310,6 +310,16 @@ def test_the_demos_student_is_within_a_point_of_the_shipped_teacher_at_a_third_o
     assert known.certificate.operations <= 1 / 3
     for ranking_ in known.certificate.rankings.values():
         assert ranking_.difference is not None and abs(ranking_.difference) <= 0.01
+    top = known.certificate.rankings["top"]
+    assert top.difference is not None and top.low is not None and top.high is not None
+    pair = json.loads((RESULTS / "cpu-student.json").read_text(encoding="utf-8"))["pairs"][0]["ratio"]
+    said = " ".join((RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"has {known.certificate.operations:.0%} of its teacher's operations".replace("%", " %") in said
+    assert (
+        f"AUROC is {-100 * top.difference:.2f} points lower (95 %: {-100 * top.low:.2f} lower to {100 * top.high:.2f} "
+        f"higher; image score `top`), and whole frames are {pair['speed']:.2f} times as fast on two cores "
+        f"({pair['low']:.2f}–{pair['high']:.2f}, in turns"
+    ) in said
     lines = (RESULTS / "demo" / "training-student.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["step"] == recorded["provenance"]["config"]["steps"]
     assert json.loads(lines[-1])["loss"] == recorded["provenance"]["loss"]
