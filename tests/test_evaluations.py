@@ -282,6 +282,17 @@ def test_the_papers_table_has_ours_with_their_accuracy(tmp_path: Path) -> None:
     summary.write_text(json.dumps({"outcomes": [outcome, three]}))
     assert "mono 0.950 (0.938 with three), poly not measured" in accuracy.condition("mismatch", 1, summary)
     assert "mono not measured (0.938 with three)" in accuracy.condition("inversion", 2, summary)
+    rows = [
+        {"scorer": scorer, "evaluations": n, "located": located, "aggregate": aggregate, "auroc": auroc}
+        for scorer, n, located, aggregate, auroc in (
+            ("mismatch", 1, True, "top", 0.91), ("mismatch", 1, False, "top", 0.5), ("mismatch", 1, True, "max", 0.5),
+            ("inversion", 3, True, "top", 0.92),
+        )
+    ]  # fmt: skip
+    of_records = tmp_path / "cpu-evaluations-cells-mono.json"
+    of_records.write_text(json.dumps({"cases": rows}))
+    assert "mono 0.910 (0.920 with three), poly not measured" in accuracy.condition("mismatch", 1, summary)
+    of_records.unlink()
     both = {"products": {"mono": {"outcomes": [three, two]}, "poly": {"outcomes": [outcome | {"image_auroc": 0.87}]}}}
     listed = {"outcomes": [three | {"product": "mono"}, two | {"product": "mono"}, outcome | {"product": "poly",
               "image_auroc": 0.87}]}  # fmt: skip

@@ -30,9 +30,23 @@ def aurocs(summary: Path) -> dict[Key, float]:
     return found
 
 
+def recorded(folder: Path) -> dict[Key, float]:
+    """The same of the records of `flowad-bench evaluations cells` in a folder: located, image score `top`."""
+    found: dict[Key, float] = {}
+    for product in PRODUCTS:
+        path = folder / f"cpu-evaluations-cells-{product}.json"
+        for row in json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else ():
+            if row["located"] and row["aggregate"] == "top":
+                found[product, row["scorer"], row["evaluations"]] = float(row["auroc"])
+    return found
+
+
 def condition(scorer: str, evaluations: int, summary: Path) -> str:
-    """What the demo measured of a scorer with so many evaluations, beside three of inversion, for each product."""
-    known = aurocs(summary)
+    """What was measured of a scorer with so many evaluations, beside three of inversion, for each product.
+
+    Records of evaluations in the folder above the summary's go first: all their rows are of the same photos.
+    """
+    known = aurocs(summary) | recorded(summary.parent.parent)
 
     def of(product: str, scorer: str, evaluations: int) -> str:
         value = known.get((product, scorer, evaluations))
