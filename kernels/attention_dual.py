@@ -10,33 +10,13 @@ torch's attention.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_same_shape, check_tangents, runs_triton
-
-MAX_KEYS = 512
-"""Rows of scores longer than this do not stay in registers."""
-
-
-def has_kernel(dtype: torch.dtype, keys: int) -> bool:
-    """Whether the Triton kernel is made for these operands: half types, up to 512 keys.
-
-    All others take the reference on a GPU too. Exact float32 products have no tensor cores, so the GPU's matrix
-    library has nothing to gain from this kernel; longer rows would spill.
-    """
-    return dtype in (torch.bfloat16, torch.float16) and keys <= MAX_KEYS
-
-
-@triton.jit
-def _load(ptr, rows, cols, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr):
-    """A tile of a head, 0 outside."""
-    at = ptr + rows[:, None] * stride_n + cols[None, :] * stride_d
-    return tl.load(at, mask=(rows[:, None] < N) & (cols[None, :] < D), other=0.0)
+from flowad_fast.kernels.launch import check_same_shape, check_tangents, holds_scores, load_tile, runs_triton
 
 
 @triton.jit
@@ -78,12 +58,12 @@ def _kernel(
     ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, D, CHUNK):
         cols = start + tl.arange(0, CHUNK)
-        q = _load(q_ptr + at, rows, cols, s_n, s_d, N, D)
-        k = tl.trans(_load(k_ptr + at, keys, cols, s_n, s_d, N, D))
+        q = load_tile(q_ptr + at, rows, cols, s_n, s_d, N, D)
+        k = tl.trans(load_tile(k_ptr + at, keys, cols, s_n, s_d, N, D))
         s = tl.dot(q, k, s)
-        dq = _load(dq_ptr + dat, rows, cols, d_n, d_d, N, D)
+        dq = load_tile(dq_ptr + dat, rows, cols, d_n, d_d, N, D)
         ds = tl.dot(dq, k, ds)
-        dk = tl.trans(_load(dk_ptr + dat, keys, cols, d_n, d_d, N, D))
+        dk = tl.trans(load_tile(dk_ptr + dat, keys, cols, d_n, d_d, N, D))
         ds = tl.dot(q, dk, ds)
     s = tl.where(keys[None, :] < N, s * scale, -float("inf"))
     p = tl.exp(s - tl.max(s, 1)[:, None])
@@ -95,8 +75,8 @@ def _kernel(
     target = do_ptr + tangent * o_k + b * o_b + h * o_h
     for start in range(0, D, CHUNK):
         cols = start + tl.arange(0, CHUNK)
-        acc = tl.dot(p, _load(dv_ptr + dat, keys, cols, d_n, d_d, N, D))
-        acc = tl.dot(h_rows, _load(v_ptr + at, keys, cols, s_n, s_d, N, D), acc)
+        acc = tl.dot(p, load_tile(dv_ptr + dat, keys, cols, d_n, d_d, N, D))
+        acc = tl.dot(h_rows, load_tile(v_ptr + at, keys, cols, s_n, s_d, N, D), acc)
         inside = (rows[:, None] < N) & (cols[None, :] < D)
         tl.store(target + rows[:, None] * o_n + cols[None, :], acc.to(do_ptr.dtype.element_ty), mask=inside)
 
@@ -117,7 +97,7 @@ def blocks(keys: int) -> dict[str, int]:
 def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v and its tangents.
 
-    Products accumulate in float32. The kernel takes what `has_kernel` says; all else is the reference on every device.
+    Products accumulate in float32. The kernel takes what `holds_scores` says; all else is the reference anywhere.
 
     Bytes moved: for each tangent dq, dk, dv and q, k, v read and dO written, the keys once for each block of queries
     out of the L2 cache; the primal as torch's attention moves them. Operands that do not share strides, as the views
@@ -138,7 +118,7 @@ def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: 
         TypeError: several element types.
         ValueError: shapes that do not fit.
     """
-    if not (runs_triton(q) and has_kernel(q.dtype, q.shape[-2])):
+    if not (runs_triton(q) and holds_scores(q.dtype, q.shape[-2])):
         return reference.attention_dual(q, k, v, dq, dk, dv)
     if len({t.dtype for t in (q, k, v, dq, dk, dv)}) != 1:
         raise TypeError(f"got {[t.dtype for t in (q, k, v, dq, dk, dv)]}; all operands must have one element type")

@@ -8,31 +8,16 @@ L2 cache, so larger batches are better served by torch. A program holds the scor
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_same_shape, runs_triton
+from flowad_fast.kernels.launch import check_same_shape, holds_scores, load_tile, runs_triton
 
-MAX_KEYS = 512
-"""Rows of scores longer than this do not stay in registers."""
 ROWS = (16, 32)
 """Queries per program."""
-
-
-def has_kernel(dtype: torch.dtype, keys: int) -> bool:
-    """Whether the Triton kernel is made for these operands; all others take the reference on a GPU too."""
-    return dtype in (torch.bfloat16, torch.float16) and keys <= MAX_KEYS
-
-
-@triton.jit
-def _load(ptr, rows, cols, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr):
-    """A tile of a head, 0 outside."""
-    at = ptr + rows[:, None] * stride_n + cols[None, :] * stride_d
-    return tl.load(at, mask=(rows[:, None] < N) & (cols[None, :] < D), other=0.0)
 
 
 @triton.jit
@@ -64,8 +49,8 @@ def _kernel(
     s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, D, CHUNK):
         cols = start + tl.arange(0, CHUNK)
-        q = _load(q_ptr + at, rows, cols, s_n, s_d, N, D)
-        s = tl.dot(q, tl.trans(_load(k_ptr + at, keys, cols, s_n, s_d, N, D)), s)
+        q = load_tile(q_ptr + at, rows, cols, s_n, s_d, N, D)
+        s = tl.dot(q, tl.trans(load_tile(k_ptr + at, keys, cols, s_n, s_d, N, D)), s)
     s = tl.where(keys[None, :] < N, s * scale, -float("inf"))
     p = tl.exp(s - tl.max(s, 1)[:, None])
     total = tl.sum(p, 1)[:, None]
@@ -73,14 +58,14 @@ def _kernel(
     target = o_ptr + b * o_b + h * o_h
     for start in range(0, D, CHUNK):
         cols = start + tl.arange(0, CHUNK)
-        out = tl.dot(p, _load(v_ptr + at, keys, cols, s_n, s_d, N, D)) / total
+        out = tl.dot(p, load_tile(v_ptr + at, keys, cols, s_n, s_d, N, D)) / total
         inside = (rows[:, None] < N) & (cols[None, :] < D)
         tl.store(target + rows[:, None] * o_n + cols[None, :], out.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 @triton_op("flowad::attention_short", mutates_args=())
 def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, products accumulated in float32. The kernel takes what `has_kernel` says.
+    """softmax(q k^T / sqrt(d)) v, products accumulated in float32. The kernel takes what `holds_scores` says.
 
     Bytes moved: queries and result once, keys and values once for each `rows` queries, out of the L2 cache. Operands
     that do not share strides, as the views of one qkv projection do, are copied first.
@@ -98,7 +83,7 @@ def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
         TypeError: several element types.
         ValueError: shapes that do not fit.
     """
-    if not (runs_triton(q) and has_kernel(q.dtype, q.shape[-2])):
+    if not (runs_triton(q) and holds_scores(q.dtype, q.shape[-2])):
         return reference.attention_short(q, k, v, rows)
     if len({t.dtype for t in (q, k, v)}) != 1:
         raise TypeError(f"got {[t.dtype for t in (q, k, v)]}; all operands must have one element type")

@@ -29,6 +29,19 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda
 
 
+MAX_KEYS = 512
+"""Rows of attention's scores longer than this do not stay in registers."""
+
+
+def holds_scores(dtype: torch.dtype, keys: int) -> bool:
+    """Whether a program can hold rows of attention's scores: half types, up to `MAX_KEYS` keys.
+
+    All others take the reference on a GPU too. Exact float32 products have no tensor cores, so the GPU's matrix
+    library has nothing to gain from a kernel of our own; longer rows would spill.
+    """
+    return dtype in (torch.bfloat16, torch.float16) and keys <= MAX_KEYS
+
+
 def warps(block: int) -> int:
     """Warps of a program that holds `block` values in registers: 16 values per thread, 1 to 16 warps."""
     return min(max(block // 512, 1), 16)
@@ -112,6 +125,13 @@ def modulation(row: Tensor, x: Tensor) -> Tensor:
 def load_row(ptr, cols, mask):
     """Values of a row whose channels are contiguous, as float32, 0 outside."""
     return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr):
+    """A tile of a head (N, D), 0 outside."""
+    at = ptr + rows[:, None] * stride_n + cols[None, :] * stride_d
+    return tl.load(at, mask=(rows[:, None] < N) & (cols[None, :] < D), other=0.0)
 
 
 @triton.jit

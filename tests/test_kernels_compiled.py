@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from flowad_fast.engines.products import TILES
 from flowad_fast.kernels import fused, linear_split_k
-from flowad_fast.kernels.attention_dual import MAX_KEYS
+from flowad_fast.kernels.launch import MAX_KEYS
 
 B, N, C, D, K = 32, 256, 272, 2048, 10
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv"}

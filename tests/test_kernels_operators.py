@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowad_fast.kernels import fused, launch, reference
-from flowad_fast.kernels.attention_dual import attention_dual, has_kernel
+from flowad_fast.kernels.attention_dual import attention_dual
 
 FIRST = list({case.operator: case for case in CASES}.values())
 
@@ -160,8 +160,8 @@ def test_launchers_refuse_what_they_cannot_do() -> None:
 
 
 def test_attention_dual_kernel_is_for_half_types_and_short_rows() -> None:
-    assert has_kernel(torch.bfloat16, 256) and has_kernel(torch.float16, 512)
-    assert not has_kernel(torch.float32, 256) and not has_kernel(torch.bfloat16, 513)
+    assert launch.holds_scores(torch.bfloat16, 256) and launch.holds_scores(torch.float16, 512)
+    assert not launch.holds_scores(torch.float32, 256) and not launch.holds_scores(torch.bfloat16, 513)
 
 
 def test_kernels_run_on_gpus_only() -> None:

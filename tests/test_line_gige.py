@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -327,7 +328,7 @@ def test_a_running_camera_gives_frames_with_rising_ids_in_every_format(fake: Cam
         assert all(shot.frame is not None and shot.frame.shape == (48, 64, 3) for shot in found), name
         assert all(shot.frame.dtype == np.uint8 for shot in found if shot.frame is not None)
         ids = [int(shot.name.split(".")[-1]) for shot in found]
-        assert [gap(a, b) for a, b in zip(ids, ids[1:], strict=False)] == [0] * 5
+        assert [gap(a, b) for a, b in pairwise(ids)] == [0] * 5
         stamps = [shot.stamp for shot in found if shot.stamp is not None]
         assert len(stamps) == 6 and sorted(stamps) == stamps
         assert found[-1].counters["frames"] >= 6 and found[-1].counters["missing_packets"] == 0
@@ -373,7 +374,7 @@ def test_on_a_network_that_loses_packets_each_frame_is_whole_or_told_lost(fake: 
     reasons = {shot.lost for shot in lost}
     assert all("is not whole" in one or "no frame" in one for one in reasons), reasons
     ids = [int(shot.name.split(".")[-1]) for shot in found]
-    assert [gap(a, b) for a, b in zip(ids, ids[1:], strict=False)] == [0] * (len(ids) - 1), "each id has one part"
+    assert [gap(a, b) for a, b in pairwise(ids)] == [0] * (len(ids) - 1), "each id has one part"
     assert found[-1].counters["missing_packets"] > 0
 
 

@@ -137,7 +137,7 @@ def roc_curves(judged: Sequence[Judged]) -> "Figure":
 
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for one, colour in zip(judged, _COLOURS, strict=False):
+    for one, colour in zip(judged, _COLOURS[: len(judged)], strict=True):
         false, true, _ = roc_curve([cell.label for cell in one.cells], one.scores)
         dashed = one.outcome.method in (GAUSSIAN, GAUSSIAN_LOCATED)
         axes.plot(false, true, label=one.outcome.method, color=colour, linestyle="--" if dashed else "-")

@@ -15,8 +15,8 @@ from flowad_fast.engines.precision import arithmetic
 from flowad_fast.engines.timing import Clock, graph_clock
 from flowad_fast.errors import EngineUnavailableError, nearest
 from flowad_fast.kernels import operators
-from flowad_fast.kernels.attention_short import ROWS, attention_short, has_kernel
-from flowad_fast.kernels.launch import runs_triton
+from flowad_fast.kernels.attention_short import ROWS, attention_short
+from flowad_fast.kernels.launch import holds_scores, runs_triton
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -131,7 +131,7 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         RuntimeError: it cannot run these.
     """
     if name in SHORT:
-        if not (runs_triton(q) and has_kernel(q.dtype, q.shape[-2])):
+        if not (runs_triton(q) and holds_scores(q.dtype, q.shape[-2])):
             raise RuntimeError(f"{name} has no kernel for {tuple(q.shape)} {q.dtype} on {q.device}")
         out: Tensor = attention_short(q, k, v, SHORT[name])
         return out

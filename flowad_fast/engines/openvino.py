@@ -108,6 +108,7 @@ class OpenVinoEngine(Engine):
         maps, scores = [], []
         for first in range(0, len(starts), len(requests)):
             under_way = []
+            # The last round may have fewer parts than there are requests.
             for start, request in zip(starts[first : first + len(requests)], requests, strict=False):
                 part = slice(start, start + step)
                 given = {"frames": np.ascontiguousarray(frames[part])} | self._location

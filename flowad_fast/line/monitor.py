@@ -182,7 +182,7 @@ def _report(one: SourceMonitor, chart: _Chart) -> SourceReport:
     evidence = {"rejects": one.rejects.evidence, "no results": one.no_results.evidence}
     features = {}
     for name, feature in one.features.items():
-        for way, test in zip(("up", "down"), feature.tests or (), strict=False):
+        for way, test in zip(("up", "down"), feature.tests, strict=True) if feature.tests else ():
             evidence[f"{name} {way}"] = test.evidence
         if median := one.recent.quantiles(name, (0.5,)):
             features[name] = median[0], feature.usual

@@ -103,7 +103,7 @@ class _Listening:
         for event in events:
             try:
                 self.listener(event)
-            except Exception:
+            except Exception:  # a stranger's code may raise anything, and the line goes on
                 _log.exception("a listener of the line raised")
 
     def close(self) -> None:

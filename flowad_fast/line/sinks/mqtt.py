@@ -178,6 +178,7 @@ class Mqtt:
     def publish(self, events: list[Record | Alarm]) -> None:
         """Send the events and wait until the broker has them; DeliveryError or ConfigError on failure."""
         known = 0
+        # Only what both have can be the same: a batch is longer than what was acknowledged of it.
         for one, other in zip(events, self._acknowledged, strict=False):
             if one != other:
                 break
