@@ -1,5 +1,6 @@
 """`flowad-bench line`: its account finds what a line may not do, and a short run of it passes on a real line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from flowad_fast.benchmarks.record.line import (
 )
 from flowad_fast.benchmarks.record.record import read
 from flowad_fast.benchmarks.runs import line_load
-from flowad_fast.benchmarks.runs.line_account import account
+from flowad_fast.benchmarks.runs.line_account import account, disorder, doubt
+from flowad_fast.benchmarks.runs.line_camera import FrameCount
 from flowad_fast.benchmarks.runs.line_campaign import choose
 from flowad_fast.benchmarks.runs.line_endurance import steady
 from flowad_fast.benchmarks.runs.line_faults import FAULTS
-from flowad_fast.benchmarks.runs.line_rig import DEADLINE, TORN, WHOLE, Fed
+from flowad_fast.benchmarks.runs.line_rig import DEADLINE, FROZEN, LOST, TORN, WHOLE, Fed, name_of
 from flowad_fast.benchmarks.runs.line_work import Work, divide, draw, prepare
 from flowad_fast.errors import ConfigError
 from tests.models import exported
@@ -43,7 +45,8 @@ class Rig:
     def __init__(self) -> None:
         self.work = WORK
         fed = {"000000-00p.png": (0, WHOLE), "000001-01p.png": (1, WHOLE), "000002-01x.png": (1, TORN)}
-        self.feed = type("Feed", (), {"fed": {name: Fed(*one, at=0.0) for name, one in fed.items()}})()
+        given = {name: Fed(*one, at=0.0) for name, one in fed.items()}
+        self.feed = type("Feed", (), {"given": lambda self, rows: given})()
         self.said = [
             row("000000-00p.png", "good", "pass", 1.0),
             row("000001-01p.png", "anomalous", "reject", 3.0),
@@ -85,7 +88,7 @@ def test_a_line_that_keeps_its_promises_has_no_problems() -> None:
         (lambda rig: rig.said[1].update(result="good", action="pass"), "the bare detector's score 3 says otherwise"),
         (lambda rig: rig.said[0].update(score=1.5), "has the score 1.5, the bare detector gave 1"),
         (lambda rig: rig.said[0].update(bundle="c"), "judged by c, which was not to judge"),
-        (lambda rig: rig.said[2].update(result="good", action="pass", score=1.0), "but was torn or frozen"),
+        (lambda rig: rig.said[2].update(result="good", action="pass", score=1.0), "but was torn, frozen or lost"),
         (lambda rig: rig.said[2].update(action="pass"), "passed without a verdict"),
         (lambda rig: rig.said.reverse(), "was told after"),
         (lambda rig: setattr(rig, "stored_too", False), "not the same in the database and the JSON lines"),
@@ -103,6 +106,47 @@ def test_a_part_that_was_given_again_after_a_kill_is_told_and_may_not_pass_twice
     assert (found.parts, found.outcomes, found.problems) == (3, 3, []) and "given again" in found.notes[0]
     twice = rig.said[1] | {"part": "cell/run0/000000-00p.png"}
     assert "passed twice" in problems(lambda rig: rig.said.insert(0, twice))
+
+
+def camera_rows(folder: Path, told: str) -> tuple[dict[str, Fed], list[dict[str, Any]]]:
+    """Of a camera that made the frames 65534, 65535, 1, 2, 3 and was killed, and 7, 8 in its second life."""
+    count = FrameCount(folder)
+    for life, frames in enumerate(((65534, 65535, 1, 2, 3), (7, 8))):
+        lines = [
+            {
+                "frame": one,
+                "stamp": 100_000 * life + one,
+                "picture": one % 2,
+                "held": one == 8,
+                "at": 10.0 * life + i / 8,
+            }
+            for i, one in enumerate(frames)
+        ]
+        count.log().write_text("".join(json.dumps(line) + "\n" for line in lines))
+        count.ends.append(10.0 * life + 0.65)
+    rows = []
+    for name in told.split():
+        series, *frame = name.split(".")
+        stamp = 100_000 * (int(series) - 1) + int(frame[-1]) if frame else None
+        rows.append(row(name, "anomalous" if frame else "source lost", "reject", 3.0) | {"stamp": stamp})
+    return count.given(rows), rows
+
+
+def test_frames_of_a_camera_are_counted_by_the_camera(tmp_path: Path) -> None:
+    given, _ = camera_rows(tmp_path, "1.65534 1.65535 1.1.1 4 2.7 2.8")
+    assert {name: one.way for name, one in given.items()} == {
+        "1.65534": WHOLE, "1.65535": WHOLE, "1.1.1": WHOLE, "1.1.2": WHOLE, "4": LOST, "2.7": WHOLE, "2.8": FROZEN,
+    }, "1.1.2 must have an outcome, 1.1.3 was cut off by the camera's end"  # fmt: skip
+    assert given["1.65535"].picture == 1 and given["2.7"].at == 10
+    assert disorder(camera_rows(tmp_path, "1.65534 1.65535 1.1.1 4 2.7 2.8")[1]) == []
+    assert "1.65535 was told after" in disorder(camera_rows(tmp_path, "1.65534 1.1.1 1.65535")[1])[0]
+
+
+def test_a_frame_that_a_line_has_dropped_is_missed(tmp_path: Path) -> None:
+    given, rows = camera_rows(tmp_path, "1.65534 1.1.1 1.1.2 4 2.7 2.8 2.9")
+    told = {name_of(one) for one in rows}
+    assert given.keys() - told == {"1.65535"} and told - given.keys() == {"2.9"}
+    assert "was torn, frozen or lost" in str(doubt(WORK, given, rows[3] | {"result": "good"}, frozenset({"b"})))
 
 
 def test_every_fault_that_was_asked_for_is_there() -> None:

@@ -8,8 +8,9 @@ from typing import Literal
 
 from flowad_fast.benchmarks.record.line import CampaignSetting, FaultRow
 from flowad_fast.benchmarks.runs.line_account import Account, account
-from flowad_fast.benchmarks.runs.line_faults import FAULTS, RATE, SERVED, Fault, Stage
+from flowad_fast.benchmarks.runs.line_faults import FAULTS, SERVED, Fault
 from flowad_fast.benchmarks.runs.line_rig import DEADLINE, TERM, Rig, until
+from flowad_fast.benchmarks.runs.line_stages import RATE, Stage
 from flowad_fast.benchmarks.runs.line_work import Work
 from flowad_fast.errors import ConfigError, EngineUnavailableError, LineStoppedError, nearest
 
@@ -59,8 +60,16 @@ def one(work: Work, folder: Path, fault: Fault, seed: int) -> FaultRow:
     status: Literal["ok", "failed", "not run"] = "ok"
     try:
         with (
-            fault.stage(folder) as stage,
-            Rig(work, folder / "line", rate=RATE, seed=seed, sinks=stage.sinks, module=fault.module) as rig,
+            fault.stage(folder, work) as stage,
+            Rig(
+                work,
+                folder / "line",
+                rate=RATE,
+                seed=seed,
+                sinks=stage.sinks,
+                module=fault.module,
+                feed=stage.camera,
+            ) as rig,
         ):
             note = stage.note
             problems, recovery = _happen(rig, fault, stage)

@@ -8,13 +8,14 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from flowad_fast.benchmarks.runs.line_camera import SILENCE
 from flowad_fast.benchmarks.runs.line_faulty import CLOCK, RAISE
 from flowad_fast.benchmarks.runs.line_rig import (
     CALL,
@@ -29,82 +30,27 @@ from flowad_fast.benchmarks.runs.line_rig import (
     Rig,
     until,
 )
-from flowad_fast.benchmarks.runs.line_servers import Broker, Hook, fill, small_disk
-from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.benchmarks.runs.line_servers import fill
+from flowad_fast.benchmarks.runs.line_stages import (
+    RATE,
+    Stage,
+    plain,
+    with_broker,
+    with_camera,
+    with_hook,
+    with_small_disk,
+)
+from flowad_fast.benchmarks.runs.line_work import Work
 
 FAULTY = "flowad_fast.benchmarks.runs.line_faulty"
-RATE = 8.0
-"""Parts a second: about a third of what one core judges with the demo model."""
 OVERLOAD = 60.0
 """Parts a second where the line is to be ended while parts wait."""
 LASTS = 2.0
 """Seconds that a fault with a duration lasts."""
+PERMILLE = 20
+"""Packets that are lost in a thousand; a frame of 256x256 has some 140."""
 SERVED = 30.0
 """Seconds within which a sink that works again must have everything."""
-
-
-@dataclass
-class Stage:
-    """What a fault needs beside the line: made before the line starts, closed after it has ended.
-
-    Attributes:
-        sinks: of the settings.
-        served: names of what must have every outcome, and how to ask which parts it has.
-        broker, hook: where the fault is about them.
-        limited: the line's process may write no byte instead of a disk that is full.
-        note: what is to be known of how it was done.
-    """
-
-    sinks: tuple[dict[str, object], ...] = ()
-    served: dict[str, Callable[[], set[str]]] = field(default_factory=dict)
-    broker: Broker | None = None
-    hook: Hook | None = None
-    limited: bool = False
-    note: str = ""
-
-
-@contextmanager
-def plain(folder: Path) -> Iterator[Stage]:
-    """Nothing."""
-    yield Stage()
-
-
-@contextmanager
-def with_broker(folder: Path) -> Iterator[Stage]:
-    """Mosquitto and a listener."""
-    broker = Broker(folder / "broker")
-    try:
-        sink = {"kind": "mqtt", "host": "127.0.0.1", "port": broker.port, "timeout": 3}
-        yield Stage((sink,), {"the broker's listener": lambda: set(broker.parts)}, broker=broker)
-    finally:
-        broker.close()
-
-
-@contextmanager
-def with_hook(folder: Path) -> Iterator[Stage]:
-    """An address for a webhook."""
-    hook = Hook()
-    try:
-        sink = {"kind": "webhook", "url": hook.url, "timeout": 5}
-        yield Stage((sink,), {"the webhook's address": lambda: set(hook.parts)}, hook=hook)
-    finally:
-        hook.close()
-
-
-@contextmanager
-def with_small_disk(folder: Path) -> Iterator[Stage]:
-    """Everything that the line writes is on a disk of 16 MB; a broker is not. Without one, a limit of the process."""
-    (folder / "line" / "out").mkdir(parents=True)
-    with ExitStack() as stack:
-        limited, note = False, "a file system of 16 MB in memory was filled"
-        try:
-            stack.enter_context(small_disk(folder / "line" / "out"))
-        except EngineUnavailableError as error:
-            limited, note = True, f"{error}; so the line's process was limited to files of no bytes (RLIMIT_FSIZE)"
-        stage = stack.enter_context(with_broker(folder))
-        stage.limited, stage.note = limited, note
-        yield stage
-
 
 Problems = list[str]
 Act = Callable[[Rig, Stage], Problems]
@@ -134,19 +80,19 @@ class Fault:
     limit: float
     expected: tuple[str, ...] = ()
     module: str = "flowad_fast.cli.line"
-    stage: Callable[[Path], AbstractContextManager[Stage]] = plain
+    stage: Callable[[Path, Work], AbstractContextManager[Stage]] = plain
     sudden: bool = False
 
 
 def unplugged(rig: Rig, stage: Stage) -> Problems:
     """The camera's folder is gone for a while."""
-    rig.feed.pause()
+    rig.files.pause()
     away = rig.incoming.with_name("unplugged")
     rig.incoming.rename(away)
     seen = until(lambda: not rig.ready(), LASTS + 1)
     time.sleep(LASTS)
     away.rename(rig.incoming)
-    rig.feed.resume()
+    rig.files.resume()
     return [] if seen else ["the line said ready while its camera was gone"]
 
 
@@ -158,6 +104,34 @@ def torn(rig: Rig, stage: Stage) -> Problems:
 def frozen(rig: Rig, stage: Stage) -> Problems:
     """The camera gives the same picture again and again."""
     return _fed(rig, FROZEN)
+
+
+def gige_unplugged(rig: Rig, stage: Stage) -> Problems:
+    """The camera is killed, and starts again as if it had been switched on."""
+    assert stage.camera is not None
+    stage.camera.unplug()
+    seen = until(lambda: not rig.ready(), SILENCE + 4)
+    time.sleep(LASTS)
+    stage.camera.plug_in()
+    return [] if seen else ["the line said ready while its camera was gone"]
+
+
+def gige_torn(rig: Rig, stage: Stage) -> Problems:
+    """Packets are lost on the way."""
+    assert stage.camera is not None
+    stage.camera.lose(PERMILLE)
+    time.sleep(LASTS)
+    stage.camera.lose(0)
+    return []
+
+
+def gige_frozen(rig: Rig, stage: Stage) -> Problems:
+    """The camera gives the same picture again and again."""
+    assert stage.camera is not None
+    stage.camera.hold()
+    time.sleep(LASTS)
+    stage.camera.go()
+    return []
 
 
 def broker_down(rig: Rig, stage: Stage) -> Problems:
@@ -263,11 +237,11 @@ def killed_line(rig: Rig, stage: Stage) -> Problems:
     _overload(rig)
     child = rig.child
     rig.signal(KILL)
-    rig.feed.pause()
-    rig.feed.rate = RATE
+    rig.files.pause()
+    rig.files.rate = RATE
     problems = [] if until(lambda: not child.is_running(), 5) else ["the detector's process outlived the line"]
     rig.start()
-    rig.feed.resume()
+    rig.files.resume()
     return problems
 
 
@@ -280,10 +254,10 @@ def terminated(rig: Rig, stage: Stage) -> Problems:
     problems = [] if code == 0 else [f"it ended with exit code {code}: {rig.words()}"]
     if took > DRAIN + 2:
         problems.append(f"it took {took:.1f} s to end, the limit is {DRAIN:g} s")
-    rig.feed.pause()
-    rig.feed.rate = RATE
+    rig.files.pause()
+    rig.files.rate = RATE
     rig.start()
-    rig.feed.resume()
+    rig.files.resume()
     until(lambda: rig.judged_since(start), CALL + START)  # what was left undone is named before that
     if left := sum("killed" in row["reason"] for row in rig.rows()):
         problems.append(f"{left} parts had no outcome when it ended, the next start had to name them")
@@ -317,9 +291,9 @@ def altered(rig: Rig, stage: Stage) -> Problems:
 
 
 def _fed(rig: Rig, way: str) -> Problems:
-    rig.feed.way = way
+    rig.files.way = way
     time.sleep(LASTS)
-    rig.feed.way = WHOLE
+    rig.files.way = WHOLE
     return []
 
 
@@ -331,7 +305,7 @@ def _restarted(rig: Rig) -> Problems:
 
 
 def _overload(rig: Rig) -> None:
-    rig.feed.rate = OVERLOAD
+    rig.files.rate = OVERLOAD
     time.sleep(LASTS)
 
 
@@ -339,6 +313,13 @@ FAULTS = (
     Fault("unplugged", "camera unplugged", "its folder is renamed away for 2 s and back", unplugged, 15),
     Fault("incomplete", "incomplete frames", "files are cut in half for 2 s", torn, 10, ("source lost",)),
     Fault("frozen", "frozen frames", "the same picture for 2 s", frozen, 10, ("invalid",)),
+    Fault("gige-unplugged", "GigE camera unplugged", "the process of a GigE Vision camera in software is killed, and "
+          "started again after the line has noticed and 2 s more", gige_unplugged, 40, ("source lost",),
+          stage=with_camera),
+    Fault("gige-incomplete", "GigE packets lost", f"{PERMILLE} of 1000 packets for 2 s", gige_torn, 10,
+          ("source lost",), stage=with_camera),
+    Fault("gige-frozen", "GigE frames frozen", "the same picture for 2 s", gige_frozen, 10, ("invalid",),
+          stage=with_camera),
     Fault("broker", "broker down", "mosquitto is killed with SIGKILL, and started again after 2 s", broker_down, 10,
           stage=with_broker),
     Fault("disk", "disk full",

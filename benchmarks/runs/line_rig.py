@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import yaml
@@ -30,8 +30,8 @@ DEADLINE = 2.0
 CALL, START, DRAIN = 1.0, 60.0, 5.0
 """The line's limits, short so that the campaign is."""
 TOKEN = "a-token-of-the-campaign"
-WHOLE, TORN, FROZEN = "p", "x", "f"
-"""A picture; half of its file; the picture before once more. Only the first may ever be good."""
+WHOLE, TORN, FROZEN, LOST = "p", "x", "f", "l"
+"""A picture; half of its file; the picture before once more; what nobody saw. Only the first may ever be good."""
 USUAL = "flowad_fast.cli.line"
 
 
@@ -42,6 +42,24 @@ class Fed:
     picture: int
     way: str
     at: float
+
+
+class Feeding(Protocol):
+    """What a rig is fed by, and what counts that."""
+
+    rate: float
+
+    def settings(self) -> dict[str, object]:
+        """Of the line's source."""
+
+    def start(self) -> None:
+        """Begin, when the line is ready."""
+
+    def stop(self) -> None:
+        """The last part has come."""
+
+    def given(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Fed]:
+        """What has come by the name that the line must tell it under; `rows` is what the line has told."""
 
 
 class Feed:
@@ -59,6 +77,14 @@ class Feed:
         self._writing = threading.Lock()
         self._last = 0
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+
+    def settings(self) -> dict[str, object]:
+        """Of the line's source."""
+        return {"kind": "folder", "folder": self.folder.name, "quiet": 0, "poll": 0.01}
+
+    def given(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Fed]:
+        """What has come, by name of the file."""
+        return self.fed
 
     def start(self) -> None:
         """Begin."""
@@ -109,6 +135,7 @@ class Rig:
 
     Attributes:
         feed: what comes in.
+        files: what comes in as files, where `feed` is that.
         bundle: hash of the bundle that is to judge.
         ended: when the line was last ended by a signal (monotonic); None: never.
     """
@@ -122,6 +149,7 @@ class Rig:
         seed: int,
         sinks: tuple[dict[str, object], ...] = (),
         module: str = USUAL,
+        feed: Feeding | None = None,
         **settings: object,
     ) -> None:
         """Write the settings; nothing runs yet.
@@ -133,12 +161,15 @@ class Rig:
             seed: of their order.
             sinks: beside the JSON lines and the database.
             module: which command runs.
+            feed: what it is fed by; None: files.
             settings: fields of the settings that differ.
         """
         self.work, self.folder, self.module, self.port = work, folder, module, free_port()
         self.incoming, self.out = folder / "incoming", folder / "out"
         for one in (self.incoming, self.out):
             one.mkdir(parents=True, exist_ok=True)
+        self.files = Feed(work, self.incoming, rate, seed)
+        self.feed: Feeding = feed or self.files
         (folder / "token").write_text(TOKEN)
         plain: dict[str, object] = {
             "bundle": str(work.bundle),
@@ -147,7 +178,7 @@ class Rig:
             "device": "cpu",
             "largest_batch": 4,
             "capacity": 64,
-            "sources": {"cell": {"kind": "folder", "folder": "incoming", "quiet": 0, "poll": 0.01}},
+            "sources": {"cell": self.feed.settings()},
             "sinks": [
                 {"kind": "jsonl", "path": "out/outcomes.jsonl", "daily": False},
                 {"kind": "database", "url": "sqlite:///out/outcomes.sqlite"},
@@ -158,7 +189,6 @@ class Rig:
             "web": {"port": self.port, "token": {"file": "token"}, "bundles": str(work.bundle.parent)},
         }
         (folder / "line.yaml").write_text(yaml.safe_dump(plain | settings))
-        self.feed = Feed(work, self.incoming, rate, seed)
         self.bundle = sha256(work.bundle / MANIFEST)[:12]
         self.ended: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -273,8 +303,10 @@ class Rig:
 
     def judged_since(self, moment: float) -> bool:
         """Whether a whole part that was fed after `moment` has a verdict."""
-        for row in self.rows()[::-1]:
-            fed = self.feed.fed.get(name_of(row))
+        rows = self.rows()
+        given = self.feed.given(rows)
+        for row in rows[::-1]:
+            fed = given.get(name_of(row))
             if fed is not None and fed.at > moment and row["result"] in ("good", "anomalous"):
                 return True
         return False
@@ -287,7 +319,12 @@ class Rig:
 
     def told(self, limit: float) -> bool:
         """Wait until every part that was fed has an outcome."""
-        return until(lambda: self.feed.fed.keys() <= {name_of(row) for row in self.rows()}, limit, self.alive)
+
+        def all_told() -> bool:
+            rows = self.rows()
+            return self.feed.given(rows).keys() <= {name_of(row) for row in rows}
+
+        return until(all_told, limit, self.alive)
 
     def __enter__(self) -> "Rig":
         return self
@@ -299,8 +336,8 @@ class Rig:
             self._process.wait()
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """The file of a part."""
+def name_of(row: Mapping[str, Any]) -> str:
+    """The file of a part, or the frame of a connection."""
     return str(row["part"]).split("/", 2)[-1]
 
 
