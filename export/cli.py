@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import numpy as np
 import typer
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from flowad_fast import bundle
-from flowad_fast.bundle import Artefact, Manifest
+from flowad_fast.bundle import Artefact
 from flowad_fast.checkpoints.defaults import EvaluationDefaults, evaluation_defaults
 from flowad_fast.cli import common
 from flowad_fast.cli.authors import choose
@@ -24,33 +21,28 @@ from flowad_fast.config import Precision, Weights
 from flowad_fast.engines import backend
 from flowad_fast.errors import ConfigError, MissingExtraError, ParityError, nearest, require
 from flowad_fast.export.calibration import parse_severity, recalibrate
-from flowad_fast.export.exporter import ExportResult, check_bundle, export_bundle
+from flowad_fast.export.choosing import chosen_probes, given_parts, parts_for_location
+from flowad_fast.export.exporter import check_bundle, export_bundle
 from flowad_fast.export.formats import AUTO, FORMATS, parse_batch, parse_formats
-from flowad_fast.export.frames import GoodParts, good_parts, parity_frames, parse_size, training_parts
-from flowad_fast.export.location import StatisticsParts, in_words, split
+from flowad_fast.export.frames import good_parts, parity_frames, parse_size
+from flowad_fast.export.printing import HASHES_OK, hashed, print_bundle, print_calibration, report
 from flowad_fast.export.tiling import chosen_tiling, frame_of, tiles_for_probes
-from flowad_fast.export.tiling import in_words as tiles_in_words
-from flowad_fast.export.verify import Outcome, ParityFrames
+from flowad_fast.export.verify import Outcome
 from flowad_fast.files import sha256
-from flowad_fast.masks import read_mask
 from flowad_fast.shipped import PHOTOS, weight_file
-from flowad_fast.stages.decision import AGGREGATES, Aggregate, require_parts
+from flowad_fast.stages.decision import AGGREGATES, require_parts
 from flowad_fast.stages.scorers import SCORERS, Density
 from flowad_fast.stages.tiling import Tiler
 from flowad_fast.tuning.recipe import RecipeDefaults, check_recipe, followed, read_recipe
 
 if TYPE_CHECKING:
-    from flowad_fast.evaluation.probes import ProbeChoice
-    from flowad_fast.model import FlowModel
+    pass
 
 FORMAT_HELP = f"Comma-separated, or auto: {', '.join(name for name, f in FORMATS.items() if f.auto)}. " + " ".join(
     f"{name}: {f.description}." for name, f in FORMATS.items()
 )
-PROBE_FRAMES = 8
-"""Good parts on which --probes auto measures."""
 MODEL = ("torch", "torchvision", "timm", "safetensors")
 """What a model in memory needs."""
-HASHES_OK = "hashes ok"
 BEFORE = "without-command"
 """What the form without a command is called inside."""
 
@@ -189,7 +181,7 @@ def make(
             common.note(line)
         places = None
         if location or location_parts is not None or (chosen_recipe is not None and chosen_recipe.location):
-            places, good = _parts_for_location(location_parts, good, model.spec.classes.labels, alpha, score)
+            places, good = parts_for_location(location_parts, good, model.spec.classes.labels, alpha, score)
         if good is not None:
             require_parts(good.classes, alpha, score)
         choice = None
@@ -198,7 +190,7 @@ def make(
             if tiling is not None:
                 image = model.spec.image
                 seen = tiles_for_probes(good, frames, Tiler(tiling, image.size, hidden, image.mean))
-            chosen, choice = _chosen_probes(model, chosen, *seen)
+            chosen, choice = chosen_probes(model, chosen, *seen)
     if dry_run:
         plan = {
             "target": str(target),
@@ -231,7 +223,7 @@ def make(
             source={"file": file.name, "sha256": sha256(file), "provenance": model.spec.provenance},
             tell=tell,
         )  # fmt: skip
-    _report(result, json, (*frames.left_out, *(good.left_out if good else ())))
+    report(result, json, (*frames.left_out, *(good.left_out if good else ())))
 
 
 def show(path: Bundle, json: Json = False) -> None:
@@ -240,7 +232,7 @@ def show(path: Bundle, json: Json = False) -> None:
     Example: `flowad-export show bundles/demo-inversion`.
     """
     folder, manifest = bundle.read(path)
-    _print_bundle(folder, manifest, _hashed(folder, manifest), "", json)
+    print_bundle(folder, manifest, hashed(folder, manifest), "", json)
 
 
 def verify(
@@ -265,7 +257,7 @@ def verify(
         backend(engine)
     asked = "--data" if data is not None else "--engine" if engine is not None else None
     folder, manifest = bundle.read(path)
-    outcomes, doubt = _hashed(folder, manifest), ""
+    outcomes, doubt = hashed(folder, manifest), ""
     eager = manifest.artefacts.get("eager")
     if eager is None:
         if asked is not None:
@@ -285,7 +277,7 @@ def verify(
             by = {one.artefact.parity.device for one in outcomes.values() if one.artefact and one.artefact.parity}
             if engine is not None and not json:
                 common.say(f"parity measured by {', '.join(sorted(by))}")
-    _print_bundle(folder, manifest, outcomes, doubt, json)
+    print_bundle(folder, manifest, outcomes, doubt, json)
     failed = [name for name, outcome in outcomes.items() if not outcome.ok and outcome.status != HASHES_OK]
     if failed:
         raise ParityError(f"{folder}: {', '.join(failed)}: no longer agrees with the fp32 reference; export it again")
@@ -325,13 +317,13 @@ def calibrate(
         for line in parts.left_out:
             common.note(line)
         labels = manifest.model.classes.labels
-        places = None if location_parts is None else _given_parts(location_parts, labels)
+        places = None if location_parts is None else given_parts(location_parts, labels)
         manifest = recalibrate(path, parts, alpha, device, min_area, severities, places)
     if json:
         left_out = list(parts.left_out)
         common.print_json({"bundle": str(path), "manifest": manifest.model_dump(mode="json"), "left_out": left_out})
     else:
-        _print_calibration(manifest)
+        print_calibration(manifest)
 
 
 def _before(
@@ -371,91 +363,10 @@ def _of_before() -> Any:
     return _before
 
 
-def _parts_for_location(
-    folder: str | None, good: GoodParts | None, labels: Sequence[str], alpha: float, aggregate: Aggregate
-) -> tuple[StatisticsParts, GoodParts | None]:
-    """The good parts for location statistics, and those that are left for the threshold."""
-    if folder is not None:
-        return _given_parts(folder, labels), good
-    if good is None:
-        raise ConfigError(
-            "--location needs good parts: give --calibrate GOOD_FOLDER, of which it takes half, or --location-parts"
-        )
-    return split(good, alpha, aggregate)
-
-
-def _given_parts(folder: str, labels: Sequence[str]) -> StatisticsParts:
-    parts = training_parts(folder, labels) if folder in PHOTOS else good_parts(folder, labels)
-    for line in parts.left_out:
-        common.note(line)
-    where = f"the training cells of {folder}" if folder in PHOTOS else f"the folder {Path(folder).name}"
-    return StatisticsParts(parts, f"{len(parts)} good parts of {where}")
-
-
 def _one_of(name: str, value: str, valid: Sequence[str]) -> Any:
     if value not in valid:
         raise ConfigError(f"unknown {name} {value!r}; {nearest(value, valid)}")
     return value
-
-
-def _chosen_probes(
-    model: "FlowModel", scorer: Density, good: GoodParts | None, frames: ParityFrames
-) -> "tuple[Density, ProbeChoice]":
-    """The scorer with the number of probes that some of the good parts ask for.
-
-    They come from --calibrate, otherwise from the frames of the parity check that are not known to be defective.
-    """
-    from flowad_fast.evaluation.probes import choose_probes
-
-    if good is not None:
-        index = (
-            [i * len(good) // PROBE_FRAMES for i in range(PROBE_FRAMES)]
-            if len(good) > PROBE_FRAMES
-            else range(len(good))
-        )
-        pairs = [(good.frames[i], good.classes[i]) for i in index]
-        same = [(frame, name) for frame, name in pairs if frame.shape == pairs[0][0].shape]
-        names = [model.spec.classes.label(name) for _, name in same if name]
-        return choose_probes(model, scorer, np.stack([frame for frame, _ in same]), names or None)
-    normal = frames.frames if frames.labels is None else frames.frames[frames.labels == 0]
-    count = model.config.num_classes
-    names = [i % count for i in range(len(normal[:PROBE_FRAMES]))]
-    return choose_probes(model, scorer, normal[:PROBE_FRAMES], names if model.config.use_class_labels else None)
-
-
-def _report(result: ExportResult, json: bool, left_out: Sequence[str]) -> None:
-    """Print what an export did; exit code 1 unless every format is ok."""
-    if json:
-        common.print_json(
-            {
-                "ok": result.ok,
-                "published": str(result.path) if result.published else None,
-                "rejected": None if result.rejected is None else str(result.rejected),
-                "left_out": list(left_out),
-                **_facts(result.manifest, result.outcomes),
-            }
-        )
-    else:
-        common.out.print(_table(result.manifest, result.outcomes))
-        _print_reasons(result.outcomes)
-        if result.published:
-            common.say(f"bundle: {result.path}")
-            _print_calibration(result.manifest)
-    failed = [name for name, outcome in result.outcomes.items() if not outcome.ok]
-    if failed:
-        kept = f"; kept as {result.rejected}" if result.rejected else ""
-        done = "the others are published" if result.published else "nothing is published"
-        common.err.print("[bold red]error:[/] ", end="")
-        common.note(f"not ok: {', '.join(failed)}{kept}; {done}")
-        raise typer.Exit(common.EXIT_ERROR)
-
-
-def _hashed(folder: Path, manifest: Manifest) -> dict[str, Outcome]:
-    """The outcomes of a bundle whose hashes were checked, and no more."""
-    return {
-        name: Outcome(HASHES_OK, "", artefact, sum((folder / file).stat().st_size for file in artefact.files))
-        for name, artefact in manifest.artefacts.items()
-    }
 
 
 def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str, engine: str | None) -> dict[str, Outcome]:
@@ -467,96 +378,6 @@ def _rechecked(folder: Path, eager: Artefact, data: str | None, device: str, eng
         for line in frames.left_out:
             common.note(line)
         return check_bundle(folder, model, frames, device, engine)
-
-
-def _print_bundle(folder: Path, manifest: Manifest, outcomes: dict[str, Outcome], doubt: str, json: bool) -> None:
-    if json:
-        ok = all(outcome.ok or outcome.status == HASHES_OK for outcome in outcomes.values())
-        common.print_json({"ok": ok, "bundle": str(folder), "doubt": doubt, **_facts(manifest, outcomes)})
-        return
-    common.out.print(_table(manifest, outcomes))
-    _print_reasons(outcomes)
-    common.say(f"written by flowad-fast {manifest.project_version} on {manifest.created}")
-    for line in () if manifest.model.student is None else manifest.model.student.lines():
-        common.say(line)
-    for line in tiles_in_words(manifest, read_mask(folder, manifest)):
-        common.say(line)
-    if doubt:
-        common.say(doubt)
-    _print_calibration(manifest)
-
-
-def _facts(manifest: Manifest, outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    formats = {
-        name: {
-            "status": outcome.status,
-            "reason": outcome.reason,
-            "bytes": outcome.bytes,
-            "artefact": None if outcome.artefact is None else outcome.artefact.model_dump(mode="json"),
-        }
-        for name, outcome in outcomes.items()
-    }
-    return {"formats": formats, "manifest": manifest.model_dump(mode="json")}
-
-
-def _table(manifest: Manifest, outcomes: dict[str, Outcome]) -> Table:
-    table = Table(title=common.plain(f"{manifest.scorer!r}, score: {manifest.aggregate}"), title_justify="left")
-    for column in ("format", "status", "file", "MB", "build s", "map error", "RMS", "rank corr."):
-        table.add_column(column, overflow="fold")
-    for name, outcome in outcomes.items():
-        style = "green" if outcome.ok or outcome.status == HASHES_OK else "bold red"
-        status = Text(common.visible(outcome.status), style)
-        artefact = outcome.artefact
-        if artefact is None:
-            table.add_row(common.plain(name), status)
-            continue
-        parity = artefact.parity
-        table.add_row(
-            common.plain(name),
-            status,
-            common.plain(next(iter(artefact.files))),
-            f"{outcome.bytes / 1e6:.1f}",
-            "" if artefact.build_seconds is None else f"{artefact.build_seconds:.1f}",
-            f"{parity.max_error:.1e}" if parity else "not measured",
-            f"{parity.rms_error:.1e}" if parity else "",
-            f"{parity.spearman:.4f}" if parity and parity.spearman is not None else "",
-        )
-    return table
-
-
-def _print_reasons(outcomes: dict[str, Outcome]) -> None:
-    for name, outcome in outcomes.items():
-        if outcome.artefact is not None and "note" in outcome.artefact.details:
-            common.say(f"{name}: {outcome.artefact.details['note']}")
-    for name, outcome in outcomes.items():
-        if outcome.reason:
-            common.say(f"{name}: {outcome}")
-
-
-def _print_calibration(manifest: Manifest) -> None:
-    for line in in_words(manifest.location) if manifest.location else ():
-        common.say(line)
-    if manifest.calibration is None:
-        common.out.print("calibration: none, so no verdicts; flowad-export calibrate BUNDLE GOOD_FOLDER")
-        return
-    for name, one in manifest.calibration.classes.items():
-        common.say(
-            f"calibration: {name or 'all'}: threshold {one.threshold:.6g} from {one.parts} good parts, "
-            f"false-reject rate at most {manifest.calibration.alpha:g}"
-        )
-        if one.pixels is None:
-            common.say(f"regions: {name or 'all'}: none, no pixel threshold; calibrate again to have them")
-        else:
-            common.say(
-                f"regions: {name or 'all'}: map above {one.pixels.threshold:.6g}, in at most "
-                f"{manifest.calibration.alpha:g} of good parts"
-            )
-    settings = manifest.calibration.regions
-    if settings.min_area:
-        common.say(f"regions: of at least {settings.min_area:g} pixels")
-    for severity in settings.severities:
-        limits = [f"{key} {v:g}" for key, v in (("area", severity.area), ("peak", severity.peak)) if v is not None]
-        common.say(f"severity: {severity.name}: {' or '.join(limits) or 'all others'}")
 
 
 for command in (with_scorer_options(make, {"probes": "auto: by their noise"}), show, verify, calibrate):
