@@ -90,6 +90,8 @@ FLOORS = (
     ("training.recipes", "training.objective", "training.batches"),
     ("training.students",),
     ("training.certify",),
+    ("training.identity", "training.runtime"),
+    ("training.learner",),
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
     ("cli.authors",),
