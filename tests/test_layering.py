@@ -79,6 +79,8 @@ FLOORS = (
     ("line.web.metrics",),
     ("line.web.app",),
     ("line.web.server",),
+    ("serve.pool",),
+    ("serve",),
     ("evaluation.certificate", "evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
