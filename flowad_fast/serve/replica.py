@@ -108,6 +108,29 @@ def load_verified(start: Start) -> tuple[Manifest, Call]:
     return manifest, load(folder, start.engine, start.device, threads=start.threads)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A detector that runs and has judged the canary once."""
+
+    manifest: Manifest
+    scoring: Scoring
+    canary: CanaryCheck
+
+
+def opened(start: Start) -> Opened:
+    """Load and verify the bundle, start its engine, judge the canary.
+
+    Raises:
+        FlowADError: the bundle or the engine is not what was meant, or the canary frame has no finite score.
+    """
+    manifest, detector = load_verified(start)
+    scoring = InThread(detector, start.version)
+    scoring.start(start.first)
+    canary = CanaryCheck(Canary(), None, verdicts=manifest.calibration is not None)
+    canary(scoring, start.first)
+    return Opened(manifest, scoring, canary)
+
+
 class Replica:
     """What Serve runs, a process each. Its coroutines share one event loop."""
 
@@ -119,17 +142,14 @@ class Replica:
             leave: ends this process with an exit code.
 
         Raises:
-            FlowADError: the bundle or the engine is not what was meant, or gives the canary frame no steady score.
+            FlowADError: see `opened`; also where the canary frame has no steady score.
         """
         from ray import serve
 
         self._start, self._leave = start, leave
-        manifest, detector = load_verified(start)
-        self._scoring: Scoring = InThread(detector, start.version)
-        self._scoring.start(start.call)
-        self._card = card_of(start.name, start.version, manifest, self._scoring.engine, start.largest_batch)
-        self._canary = CanaryCheck(Canary(), None, verdicts=manifest.calibration is not None)
-        self._canary(self._scoring, start.first)
+        found = opened(start)
+        self._scoring, self._canary = found.scoring, found.canary
+        self._card = card_of(start.name, start.version, found.manifest, self._scoring.engine, start.largest_batch)
         begin = time.monotonic()
         self._check()
         self._checked = time.monotonic()
