@@ -19,6 +19,7 @@ from flowad_fast.serve.pool import Answered, Asked, NoResultError, Pool
 from flowad_fast.stages.decision import Calibration, ClassCalibration, Verdict
 from tests.models import exported
 
+
 def needs_ray() -> None:
     """Skip without Ray; under CI fail."""
     try:
@@ -30,7 +31,7 @@ def needs_ray() -> None:
 
 
 def works(folder: Path) -> tuple[Work, Path, Path]:
-    """Pictures with a calibrated bundle `running`; beside it `stricter`, which calls all of them anomalous, `broken`."""
+    """Pictures with a calibrated bundle; beside it `stricter`, which calls all of them anomalous, and `broken`."""
     work = prepare(folder, exported("onnx")[1].path, 0, lambda text: None)
     stricter, broken = (folder / "bundles" / name for name in ("stricter", "broken"))
     shutil.copytree(work.bundle, stricter)
@@ -66,7 +67,9 @@ class Load:
     def answers(self) -> list[tuple[int, Answered]]:
         return [(n, one) for n, many in self.outcomes.items() for one in many if isinstance(one, Answered)]
 
-    async def run(self, pool: Pool, work: Work, until: Callable[[], bool], clients: int = 4, seconds: float = 8) -> None:
+    async def run(
+        self, pool: Pool, work: Work, until: Callable[[], bool], clients: int = 4, seconds: float = 10.0
+    ) -> None:
         """Ask until `until` says so; what was begun then is finished."""
 
         async def client() -> None:

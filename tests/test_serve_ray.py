@@ -1,13 +1,6 @@
-"""Replicas: what one does with late, mixed and poisoned requests; what a pool makes of those that die; a real cluster.
-
-The cluster has two nodes, as processes of this machine; each has room for one replica.
-"""
+"""Replicas: what one does with late, mixed and poisoned requests; what a pool makes of those that die."""
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,21 +14,15 @@ import pytest
 from flowad_fast.benchmarks.runs.line_work import Work
 from flowad_fast.detector import load
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
-from flowad_fast.line.activation import RefusedError
 from flowad_fast.line.outcome import NoResult
-from flowad_fast.serve import cluster as clusters
 from flowad_fast.serve.cluster import Application
 from flowad_fast.serve.judging import card_of, checked
 from flowad_fast.serve.pool import Answered, Asked, NoResultError, UnknownModelError
 from flowad_fast.serve.pool_ray import TRIES, RayPool
 from flowad_fast.serve.replica import Refused, Replica, Request, Start
-from flowad_fast.serve.settings import ModelSettings, RaySettings, ServeLimits, check_names, from_bundles
-from flowad_fast.stages.decision import Verdict
+from flowad_fast.serve.settings import ModelSettings, ServeLimits, check_names, from_bundles
 from tests.serve_hanging import POISON, hanging
-from tests.serve_replicas import Load, needs_ray, version, works
-
-ROOT = Path(__file__).parents[1]
-LIMITS = ServeLimits(call=3.0, start=60.0, canary=1.0, drain=10.0)
+from tests.serve_replicas import needs_ray, version, works
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +107,7 @@ def test_what_is_late_is_not_judged_and_the_others_are(work: Work, replica: Call
     assert isinstance(good, Answered)
 
 
-def test_a_replica_waits_for_nobody_beyond_the_tightest_deadline(
-    work: Work, replica: Callable[..., Replica]
-) -> None:
+def test_a_replica_waits_for_nobody_beyond_the_tightest_deadline(work: Work, replica: Callable[..., Replica]) -> None:
     one = replica()
     one._pace.learn(1, 0.1)
     one._pace.learn(2, 0.5)
@@ -295,57 +280,3 @@ def test_what_the_model_does_not_take_reaches_no_replica(work: Work) -> None:
             asyncio.run(pool.ask(one))
     assert not handle.responses
     assert checked(asked(work), pool._routes["part"].app.card).frames.flags.c_contiguous
-
-
-# A real cluster.
-
-
-class Two:
-    """A cluster of two nodes with room for one replica each, this process its driver, and a pool on it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # replicas import `tests`
-        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
-
-        node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=node)
-        self.settings = RaySettings(address=self.cluster.address)
-        self.node: Any = None
-        self.grow()
-        clusters.join(self.settings)
-
-    def grow(self) -> None:
-        self.node = self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-
-    def model(self, bundle: Path, **more: Any) -> ModelSettings:
-        return ModelSettings(bundle=bundle, **({"replicas": 2, "cpus": 0.4, "device": "cpu", "threads": 1} | more))
-
-    def pool(self, bundle: Path, **more: Any) -> RayPool:
-        app = clusters.deploy("flowad", "part", self.model(bundle, **more), LIMITS, change=hangs)
-        clusters.tidy("flowad", [app.name])
-        return RayPool("flowad", {"part": app}, LIMITS, hangs)
-
-    def replicas(self) -> list[tuple[int, str]]:
-        """Process and node of each replica that runs."""
-        from ray.util.state import list_actors
-
-        actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-        return [(one.pid, one.node_id) for one in actors if "ServeReplica" in one.class_name]
-
-    def close(self) -> None:
-        clusters.leave(self.settings)
-        self.cluster.shutdown()
-
-
-def hangs(start: Start) -> Start:
-    return replace(start, make=hanging)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Two]:
-    needs_ray()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        one = Two(monkeypatch)
-        yield one
-        one.close()
