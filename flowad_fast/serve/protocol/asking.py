@@ -133,8 +133,7 @@ def _frames(tensor: Tensor, card: ModelCard, settings: FrontSettings) -> NDArray
 
 
 def _classes(query: Query, given: dict[str, Tensor], card: ModelCard, frames: int) -> tuple[str | int, ...] | None:
-    ways = [one for one in ("classes", "class_names") if one in given]
-    ways += ["class"] if "class" in query.parameters else []
+    ways = [name for name in given if name != "frames"] + ["class"] * ("class" in query.parameters)
     if not card.classes.conditional:
         if ways:
             raise bad("the model has no classes; omit the parameter class")

@@ -169,7 +169,7 @@ def _signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Iterator[N
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         for one, old in before.items():

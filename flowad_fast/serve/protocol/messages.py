@@ -4,7 +4,7 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -162,11 +162,11 @@ def _values(output: Output) -> list[Any]:
     return flat if np.isfinite(output.values).all() else [one if math.isfinite(one) else None for one in flat]
 
 
-def _only(tensor: str, parameters: Parameters, *known: Literal["binary_data_size", "binary_data"]) -> None:
+def _only(tensor: str, parameters: Parameters, known: str) -> None:
     """Refuse what is not done here, such as shared memory and classification."""
     for name in parameters:
-        if name not in known:
-            raise bad(f"{tensor[:64]}: the parameter {name[:64]!r} is not supported; valid: {', '.join(known)}")
+        if name != known:
+            raise bad(f"{tensor[:64]}: the parameter {name[:64]!r} is not supported; valid: {known}")
 
 
 def _truth(parameters: Parameters, name: str) -> bool | None:
