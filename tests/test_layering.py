@@ -81,6 +81,12 @@ FLOORS = (
     ("line.web.server",),
     ("serve.pool",),
     ("serve.settings", "serve.judging"),
+    ("serve.local", "serve.protocol.settings", "serve.protocol.refusals", "serve.protocol.describing"),
+    ("serve.protocol.tensors",),
+    ("serve.protocol.asking",),
+    ("serve.protocol.desk", "serve.protocol.messages"),
+    ("serve.protocol.over_http",),
+    ("serve.protocol.over_grpc", "serve.protocol.front"),
     ("serve.replica",),
     ("serve.cluster",),
     ("serve.pool_ray",),
@@ -154,7 +160,7 @@ LIGHT = (
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate",
           "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "fastapi", "starlette", "uvicorn",
-          "prometheus_client")  # fmt: skip
+          "prometheus_client", "grpc", "tritonclient")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""
