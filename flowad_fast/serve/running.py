@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 
 from flowad_fast.serve import cluster
+from flowad_fast.serve.local import LocalPool
 from flowad_fast.serve.orders import Orders
 from flowad_fast.serve.pool_ray import RayPool
 from flowad_fast.serve.protocol.front import run
@@ -34,6 +35,22 @@ def run_ray(settings: ServeSettings, tell: Callable[[str], None]) -> None:
         asyncio.run(run(pool, settings.front, tell, lambda app, token: Orders(app, pool, token)))
     finally:
         cluster.leave(settings.ray)
+
+
+def run_local(settings: ServeSettings, tell: Callable[[str], None]) -> None:
+    """Start every model in a process of its own on this computer, and answer until SIGTERM or Ctrl-C.
+
+    Raises:
+        FlowADError: a bundle is not whole, an engine does not start, or an address is taken.
+    """
+    pool = LocalPool.of(settings.models, settings.limits)
+
+    async def answer() -> None:
+        tell(f"starting {', '.join(settings.models)}")
+        await pool.start()
+        await run(pool, settings.front, tell, lambda app, token: Orders(app, pool, token))
+
+    asyncio.run(answer())
 
 
 def tried(name: str, model: ModelSettings, limits: ServeLimits) -> str:
