@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -56,7 +55,7 @@ ADDRESS = "http://127.0.0.1:8000"
 class _Group(TyperGroup):
     """`flowad-serve BUNDLE…` is `flowad-serve run BUNDLE…`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click."""
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["run", *args]
