@@ -28,16 +28,15 @@ from flowad_fast.serve.local import LocalPool
 from flowad_fast.serve.pool import Asked
 from flowad_fast.serve.settings import ModelSettings, ServeLimits
 from tests.models import PARTS, tiny_frames
+from tests.serve_fake import FakePool, good
 from tests.serve_front import (
     ALL,
     FRAMES,
     KINDS,
     WAYS,
     Client,
-    FakePool,
     Running,
     calibrated,
-    good,
     indices,
     local,
     request_json,

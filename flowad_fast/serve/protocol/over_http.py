@@ -16,6 +16,7 @@ from flowad_fast.serve.pool import Pool
 from flowad_fast.serve.protocol import describing, messages
 from flowad_fast.serve.protocol.desk import Desk
 from flowad_fast.serve.protocol.refusals import (
+    LONG,
     SLOW,
     UNAUTHORISED,
     RefusedError,
@@ -72,6 +73,9 @@ class _Routes:
     def _guarded(self, call: Handler, probe: bool) -> Handler:
         async def answer(request: Request) -> Response:
             try:
+                most = self._desk.settings.limits.header_bytes
+                if sum(len(key) + len(value) for key, value in request.headers.raw) > most:
+                    raise RefusedError(LONG, f"got headers of more than {most} bytes")
                 if not probe and not authorised(request.headers.get("authorization"), self._token):
                     raise RefusedError(UNAUTHORISED, "wrong or missing token; send Authorization: Bearer TOKEN")
                 return await call(request)
