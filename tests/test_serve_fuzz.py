@@ -26,7 +26,7 @@ MOST = 64 << 20
 """Bytes by which the most memory of the server may grow over all requests, each of which has at most 1 MiB."""
 ANSWERS = {200, 400, 401, 404, 405, 408, 413, 504}
 CODES = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
