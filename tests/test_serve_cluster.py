@@ -5,22 +5,29 @@ The cluster has two nodes, as processes of this machine; each has room for one r
 
 import asyncio
 import contextlib
+import itertools
+import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
+from line_servers import free_port
 
 from flowad_fast.benchmarks.runs.line_work import Work
 from flowad_fast.line.activation import RefusedError
 from flowad_fast.line.outcome import NoResult
 from flowad_fast.serve import cluster as clusters
+from flowad_fast.serve.client import Client
 from flowad_fast.serve.pool import Asked, NoResultError
 from flowad_fast.serve.pool_ray import RayPool
 from flowad_fast.serve.replica import Start
@@ -30,6 +37,7 @@ from tests.serve_hanging import POISON, hanging
 from tests.serve_replicas import Load, needs_ray, version, works
 
 ROOT = Path(__file__).parents[1]
+TOKEN = "a-token-of-the-test"
 LIMITS = ServeLimits(call=3.0, start=60.0, canary=1.0, drain=10.0)
 
 
@@ -59,13 +67,13 @@ class Two:
         clusters.tidy("flowad", [app.name])
         return RayPool("flowad", {"part": app}, LIMITS, hangs)
 
-    def replicas(self) -> list[psutil.Process]:
-        """Processes of the replicas that run on the two nodes."""
+    def replicas(self, server: str = "flowad") -> list[psutil.Process]:
+        """Processes of a server's replicas that run on the two nodes."""
         found = []
         for raylet in map(self.raylet, (self.cluster.head_node, self.node)):
             for one in raylet.children() if raylet.is_running() else ():
                 with contextlib.suppress(psutil.Error):
-                    if one.cmdline()[0].startswith("ray::ServeReplica:flowad."):
+                    if one.cmdline()[0].startswith(f"ray::ServeReplica:{server}."):
                         found.append(one)
         return found
 
@@ -239,3 +247,99 @@ def test_a_killed_node_costs_no_request(two: Two, pool: RayPool, work: Work) -> 
     again = under_load(pool, work, lambda: asyncio.sleep(0))
     again.check(work)
     assert again.counts == {"answered": len(again.begun)}
+
+
+class Front:
+    """`flowad-serve` on the cluster, as a process of its own, and what its clients see."""
+
+    def __init__(self, two: Two, bundle: Path, folder: Path) -> None:
+        self.port, self.settings = free_port(), folder / "serve.yaml"
+        (folder / "token").write_text(TOKEN)
+        model = two.model(bundle).model_dump(mode="json", exclude_none=True)
+        front = {"http_port": self.port, "grpc_port": None, "token": {"file": str(folder / "token")}}
+        ray = {"address": two.cluster.address, "name": "front"}
+        self.settings.write_text(json.dumps({"models": {"part": model}, "front": front, "ray": ray}))
+        self.address, self.log = f"http://127.0.0.1:{self.port}", folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("wb") as log:
+            command = [sys.executable, "-m", "flowad_fast.cli.serve", str(self.settings)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+        end = time.monotonic() + 60
+        while not self._ready():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.1)
+
+    def _ready(self) -> bool:
+        try:
+            return httpx.get(self.address + "/v2/health/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def ask(self, client: httpx.AsyncClient, work: Work, number: int) -> str:
+        """The verdict, the status of a refusal, or that the connection broke."""
+        frame = work.frames[number % len(work.frames)]
+        tensor = {"name": "frames", "shape": [1, *frame.shape], "datatype": "UINT8", "data": frame.ravel().tolist()}
+        body = {"inputs": [tensor], "outputs": [{"name": "verdict"}], "parameters": {"deadline_ms": 10_000}}
+        try:
+            found = await client.post(
+                self.address + "/v2/models/part/infer", json=body, headers={"authorization": f"Bearer {TOKEN}"}
+            )
+        except httpx.TransportError:
+            return "no connection"
+        return found.json()["outputs"][0]["data"][0] if found.status_code == 200 else str(found.status_code)
+
+    async def load(self, work: Work, until: Callable[[], bool]) -> dict[int, str]:
+        """Ask all the time; what became of each request."""
+        found: dict[int, str] = {}
+        numbers = itertools.count()
+
+        async def ask(client: httpx.AsyncClient) -> None:
+            while not until():
+                number = next(numbers)
+                found[number] = await self.ask(client, work, number)
+                await asyncio.sleep(0.01)
+
+        async with httpx.AsyncClient(timeout=30) as client:
+            await asyncio.gather(*(ask(client) for _ in range(4)))
+        return found
+
+
+def test_a_killed_front_gives_no_verdict_and_its_replicas_are_found_again(
+    two: Two, made: tuple[Work, Path, Path], tmp_path: Path
+) -> None:
+    work, stricter, _ = made
+    clusters.tidy("flowad", [])
+    front = Front(two, work.bundle, tmp_path)
+    front.start()
+    before = {one.pid for one in two.replicas("front")}
+    assert len(before) == 2
+
+    async def killed() -> dict[int, str]:
+        end = time.monotonic() + 4
+        asking = asyncio.create_task(front.load(work, lambda: time.monotonic() > end))
+        await asyncio.sleep(2)
+        assert front.process is not None
+        front.process.kill()
+        return await asking
+
+    found = asyncio.run(killed())
+    right = {i: "anomalous" if work.anomalous[i % len(work.frames)] else "good" for i in found}
+    assert {found[i] for i in found if found[i] != right[i]} == {"no connection"}
+    assert sum(found[i] == right[i] for i in found) > 20
+    front.start()
+    assert {one.pid for one in two.replicas("front")} == before, "the replicas outlive the front"
+
+    client = Client(front.address, TOKEN)
+    assert "its canary has passed" in client.update("part", "stricter", lambda text: None)
+    (row,) = client.status()["models"]
+    assert row["version"] == version(stricter) and row["replicas"] == 2
+    calls = itertools.count()
+    found = asyncio.run(front.load(work, lambda: next(calls) > 30))
+    assert set(found.values()) == {"anomalous"}
+
+    assert front.process is not None
+    front.process.terminate()
+    assert front.process.wait(30) == 0, front.log.read_text()
+    assert clusters.applications("front") == [] and two.replicas("front") == []

@@ -20,7 +20,7 @@ from flowad_fast.serve.judging import card_of, checked
 from flowad_fast.serve.pool import Answered, Asked, NoResultError, UnknownModelError
 from flowad_fast.serve.pool_ray import TRIES, RayPool
 from flowad_fast.serve.replica import Refused, Replica, Request, Start
-from flowad_fast.serve.settings import ModelSettings, ServeLimits, check_names, from_bundles
+from flowad_fast.serve.settings import ModelSettings, ServeLimits, ServeSettings, from_bundles
 from tests.serve_hanging import POISON, hanging
 from tests.serve_replicas import needs_ray, version, works
 
@@ -54,7 +54,7 @@ def test_models_are_named_as_their_folders(work: Work, tmp_path: Path) -> None:
         from_bundles([tmp_path])
     for name in ("", "a.b", "a/b", "ü", "a" * 65):
         with pytest.raises(ValueError, match="model name"):
-            check_names([name])
+            ServeSettings(models={name: ModelSettings(bundle=work.bundle)})
 
 
 def test_replicas_are_a_number_or_a_range(work: Work) -> None:

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
 from flowad_fast.cli import common
+from flowad_fast.config import parse
 from flowad_fast.errors import ConfigError, FlowADError, require
 from flowad_fast.files import replacing
 from flowad_fast.serve.client import Client
@@ -47,7 +47,7 @@ models:
 #   call: 10                # one call of a detector; beyond it the replica is replaced
 #   start: 120              # starting a model's replicas
 #   canary: 10              # between two judgements of the canary frame
-#   drain: 10               # from the wish to stop until what is being judged is given up
+#   drain: 8                # from the wish to stop until what is being judged is given up
 """
 ADDRESS = "http://127.0.0.1:8000"
 
@@ -55,7 +55,7 @@ ADDRESS = "http://127.0.0.1:8000"
 class _Group(TyperGroup):
     """`flowad-serve BUNDLE…` is `flowad-serve run BUNDLE…`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click."""
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["run", *args]
@@ -171,7 +171,7 @@ def _settings(what: list[Path], address: str | None) -> ServeSettings:
             raise ConfigError("got a settings file beside others, expected bundles or one settings file")
         settings = read_settings(what[0])
     else:
-        settings = ServeSettings(models=from_bundles(what))
+        settings = parse(ServeSettings, {"models": from_bundles(what)}, "the bundles")
     if address is None:
         return settings
     return settings.model_copy(update={"ray": settings.ray.model_copy(update={"address": address})})

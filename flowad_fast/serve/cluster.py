@@ -80,7 +80,7 @@ def join(settings: RaySettings) -> str:
     if own:
         more = {"num_cpus": settings.cpus, "object_store_memory": settings.memory, "include_dashboard": False}
     try:
-        found = ray.init(
+        found: Any = ray.init(
             address="local" if own else settings.address,
             namespace=settings.name,
             logging_level=logging.WARNING,

@@ -7,8 +7,9 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flowad_fast import bundle as bundles
-from flowad_fast.config import Frozen
+from flowad_fast.config import Frozen, parse
 from flowad_fast.errors import BundleError, ConfigError
+from flowad_fast.serve.protocol.settings import FrontSettings
 
 
 class Range(Frozen):
@@ -67,8 +68,8 @@ class ServeLimits(Frozen):
     """Starting a model's replicas, with the canary frame."""
     canary: float = Field(default=10.0, gt=0, le=3600)
     """Between two judgements of the canary frame."""
-    drain: float = Field(default=10.0, gt=0, le=600)
-    """From the wish to stop, or a change of bundles, until what is being judged is given up."""
+    drain: float = Field(default=8.0, gt=0, le=600)
+    """From the wish to stop, or a change of bundles, until requests are given up; less than `front.drain`."""
 
 
 class RaySettings(Frozen):
@@ -84,11 +85,32 @@ class RaySettings(Frozen):
     """Bytes of shared memory of the cluster on this computer, for frames and maps on their way."""
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Refuse what cannot name a model; ValueError."""
-    for name in names:
-        if not name or len(name) > 64 or not all(c.isascii() and c.isalnum() or c in "-_" for c in name):
-            raise ValueError(f"got the model name {name!r}, expected up to 64 letters, digits, - and _")
+class ServeSettings(Frozen):
+    """A server. Paths are relative to the folder in which the command runs."""
+
+    models: dict[str, ModelSettings] = Field(min_length=1)
+    """By the name that requests call them."""
+    front: FrontSettings = FrontSettings()
+    """Where clients ask."""
+    ray: RaySettings = RaySettings()
+    limits: ServeLimits = ServeLimits()
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+        for name in models:
+            if not 1 <= len(name) <= 64 or not all(c.isascii() and c.isalnum() or c in "-_" for c in name):
+                raise ValueError(f"got the model name {name!r}, expected up to 64 letters, digits, - and _")
+        return models
+
+    @model_validator(mode="after")
+    def _drains(self) -> "ServeSettings":
+        if self.limits.drain >= self.front.drain:
+            raise ValueError(
+                f"got limits.drain {self.limits.drain:g} s, expected less than front.drain {self.front.drain:g} s: "
+                "who is given up must still be told"
+            )
+        return self
 
 
 def is_settings(path: Path) -> bool:
@@ -101,7 +123,7 @@ def from_bundles(paths: Iterable[Path]) -> dict[str, ModelSettings]:
 
     Raises:
         BundleError: no bundle there.
-        ConfigError: two of one name, or a name that a model cannot have.
+        ConfigError: two of one name.
     """
     found: dict[str, ModelSettings] = {}
     for path in paths:
@@ -114,8 +136,13 @@ def from_bundles(paths: Iterable[Path]) -> dict[str, ModelSettings]:
     return found
 
 
-def read_yaml(path: Path) -> dict[str, object]:
-    """The fields of a settings file; ConfigError where it cannot be read."""
+def read_settings(path: str | Path) -> ServeSettings:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or fields that are missing, unknown or wrong; each is named.
+    """
+    path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -125,4 +152,4 @@ def read_yaml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); see flowad-serve init") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got {type(data).__name__}, expected fields with values; see flowad-serve init")
-    return data
+    return parse(ServeSettings, data, str(path))
