@@ -24,6 +24,7 @@ import pytest
 from line_servers import free_port
 
 from flowad_fast.benchmarks.runs.line_work import Work
+from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.line.activation import RefusedError
 from flowad_fast.line.outcome import NoResult
 from flowad_fast.serve import cluster as clusters
@@ -278,6 +279,19 @@ def test_a_bundle_that_is_broken_or_another_product_replaces_nothing(
     with pytest.raises(RefusedError, match="only bundles in"):
         pool.update("part", tmp_path)
     assert clusters.applications("flowad") == [pool._routes["part"].app.name]
+
+
+@pytest.mark.slow
+def test_replicas_that_cannot_start_say_why_and_leave_nothing(two: Two, work: Work) -> None:
+    limits = LIMITS.model_copy(update={"start": 4.0})
+    with pytest.raises(EngineUnavailableError, match="each wants 50 CPUs that nothing else has reserved"):
+        clusters.deploy("flowad", "big", two.model(work.bundle, cpus=50), limits)
+    with pytest.raises(EngineUnavailableError, match="BundleError: .* expected 000000000000") as error:
+        clusters.deploy(
+            "flowad", "other", two.model(work.bundle), LIMITS, change=lambda start: replace(start, version="0" * 12)
+        )
+    assert "\n" not in str(error.value)
+    assert not [name for name in clusters.applications("flowad") if not name.startswith("flowad.part.")]
 
 
 def test_a_killed_node_costs_no_request(two: Two, pool: RayPool, work: Work) -> None:

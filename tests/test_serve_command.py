@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,3 +189,23 @@ def test_check_tries_every_model(tmp_path: Path) -> None:
     rows = {one["what"]: one for one in json.loads(done.stdout)}
     assert done.exit_code == 1 and rows["model a"]["ok"] and not rows["model b"]["ok"] and rows["front"]["ok"]
     assert "not calibrated" in rows["model a"]["text"] and "no bundle" in rows["model b"]["text"]
+
+
+@pytest.mark.long
+def test_one_process_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+    port = free_port()
+    settings = {"models": {"part": {"bundle": str(exported("onnx")[1].path), "device": "cpu", "threads": 1}}}
+    settings["front"] = {"http_port": port, "grpc_port": None}  # type: ignore[dict-item]
+    (tmp_path / "serve.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "flowad_fast.cli.serve", "--local", str(tmp_path / "serve.yaml")]
+    server = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        said = [server.stderr.readline(), server.stderr.readline()]
+        assert said == ["starting part\n", f"HTTP at http://127.0.0.1:{port}\n"]
+        (row,) = Client(f"http://127.0.0.1:{port}").status()["models"]
+        assert row["model"] == "part" and row["trouble"] == "" and "onnxruntime" in row["engine"]
+        server.terminate()
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
