@@ -102,14 +102,14 @@ def moody(bundle: Path, before: Callable[[], None], **options: Any) -> tuple[Loc
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_late_is_told_so_in_time_and_the_next_is_answered(bundle: Path, way: str) -> None:
-    pause = [0.4]
+    pause = [1.0]
     pool, _ = moody(bundle, lambda: time.sleep(pause[0]))
     with Running(pool, deadline=20) as server:
         ask = Client(way, server)
         for options in ({"parameters": {"deadline_ms": 100}}, {"timeout": 100_000}):
             begin = time.monotonic()
             assert "no result: late" in failure(ask, FRAMES, indices(), **options)
-            assert time.monotonic() - begin < 0.35
+            assert time.monotonic() - begin < 0.9
         pause[0] = 0.0
         assert ask(FRAMES, indices(), parameters={"deadline_ms": 10_000}).outputs["verdict"].shape == (4, 1)
 
@@ -180,11 +180,11 @@ def test_an_engine_that_fails_is_started_again(bundle: Path) -> None:
 
 def test_an_engine_that_hangs_is_given_up_and_one_that_computes_something_else_is_not_ready(bundle: Path) -> None:
     hang = threading.Event()
-    pool, made = moody(bundle, lambda: hang.is_set() and time.sleep(1.5), limits=ServeLimits(call=0.3, canary=0.2))  # type: ignore[arg-type,return-value]
+    pool, made = moody(bundle, lambda: hang.is_set() and time.sleep(3), limits=ServeLimits(call=1.0, canary=0.2))  # type: ignore[arg-type,return-value]
     with Running(pool, deadline=20) as server:
         ask = Client("http", server)
         hang.set()
-        assert "no result: engine failed: the detector did not answer within 0.3 s" in failure(ask, FRAMES, indices())
+        assert "no result: engine failed: the detector did not answer within 1 s" in failure(ask, FRAMES, indices())
         hang.clear()
         until(lambda: Client("http", server).client.is_server_ready())
         real = made[0]._detector
