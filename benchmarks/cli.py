@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowad_fast.benchmarks import labelled, line_command
+from flowad_fast.benchmarks import labelled, line_command, serve_command
 from flowad_fast.benchmarks.options import (
     EVALUATIONS,
     KINDS,
@@ -147,6 +147,7 @@ def ladder(
 app.command()(labelled.drift)
 app.command()(labelled.evaluations)
 app.command()(line_command.line)
+app.command()(serve_command.serve)
 
 
 @app.command()

@@ -80,6 +80,7 @@ EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "av", *WEB), "line"),
     "accelerate": "train",
     "openvino": "openvino",
+    "ray": "ray",
     "nncf": "openvino-int8",
 }
 """Packages that the base installation lacks, and the extra of this project that has each."""

@@ -22,6 +22,7 @@ from flowad_fast.stages.scorers import Scorer
 
 if TYPE_CHECKING:
     from flowad_fast.benchmarks.record.line import LineRecord
+    from flowad_fast.benchmarks.record.serve import ServeRecord
 
 SCHEMA = 1
 Status = Literal[
@@ -380,7 +381,7 @@ def finite(value: Any) -> Any:
     return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(path: Path) -> "Record | Speedless | LineRecord":
+def read(path: Path) -> "Record | Speedless | LineRecord | ServeRecord":
     """A record of this schema.
 
     Raises:
@@ -392,8 +393,15 @@ def read(path: Path) -> "Record | Speedless | LineRecord":
             f"{path}: expected a flowad-bench record of schema {SCHEMA}, got schema {data.get('schema')!r}; "
             "measure again with this version"
         )
-    from flowad_fast.benchmarks.record.line import LineRecord  # which builds on this module
+    from flowad_fast.benchmarks.record.line import LineRecord  # these build on this module
+    from flowad_fast.benchmarks.record.serve import ServeRecord
 
-    kinds = {"drift": DriftRecord, "evaluations": EvaluationsRecord, "fewer": FewerRecord, "line": LineRecord}
-    kind: type[Record | Speedless | LineRecord] = kinds.get(str(data.get("kind")), Record)  # type: ignore[assignment]
+    kinds: dict[str, type[Record | Speedless | LineRecord | ServeRecord]] = {
+        "drift": DriftRecord,
+        "evaluations": EvaluationsRecord,
+        "fewer": FewerRecord,
+        "line": LineRecord,
+        "serve": ServeRecord,
+    }
+    kind = kinds.get(str(data.get("kind")), Record)
     return parse(kind, data, str(path))

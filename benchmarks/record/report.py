@@ -21,6 +21,8 @@ from flowad_fast.benchmarks.record.record import (
     Row,
     read,
 )
+from flowad_fast.benchmarks.record.serve import ServeRecord
+from flowad_fast.benchmarks.record.serve import markdown as serve_markdown
 
 HERE = Path(__file__).resolve().parents[1]
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -184,6 +186,8 @@ def readme(folder: Path = RESULTS) -> str:
             parts.append(evaluations.markdown(record))
         elif isinstance(record, LineRecord):
             parts.append(line_markdown(record))
+        elif isinstance(record, ServeRecord):
+            parts.append(serve_markdown(record))
         elif record.kind == "peers":
             parts.append(peers_markdown(record))
         else:

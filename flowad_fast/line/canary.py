@@ -29,14 +29,15 @@ class CanaryCheck:
         maps: the last map of the frame, by hash of the bundle.
     """
 
-    def __init__(self, settings: Canary, memory: Path | None) -> None:
+    def __init__(self, settings: Canary, memory: Path | None, verdicts: bool = True) -> None:
         """Read the frame.
 
         Args:
             settings: which frame, how near.
             memory: file of the remembered scores; None: they are forgotten with this object.
+            verdicts: whether a model without thresholds, which can judge nothing, is refused.
         """
-        self._settings, self._memory = settings, memory
+        self._settings, self._memory, self._verdicts = settings, memory, verdicts
         self._image = None if settings.image is None else read_frame(settings.image)
         self._scores = _read(memory)
         self.maps: dict[str, NDArray[np.float32]] = {}
@@ -46,11 +47,12 @@ class CanaryCheck:
 
         Raises:
             EngineUnavailableError: the score is not finite, or not the remembered one.
-            CalibrationError: the model was not calibrated.
+            CalibrationError: the model was not calibrated, and verdicts are asked for.
             FrameError, HangError, EngineLostError: see `Scoring`.
         """
         frame, found = self._frame(scoring), self._judge(scoring, 1, limit)
-        _ = found.verdict  # a model without thresholds can judge nothing
+        if self._verdicts:
+            _ = found.verdict  # needs the thresholds
         score = np.atleast_1d(found.raw_score[0]).astype(float)
         if not np.isfinite(score).all():
             raise EngineUnavailableError(f"the canary frame's score is {score.tolist()}, expected finite numbers")

@@ -1,0 +1,436 @@
+"""What the server refuses: no result in time, bad requests, limits, the token. All are named, none is a verdict."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if not os.environ.get("CI"):
+    pytest.importorskip("httpx")
+    pytest.importorskip("tritonclient.grpc")
+import httpx
+from tritonclient.utils import InferenceServerException
+
+from flowad_fast.config import Classes
+from flowad_fast.detector import Detection, Detector
+from flowad_fast.errors import ConfigError
+from flowad_fast.line.outcome import NoResult
+from flowad_fast.line.sinks.base import Secret
+from flowad_fast.serve.local import LocalPool
+from flowad_fast.serve.pool import Asked, NoResultError
+from flowad_fast.serve.protocol.front import Front
+from flowad_fast.serve.protocol.settings import FrontSettings, read_token
+from flowad_fast.serve.settings import ServeLimits
+from tests.line_servers import until
+from tests.models import tiny_frames
+from tests.serve_front import (
+    CARD,
+    FRAMES,
+    TOKEN,
+    VERSION,
+    WAYS,
+    Answer,
+    Client,
+    FakePool,
+    Running,
+    calibrated,
+    failure,
+    indices,
+    local,
+    request_json,
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated(tmp_path_factory.mktemp("protocol"))
+
+
+# No results
+
+STATUSES = {
+    NoResult.LATE: ("504", "DEADLINE_EXCEEDED"),
+    NoResult.QUEUE_FULL: ("503", "RESOURCE_EXHAUSTED"),
+    NoResult.ENGINE_FAILED: ("503", "UNAVAILABLE"),
+    NoResult.SOURCE_LOST: ("503", "UNAVAILABLE"),
+    NoResult.SHUTTING_DOWN: ("503", "UNAVAILABLE"),
+}
+
+
+@pytest.mark.parametrize("result", NoResult)
+def test_no_result_has_a_status_and_a_name_and_no_verdict(result: NoResult) -> None:
+    async def none(asked: Asked) -> None:
+        raise NoResultError(result, "for a test")
+
+    http, grpc = STATUSES[result]
+    with Running(FakePool(do=none)) as server:
+        for way in WAYS:
+            with pytest.raises(InferenceServerException, match=f"no result: {result.value}: for a test") as told:
+                Client(way, server)(tiny_frames(1))
+            assert told.value.status() == (f"StatusCode.{grpc}" if way == "grpc" else http)
+        said = httpx.post(f"{server.http}/v2/models/part/infer", json=request_json())
+        assert said.json() == {"error": f"no result: {result.value}: for a test"}
+
+
+class Moody:
+    """A detector that does what a test wants before it judges."""
+
+    def __init__(self, detector: Detector, before: Callable[[], None]) -> None:
+        self._detector, self.before = detector, before
+        self.engine, self.classes, self.frame_size = detector.engine, detector.classes, detector.frame_size
+        self.image_size, self.calibration = detector.image_size, detector.calibration
+        self.calls = 0
+
+    def __call__(self, frames: np.ndarray, classes: Any = None) -> Detection:
+        self.calls += 1
+        if self.calls > 1:  # the first is the canary
+            self.before()
+        return self._detector(frames, classes)
+
+
+def moody(bundle: Path, before: Callable[[], None], **options: Any) -> tuple[LocalPool, list[Moody]]:
+    made: list[Moody] = []
+
+    def around(detector: Detector) -> Moody:
+        made.append(Moody(detector, before))
+        return made[0]
+
+    return local(bundle, around, **options), made
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_late_is_told_so_in_time_and_the_next_is_answered(bundle: Path, way: str) -> None:
+    pause = [0.4]
+    pool, _ = moody(bundle, lambda: time.sleep(pause[0]))
+    with Running(pool, deadline=20) as server:
+        ask = Client(way, server)
+        for options in ({"parameters": {"deadline_ms": 100}}, {"timeout": 100_000}):
+            begin = time.monotonic()
+            assert "no result: late" in failure(ask, FRAMES, indices(), **options)
+            assert time.monotonic() - begin < 0.35
+        pause[0] = 0.0
+        assert ask(FRAMES, indices(), parameters={"deadline_ms": 10_000}).outputs["verdict"].shape == (4, 1)
+
+
+def test_a_full_queue_refuses_one_more_and_disturbs_no_other(bundle: Path) -> None:
+    go, going = threading.Event(), threading.Event()
+    pool, _ = moody(bundle, lambda: (going.set(), go.wait(20)) and None, queue=1)  # type: ignore[func-returns-value]
+    with Running(pool, deadline=20) as server:
+        answers: list[Answer] = []
+        asking = [threading.Thread(target=lambda: answers.append(Client("grpc", server)(FRAMES, indices())))]
+        asking[0].start()
+        assert going.wait(10)
+        asking.append(threading.Thread(target=lambda: answers.append(Client("http", server)(FRAMES, indices()))))
+        asking[1].start()
+        worker = pool._workers["part"]
+        until(lambda: len(worker._waiting) == 1)
+        assert "no result: queue full" in failure(Client("http", server), FRAMES, indices())
+        go.set()
+        for one in asking:
+            one.join(20)
+        assert len(answers) == 2
+
+
+def test_who_ends_answers_what_is_being_judged_and_refuses_what_waits(bundle: Path) -> None:
+    go, going = threading.Event(), threading.Event()
+    pool, _ = moody(bundle, lambda: (going.set(), go.wait(20)) and None)  # type: ignore[func-returns-value]
+    told: dict[str, Any] = {}
+
+    def ask(name: str, server: Running, way: str) -> None:
+        try:
+            told[name] = Client(way, server)(FRAMES, indices())
+        except InferenceServerException as error:
+            told[name] = error.message()
+
+    with Running(pool, deadline=20) as server:
+        first = threading.Thread(target=ask, args=("judged", server, "http"))
+        first.start()
+        assert going.wait(10)
+        second = threading.Thread(target=ask, args=("waiting", server, "grpc"))
+        second.start()
+        until(lambda: len(pool._workers["part"]._waiting) == 1)
+        server.stop()
+        second.join(10)
+        assert told["waiting"] == "no result: shutting down"
+        assert httpx.get(f"{server.http}/v2/health/ready").status_code == 503
+        assert "no result: shutting down" in failure(Client("http", server), FRAMES, indices())
+        go.set()
+        first.join(10)
+        assert isinstance(told["judged"], Answer)
+
+
+def test_an_engine_that_fails_is_started_again(bundle: Path) -> None:
+    trouble = [RuntimeError("CUDA error")]
+
+    def before() -> None:
+        if trouble:
+            raise trouble.pop()
+
+    pool, _ = moody(bundle, before)
+    with Running(pool, deadline=20) as server:
+        ask = Client("http", server)
+        assert "503 no result: engine failed: the detector raised RuntimeError: CUDA error" == failure(
+            ask, FRAMES, indices()
+        )
+        until(lambda: Client("grpc", server).client.is_server_ready())
+        assert ask(FRAMES, indices()).outputs["verdict"].shape == (4, 1)
+
+
+def test_an_engine_that_hangs_is_given_up_and_one_that_computes_something_else_is_not_ready(bundle: Path) -> None:
+    hang = threading.Event()
+    pool, made = moody(bundle, lambda: hang.is_set() and time.sleep(1.5), limits=ServeLimits(call=0.3))  # type: ignore[arg-type,return-value]
+    with Running(pool, deadline=20) as server:
+        ask = Client("http", server)
+        hang.set()
+        assert "no result: engine failed: the detector did not answer within 0.3 s" in failure(ask, FRAMES, indices())
+        hang.clear()
+        until(lambda: Client("http", server).client.is_server_ready())
+        real = made[0]._detector
+        made[0]._detector = lambda frames, classes: real(255 - frames, classes)  # type: ignore[assignment]
+        hang.set()
+        failure(ask, FRAMES, indices())
+        hang.clear()
+        until(
+            lambda: (
+                "does not compute what it did" in httpx.get(f"{server.http}/v2/health/ready").json().get("error", "")
+            )
+        )
+        assert "no result: engine failed" in failure(ask, FRAMES, indices())
+        made[0]._detector = real
+        until(lambda: Client("http", server).client.is_server_ready())
+        assert ask(FRAMES, indices()).outputs["verdict"].shape == (4, 1)
+
+
+def test_what_nobody_expected_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def burst(asked: Asked) -> None:
+        raise RuntimeError("/secret/path")
+
+    with Running(FakePool(do=burst)) as server:
+        for way, status in (("http", "500"), ("grpc", "StatusCode.INTERNAL")):
+            said = failure(Client(way, server), tiny_frames(1))
+            assert said == f"{status} no result: the server failed; its log says how"
+    assert "/secret/path" in caplog.text
+
+
+# Requests
+
+
+def test_what_a_request_says_reaches_the_pool() -> None:
+    pool = FakePool()
+    with Running(pool, deadline=3) as server:
+        for way in WAYS:
+            ask = Client(way, server)
+            pool.asked.clear()
+            ask(tiny_frames(2), parameters={"part": "A 1, A 2", "deadline_ms": 1500})
+            ask(tiny_frames(2), request_id="r")
+            ask(tiny_frames(1), timeout=700_000, priority=1)
+            first, second, third = pool.asked
+            assert first.parts == ("A 1", "A 2") and 1.0 < first.seconds <= 1.5
+            assert second.parts == ("r/0", "r/1") and 2.5 < second.seconds <= 3
+            assert len(third.parts) == 1 and 0.3 < third.seconds <= 0.7
+            assert first.classes is None and first.version == "" and first.frames.dtype == np.uint8
+        assert Client("grpc", server)(tiny_frames(1), client_timeout=0.5) and pool.asked[-1].seconds <= 0.5
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"inputs": []}, "the input frames is missing"),
+    ({"inputs": {}}, "inputs: Input should be a valid"),
+    (request_json(parameters={"deadlin_ms": 5}), "unknown parameter 'deadlin_ms'; did you mean 'deadline_ms'?"),
+    (request_json(parameters={"deadline_ms": -1}), "deadline_ms must be a number above 0 and at most 60000"),
+    (request_json(parameters={"deadline_ms": 10**30}), "deadline_ms must be a number above 0"),
+    (request_json(parameters={"timeout": "5"}), "timeout must be a number above 0"),
+    (request_json(parameters={"class": "nut"}), "the model has no classes"),
+    (request_json(parameters={"part": "a,b"}), "part must be 1 ids"),
+    (request_json(outputs=[{"name": "masks"}]), "unknown output 'masks'; did you mean 'map'?"),
+    (request_json(outputs=[{"name": "map"}, {"name": "map"}]), "an output is there twice"),
+    (request_json(outputs=[{"name": "map", "parameters": {"classification": 3}}]), "'classification' is not supported"),
+]
+
+
+@pytest.mark.parametrize(("body", "why"), BAD, ids=[why for _, why in BAD])
+def test_bad_requests_say_what_was_expected(body: dict[str, Any], why: str) -> None:
+    with Running(FakePool(), grpc_port=None) as server:
+        said = httpx.post(f"{server.http}/v2/models/part/infer", json=body)
+        assert said.status_code == 400 and why in said.json()["error"]
+
+
+TENSORS: list[tuple[dict[str, Any], str]] = [
+    ({"shape": [1, 2, 2, 4]}, "expected UINT8 [frames, height, width, 3]"),
+    ({"shape": [1, 0, 2, 3]}, "expected UINT8 [frames, height, width, 3]"),
+    ({"shape": [1, 2, 2, -3]}, "inputs.0.shape.3"),
+    ({"shape": [1, 3, 2, 3]}, "got 12 values, expected 18"),
+    ({"datatype": "FP32"}, "expected UINT8"),
+    ({"data": [0.5] * 12}, "values that are no UINT8"),
+    ({"data": [True] * 12}, "values that are no UINT8"),
+    ({"data": [256] * 12}, "values beyond UINT8"),
+    ({"data": ["x" * 9] * 12}, "values that are no UINT8"),
+    ({"data": [[[[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0]]]]}, "lists of different lengths"),
+    ({"data": None}, "neither data nor binary_data_size"),
+    ({"data": None, "parameters": {"binary_data_size": 12}}, "but 0 bytes are left"),
+    ({"data": None, "parameters": {"binary_data_size": True}}, "expected data, or binary_data_size"),
+    ({"data": None, "parameters": {"shared_memory_region": "x"}}, "'shared_memory_region' is not supported"),
+    ({"name": "frame"}, "unknown input 'frame'; did you mean 'frames'?"),
+    ({"parameters": {"a": {}}}, "inputs.0.parameters.a"),
+]
+
+
+def test_bad_tensors_say_what_was_expected() -> None:
+    with Running(FakePool(), grpc_port=None) as server:
+        for change, why in TENSORS:
+            body = request_json()
+            body["inputs"][0] |= change
+            said = httpx.post(f"{server.http}/v2/models/part/infer", json=body)
+            assert said.status_code == 400 and why in said.json()["error"], (change, said.text)
+
+
+def test_bad_classes_say_what_was_expected() -> None:
+    card = replace(CARD, classes=Classes(("nut", "screw"), 2, True))
+
+    async def check(asked: Asked) -> None:
+        card.classes.indices(asked.classes, len(asked.frames))
+
+    with Running(FakePool(card, check)) as server:
+        for way in WAYS:
+            ask, frames = Client(way, server), tiny_frames(2)
+            cases: list[tuple[dict[str, Any], str]] = [
+                ({}, "got none of them, expected one of the inputs classes, class_names"),
+                ({"names": ("nut", "nut"), "parameters": {"class": "nut"}}, "class_names and class, expected one"),
+                ({"classes": np.zeros((1, 1), np.int64)}, "classes: got the shape [1, 1], expected [2, 1]"),
+                ({"classes": np.full((2, 1), 2)}, "class index 2 is not in the model"),
+                ({"names": ("nut", "nail")}, "class 'nail' is not in the model"),
+                ({"parameters": {"class": "crew"}}, "did you mean 'screw'?"),
+            ]
+            for options, why in cases:
+                said = failure(ask, frames, **options)
+                assert why in said and ("INVALID_ARGUMENT" if way == "grpc" else "400") in said, said
+
+
+# Limits and the token
+
+
+def test_requests_beyond_a_limit_are_refused_before_they_cost_anything() -> None:
+    limits = {"bytes": 4096, "json_bytes": 2048, "pixels": 600, "frames": 3, "header_bytes": 2048, "seconds": 0.5}
+    with Running(FakePool(), limits=limits) as server:
+        infer = f"{server.http}/v2/models/part/infer"
+
+        def post(**options: Any) -> httpx.Response:
+            return httpx.post(infer, timeout=20, **options)
+
+        for said in (
+            post(content=b"x" * 5000),
+            post(content=iter([b"x" * 3000, b"x" * 3000])),
+            post(content=b" " * 3000),
+            post(content=zlib.compress(b" " * 10_000_000), headers={"Content-Encoding": "deflate"}),
+        ):
+            assert said.status_code == 413 and set(said.json()) == {"error"}, said.text
+        for way in ("http", "grpc"):
+            for frames, why in ((tiny_frames(4, 4, 4), "got 4 frames"), (tiny_frames(1, 25, 25), "25 x 25 pixels")):
+                assert why in failure(Client(way, server), frames)
+        assert "RESOURCE_EXHAUSTED" in failure(Client("grpc", server), tiny_frames(2, 40, 40))
+        assert httpx.get(f"{server.http}/v2", headers={"x": "y" * 8000}).status_code == 400
+        assert httpx.post(infer, content=b"{}", headers={"Content-Encoding": "br"}).status_code == 400
+        assert slowly(server, b"POST /v2/models/part/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1") == 408
+        assert Client("http", server)(tiny_frames(1, 4, 4)).version == VERSION
+
+
+def slowly(server: Running, data: bytes) -> int:
+    """The status of a request that does not come to its end."""
+    host, _, port = server.http.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as one:
+        one.sendall(data)
+        return int(one.recv(100).split()[1])
+
+
+def test_a_body_may_be_larger_than_its_json_may() -> None:
+    with Running(FakePool(), limits={"json_bytes": 2048}) as server:
+        assert Client("http", server)(tiny_frames(2, 200, 200)).version == VERSION
+        assert "413" in failure(Client("http-json", server), tiny_frames(2, 200, 200))
+
+
+def test_too_many_requests_at_a_time_are_refused() -> None:
+    go = threading.Event()
+
+    async def wait(asked: Asked) -> None:
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+
+    pool = FakePool(do=wait)
+    with Running(pool, limits={"requests": 1}, deadline=20) as server:
+        first = threading.Thread(target=lambda: Client("grpc", server)(tiny_frames(1)))
+        first.start()
+        until(lambda: len(pool.asked) == 1)
+        for way, status in (("http", "503"), ("grpc", "StatusCode.RESOURCE_EXHAUSTED")):
+            said = failure(Client(way, server), tiny_frames(1))
+            assert said == f"{status} no result: queue full: 1 requests are on their way"
+        assert Client("grpc", server).client.is_server_live()
+        go.set()
+        first.join(10)
+        assert Client("http", server)(tiny_frames(1)).version == VERSION
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Secret:
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    return Secret(file=tmp_path / "token")
+
+
+def test_everything_but_probes_needs_the_token(secret: Secret) -> None:
+    pool = FakePool()
+    with Running(pool, token=secret.model_dump()) as server:
+        for way, status in (("http", "401"), ("http-json", "401"), ("grpc", "StatusCode.UNAUTHENTICATED")):
+            assert Client(way, server, TOKEN)(tiny_frames(1)).version == VERSION
+            pool.asked.clear()
+            for token in (None, "", TOKEN[:-1], "x" + TOKEN[1:], TOKEN + "x"):
+                said = failure(Client(way, server, token), tiny_frames(1))
+                header = "authorization" if way == "grpc" else "Authorization"
+                assert said == f"{status} wrong or missing token; send {header}: Bearer TOKEN"
+            one = Client(way, server).client
+            assert one.is_server_live() and one.is_server_ready() and one.is_model_ready("part") and not pool.asked
+            for call in (
+                one.get_server_metadata, one.get_model_repository_index,
+                lambda one=one: one.get_model_metadata("part"), lambda one=one: one.get_model_config("part"),
+            ):  # fmt: skip
+                assert status in failure(call)
+        assert httpx.get(f"{server.http}/v2", headers={"Authorization": "Basic é".encode()}).status_code == 401
+
+
+def test_nobody_else_is_let_in_by_accident(secret: Secret, tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "::"):
+        with pytest.raises(ValueError, match="without a token; add token"):
+            FrontSettings(host=host)
+        assert FrontSettings(host=host, token=secret) and FrontSettings(host=host, insecure=True)
+    assert FrontSettings(host="::1") and FrontSettings(host="localhost")
+    with pytest.raises(ValueError, match="two ports"):
+        FrontSettings(http_port=8000, grpc_port=8000)
+    with pytest.raises(ValueError, match="neither http_port nor grpc_port"):
+        FrontSettings(http_port=None, grpc_port=None)
+    with pytest.raises(ValueError, match="above largest_deadline"):
+        FrontSettings(deadline=61)
+    (tmp_path / "short").write_text("guess")
+    with pytest.raises(ConfigError, match="the token has 5 characters, expected at least 16"):
+        read_token(FrontSettings(token=Secret(file=tmp_path / "short")))
+
+
+def test_an_address_that_is_taken_is_told(server: Running) -> None:
+    async def start(**settings: Any) -> None:
+        front = Front(FakePool(), FrontSettings(**settings))
+        try:
+            await front.start()
+        finally:
+            await front.close()
+
+    port = int(server.http.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: cannot be bound .*; choose another http_port"):
+        asyncio.run(start(http_port=port, grpc_port=None))
+    port = int(server.grpc.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: cannot be bound; choose another grpc_port"):
+        asyncio.run(start(http_port=None, grpc_port=port))
