@@ -21,21 +21,16 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from flowad_fast import bundle as bundles
-from flowad_fast.config import Classes
 from flowad_fast.detector import Detector, load
 from flowad_fast.files import sha256
-from flowad_fast.line.outcome import Judgement
 from flowad_fast.line.scoring import InThread
 from flowad_fast.serve.local import Local, LocalPool
-from flowad_fast.serve.pool import Answered, Asked, ModelCard, UnknownModelError
 from flowad_fast.serve.protocol.front import Front
 from flowad_fast.serve.protocol.settings import FrontSettings
 from flowad_fast.serve.settings import ServeLimits
-from flowad_fast.stages.decision import Calibration, ClassCalibration, Verdict
+from flowad_fast.stages.decision import Calibration, ClassCalibration
 from tests.models import PARTS, exported, tiny_frames
 
-VERSION = "0123456789ab"
-CARD = ModelCard("part", VERSION, "nothing", image_size=8, classes=Classes())
 WAYS = ("http", "http-json", "grpc")
 TOKEN = "a-token-of-tests-0123456789"
 
@@ -62,38 +57,6 @@ def local(bundle: Path, around: Callable[[Detector], Any] = lambda it: it, **opt
     limits = options.pop("limits", ServeLimits())
     scoring = InThread(around(load(bundle)), sha256(bundle / bundles.MANIFEST)[:12])
     return LocalPool({"part": Local(scoring, bundles.read(bundle)[1], **options)}, limits)
-
-
-class FakePool:
-    """Answers at once that all is good, or does what it is told; remembers what it was asked."""
-
-    def __init__(self, card: ModelCard = CARD, do: Callable[[Asked], Any] | None = None) -> None:
-        self.card, self.do = card, do
-        self.asked: list[Asked] = []
-        self.trouble = ""
-        self.closed = False
-
-    async def models(self) -> list[ModelCard]:
-        return [self.card]
-
-    async def ready(self, model: str) -> str:
-        if model != self.card.name:
-            raise UnknownModelError(f"no model {model!r}")
-        return self.trouble
-
-    async def ask(self, asked: Asked) -> Answered:
-        self.asked.append(asked)
-        if self.do is not None and (found := await self.do(asked)) is not None:
-            return found
-        return good(len(asked.frames))
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-def good(count: int) -> Answered:
-    maps = np.zeros((count, 8, 8), np.float32)
-    return Answered(maps, maps[:, 0, 0], (Judgement(Verdict.GOOD, 0.0),) * count, VERSION, "nothing", (None,) * count)
 
 
 class Running:

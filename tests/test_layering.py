@@ -93,7 +93,6 @@ FLOORS = (
     ("serve.pool_ray",),
     ("serve.orders",),
     ("serve.client", "serve.running"),
-    ("serve",),
     ("evaluation.certificate", "evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,15 @@ from flowad_fast.serve.local import LocalPool
 from flowad_fast.serve.pool import Asked
 from flowad_fast.serve.settings import ModelSettings, ServeLimits
 from tests.models import PARTS, tiny_frames
+from tests.serve_fake import FakePool, good
 from tests.serve_front import (
     ALL,
     FRAMES,
     KINDS,
     WAYS,
     Client,
-    FakePool,
     Running,
     calibrated,
-    good,
     indices,
     local,
     request_json,
@@ -94,6 +94,19 @@ def test_classes_come_as_indices_names_or_one_name_for_all(client: Client) -> No
     ]
     assert all(np.array_equal(one.outputs["map"], ways[0].outputs["map"]) for one in ways)
     assert not np.array_equal(client(FRAMES, indices()).outputs["map"], ways[0].outputs["map"])
+
+
+def test_every_one_of_many_clients_gets_its_own_answer(server: Running, bundle: Path) -> None:
+    detector = load(bundle)
+
+    def ask(number: int) -> bool:
+        one, frames = Client(WAYS[number % 3], server), tiny_frames(2, 60, 50 + number, seed=number)
+        kinds = (PARTS[number % 3], PARTS[0])
+        same = np.array_equal(one(frames, indices(kinds)).outputs["map"], detector(frames, kinds).map)
+        return same and one(frames, indices(kinds), request_id=str(number)).id == str(number)
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(ask, range(18)))
 
 
 def test_outputs_that_are_named_come_in_that_order(client: Client) -> None:

@@ -89,6 +89,7 @@ def run(
     settings = _settings(what, address)
     if local and address is not None:
         raise ConfigError("got --local and --address, expected one of them")
+    require("serve", "starlette", "uvicorn", "grpc", "tritonclient", by="flowad-serve")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the front takes it over
     if local:
         from flowad_fast.serve.running import run_local

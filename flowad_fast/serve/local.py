@@ -137,7 +137,6 @@ class _Worker:
 
     Attributes:
         card: None before the first start.
-        trouble: why it is not ready, "" when it is.
     """
 
     def __init__(self, name: str, local: Local, limits: ServeLimits) -> None:
@@ -147,10 +146,15 @@ class _Worker:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._again, self._pause = 0.0, FIRST_PAUSE
+        self._failed = "it was not started"
+        self._due, self._pause = 0.0, FIRST_PAUSE
         self._thread: threading.Thread | None = None
         self.card: ModelCard | None = None
-        self.trouble = "it was not started"
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not ready, "" when it is."""
+        return "it is shutting down" if self._closed else self._failed
 
     def start(self) -> None:
         """Start the engine, then answer; FlowADError."""
@@ -177,7 +181,7 @@ class _Worker:
     def stop(self) -> None:
         """Refuse what waits and what comes."""
         with self._changed:
-            self._closed, self.trouble = True, "it is shutting down"
+            self._closed = True
             while self._waiting:
                 job = self._waiting.popleft()
                 if job.answer.set_running_or_notify_cancel():
@@ -193,24 +197,20 @@ class _Worker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._closed or self._waiting or self._due()):
-                    self._changed.wait(max(0.01, self._again - time.monotonic()) if self.trouble else None)
+                while not (self._closed or self._waiting) and (left := self._due - time.monotonic()) > 0:
+                    self._changed.wait(left)
                 if self._closed:
                     return
                 job = self._waiting.popleft() if self._waiting else None
-            if self._due():
-                self._start_again()
+            if time.monotonic() >= self._due:
+                self._look_after()
             if job is not None and job.answer.set_running_or_notify_cancel():
                 self._judge(job)
 
-    def _due(self) -> bool:
-        """Whether it is time to start an engine that does not run."""
-        return bool(self.trouble) and time.monotonic() >= self._again
-
     def _judge(self, job: _Job) -> None:
         begin, frames = time.monotonic(), len(job.asked.frames)
-        if self.trouble:
-            return job.refuse(NoResult.ENGINE_FAILED, self.trouble)
+        if self._failed:
+            return job.refuse(NoResult.ENGINE_FAILED, self._failed)
         if begin >= job.end:
             return job.refuse(NoResult.LATE, "others were judged before it")
         if self._waiting and begin + self._pace(frames) > job.end:
@@ -221,7 +221,7 @@ class _Worker:
             return job.answer.set_exception(error)
         except Exception as error:
             _log.warning("%s: a call failed, the engine is started again: %s", self._name, error)
-            self._fail(str(error), 0.0)
+            self._fail(error, 0.0)
             return job.refuse(NoResult.ENGINE_FAILED, str(error))
         now = time.monotonic()
         self._pace.learn(frames, now - begin)
@@ -229,31 +229,35 @@ class _Worker:
             return job.refuse(NoResult.LATE, "it was judged too late")
         job.answer.set_result(answer)
 
-    def _fail(self, reason: str, pause: float) -> None:
-        with self._changed:
-            if not self._closed:
-                self.trouble = reason
-        self._again = time.monotonic() + pause
+    def _fail(self, error: Exception, pause: float) -> None:
+        self._failed = str(error) or type(error).__name__
+        self._due = time.monotonic() + pause
 
-    def _start_again(self) -> None:
+    def _look_after(self) -> None:
+        """Start an engine that does not run; judge the canary with one that does."""
         try:
-            self._start_engine()
+            if self._failed:
+                self._start_engine()
+            else:
+                self._check(self._limits.call)
         except Exception as error:
-            _log.error("%s: the engine does not start, the next try is in %g s: %s", self._name, self._pause, error)
-            self._fail(str(error), self._pause)
+            pause = self._pause if self._failed else 0.0
+            _log.error("%s: not ready, the engine is started again in %g s: %s", self._name, pause, error)
             self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+            self._fail(error, pause)
+
+    def _check(self, limit: float) -> None:
+        self._canary(self._local.scoring, limit)
+        self._due = time.monotonic() + self._limits.canary
 
     def _start_engine(self) -> None:
         """Start it and judge the canary; FlowADError where it does not start or gives another score than before."""
         scoring, local = self._local.scoring, self._local
         try:
             scoring.start(self._limits.start)
-            self._canary(scoring, self._limits.start)
+            self._check(self._limits.start)
         except FlowADError:
             scoring.close()
             raise
         self.card = card_of(self._name, scoring.bundle, local.manifest, scoring.engine, local.largest_batch)
-        with self._changed:
-            if not self._closed:
-                self.trouble = ""
-        self._pause = FIRST_PAUSE
+        self._failed, self._pause = "", FIRST_PAUSE

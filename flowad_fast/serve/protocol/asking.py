@@ -88,7 +88,7 @@ def asked(query: Query, card: ModelCard, settings: FrontSettings, arrived: float
     return Asked(card.name, frames, classes, parts, seconds)
 
 
-def answer(query: Query, card: ModelCard, answered: Answered) -> list[Output]:
+def answer(query: Query, answered: Answered) -> list[Output]:
     """The outputs that were asked for, or all, in the order of the metadata unless they were named."""
     batch = len(answered.maps)
     judged = answered.judgements

@@ -1,10 +1,11 @@
 """What HTTP and gRPC have in common: which models there are, how much is taken at a time, asking a pool."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from flowad_fast.errors import nearest
@@ -15,6 +16,23 @@ from flowad_fast.serve.protocol.asking import Output, Query
 from flowad_fast.serve.protocol.settings import FrontSettings
 
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a pool said, and the outputs of it that the request wants, until `end` on the monotonic clock."""
+
+    query: Query
+    answered: Answered
+    outputs: list[Output]
+    end: float
+
+    def check(self) -> None:
+        """NoResultError where it is too late to tell."""
+        if time.monotonic() > self.end:
+            raise NoResultError(NoResult.LATE, "writing the answer took too long")
+
+
 READERS = 2
 """Threads that read and write messages, so that few large JSON texts are in memory at a time."""
 
@@ -56,8 +74,8 @@ class Desk:
 
     async def answer(
         self, model: str, version: str, arrived: float, read: Callable[[], Query], left: float | None = None
-    ) -> tuple[Query, Answered, list[Output]]:
-        """The request, what was said, and the outputs that were asked for; see `asking.asked` for the arguments.
+    ) -> Said:
+        """What is said to a request; see `asking.asked` for the arguments.
 
         Raises:
             RefusedError, NoResultError, UnknownModelError, FrameError, ConfigError: see there and `Pool.ask`.
@@ -69,8 +87,9 @@ class Desk:
             return query, asking.asked(query, card, self.settings, arrived, left)
 
         query, asked = await self.apart(prepare)
+        end = time.monotonic() + asked.seconds
         answered = await self.pool.ask(replace(asked, version=version))
-        return query, answered, asking.answer(query, card, answered)
+        return Said(query, answered, asking.answer(query, answered), end)
 
     async def apart(self, work: Callable[[], Found]) -> Found:
         """Do what takes a while in a thread."""

@@ -60,10 +60,11 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         name = call.method.rpartition("/")[2]
         if name in PROBES or authorised(given if isinstance(given, str) else None, self._token):
             return await continuation(call)
-        return grpc.unary_unary_rpc_method_handler(_deny)
+        return grpc.stream_unary_rpc_method_handler(_deny)
 
 
-async def _deny(request: bytes, context: Any) -> None:
+async def _deny(messages: Any, context: Any) -> None:
+    """As a call with a stream of messages, so that the one that is sent is not received."""
     await _refuse(context, RefusedError(UNAUTHORISED, "wrong or missing token; send authorization: Bearer TOKEN"))
 
 
@@ -141,15 +142,15 @@ class _Methods:
         arrived = time.monotonic()
         with self._desk.admitted():
             read = partial(read_message, message, self._desk.settings.limits)
-            query, answered, outputs = await self._desk.answer(
-                message.model_name, message.model_version, arrived, read, context.time_remaining()
-            )
-            found = pb.ModelInferResponse(model_name=message.model_name, model_version=answered.version, id=query.id)
-            found.parameters["engine"].string_param = answered.engine
-            for one in outputs:
+            name, version = message.model_name, message.model_version
+            said = await self._desk.answer(name, version, arrived, read, context.time_remaining())
+            found = pb.ModelInferResponse(model_name=name, model_version=said.answered.version, id=said.query.id)
+            found.parameters["engine"].string_param = said.answered.engine
+            for one in said.outputs:
                 found.outputs.add(name=one.name, datatype=one.datatype, shape=one.shape)
                 raw = packed(one.values) if isinstance(one.values, list) else one.values.astype("<f4").tobytes()
                 found.raw_output_contents.append(raw)
+            said.check()
             return found
 
 

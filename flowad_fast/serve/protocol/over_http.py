@@ -16,6 +16,7 @@ from flowad_fast.serve.pool import Pool
 from flowad_fast.serve.protocol import describing, messages
 from flowad_fast.serve.protocol.desk import Desk
 from flowad_fast.serve.protocol.refusals import (
+    LONG,
     SLOW,
     UNAUTHORISED,
     RefusedError,
@@ -72,6 +73,9 @@ class _Routes:
     def _guarded(self, call: Handler, probe: bool) -> Handler:
         async def answer(request: Request) -> Response:
             try:
+                most = self._desk.settings.limits.header_bytes
+                if sum(len(key) + len(value) for key, value in request.headers.raw) > most:
+                    raise RefusedError(LONG, f"got headers of more than {most} bytes")
                 if not probe and not authorised(request.headers.get("authorization"), self._token):
                     raise RefusedError(UNAUTHORISED, "wrong or missing token; send Authorization: Bearer TOKEN")
                 return await call(request)
@@ -117,9 +121,11 @@ class _Routes:
                 body = await self._desk.apart(partial(messages.unpacked, body, encoding, limits.bytes))
             length = messages.header_length(request.headers.get(JSON_LENGTH), len(body), limits)
             read = partial(messages.read, body, length)
-            query, answered, outputs = await self._desk.answer(model, version, arrived, read)
-            assert isinstance(query, messages.HttpQuery)
-            written, size = await self._desk.apart(partial(messages.write, model, query, answered, outputs))
+            said = await self._desk.answer(model, version, arrived, read)
+            assert isinstance(said.query, messages.HttpQuery)
+            write = partial(messages.write, model, said.query, said.answered, said.outputs)
+            written, size = await self._desk.apart(write)
+            said.check()
         if size is None:
             return Response(written, media_type="application/json")
         return Response(written, headers={JSON_LENGTH: str(size)}, media_type="application/octet-stream")
