@@ -85,6 +85,10 @@ FLOORS = (
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
     ("evaluation.evaluate",),
+    ("archive.sources", "archive.store", "archive.worker"),
+    ("archive.cluster",),
+    ("archive.inspecting", "archive.evaluating"),
+    ("archive",),
     ("tuning.defects", "tuning.grid", "tuning.judge", "tuning.parts", "tuning.work"),
     ("tuning.measure",),
     ("tuning.page",),
@@ -98,6 +102,7 @@ FLOORS = (
     ("cli.common", "cli.scorer_options"),
     ("cli.authors",),
     ("cli.inspect", "cli.eval", "cli.train", "cli.tune", "cli.line"),
+    ("cli.archive",),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
@@ -124,6 +129,8 @@ LIGHT = (
             "evaluation.results",
             "evaluation.scanning",
             "training.config",
+            "archive.inspecting",
+            "cli.archive",
             "cli.common",
             "cli.scorer_options",
             "cli.inspect",
@@ -150,7 +157,7 @@ LIGHT = (
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate",
           "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "fastapi", "starlette", "uvicorn",
-          "prometheus_client")  # fmt: skip
+          "prometheus_client", "ray", "pyarrow")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""
