@@ -21,7 +21,9 @@ from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.scorers import Scorer
 
 if TYPE_CHECKING:
+    from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
     from flowad_fast.benchmarks.record.line import LineRecord
+    from flowad_fast.benchmarks.record.peers import PeersRecord
 
 SCHEMA = 1
 Status = Literal[
@@ -380,7 +382,7 @@ def finite(value: Any) -> Any:
     return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(path: Path) -> "Record | Speedless | LineRecord":
+def read(path: Path) -> "Record | Speedless | LineRecord | PeersRecord | CapacityRecord":
     """A record of this schema.
 
     Raises:
@@ -392,8 +394,15 @@ def read(path: Path) -> "Record | Speedless | LineRecord":
             f"{path}: expected a flowad-bench record of schema {SCHEMA}, got schema {data.get('schema')!r}; "
             "measure again with this version"
         )
-    from flowad_fast.benchmarks.record.line import LineRecord  # which builds on this module
+    # These build on this module.
+    from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
+    from flowad_fast.benchmarks.record.line import LineRecord
+    from flowad_fast.benchmarks.record.peers import PeersRecord
 
-    kinds = {"drift": DriftRecord, "evaluations": EvaluationsRecord, "fewer": FewerRecord, "line": LineRecord}
-    kind: type[Record | Speedless | LineRecord] = kinds.get(str(data.get("kind")), Record)  # type: ignore[assignment]
+    kinds = {
+        "drift": DriftRecord, "evaluations": EvaluationsRecord, "fewer": FewerRecord, "line": LineRecord,
+        "peers-photos": PeersRecord, "capacity": CapacityRecord,
+    }  # fmt: skip
+    kind: type[Record | Speedless | LineRecord | PeersRecord | CapacityRecord]
+    kind = kinds.get(str(data.get("kind")), Record)  # type: ignore[assignment]
     return parse(kind, data, str(path))

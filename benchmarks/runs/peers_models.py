@@ -8,6 +8,7 @@ nothing but how long a frame takes.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from flowad_fast.benchmarks.runs.peers_backbone import TIMM_NAME, WHOLE, fill, p
 from flowad_fast.benchmarks.runs.peers_training import Budget, Parts
 from flowad_fast.config import ImageConfig
 from flowad_fast.errors import ConfigError, EngineUnavailableError, nearest
-from flowad_fast.files import digest
+from flowad_fast.files import digest, replacing
 from flowad_fast.stages.image import normalise
 
 PLAIN = {"pre_processor": False, "post_processor": False, "evaluator": False, "visualizer": False}
@@ -115,6 +116,7 @@ def _cflow(download: bool) -> Any:
     layers = ["blocks.2", "blocks.4", "blocks.6"]
     module = Cflow(backbone=TIMM_NAME, layers=layers, pre_trained=False, **PLAIN)
     fill(module.model.encoder.feature_extractor, WHOLE)
+    module.model.fiber_batch_size = training.FIBRES
     return module
 
 
@@ -217,3 +219,22 @@ def scores_of(peer: Peer, model: nn.Module, frames: Tensor) -> tuple[Tensor, Ten
     with torch.inference_mode():
         found = model(peer.prepared(frames))
     return found.anomaly_map, found.pred_score.reshape(-1)
+
+
+def keep(model: nn.Module, path: Path) -> None:
+    """Write a trained model's tensors, whole or not at all."""
+    with replacing(path) as file:
+        torch.save(model.state_dict(), file)
+
+
+def restore(model: nn.Module, path: Path) -> None:
+    """Fill a model as `keep` wrote it; nothing in the file is executed.
+
+    Raises:
+        ConfigError: another model's.
+    """
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"{path}: not what this version trained ({reason}); remove it to train again") from None

@@ -22,6 +22,8 @@ PROBE = 8
 CAREFUL = 0.7
 """Share of what is left that a step is planned for which cannot be stopped."""
 RATE = 1e-4
+FIBRES = 4096
+"""Positions that CFLOW-AD decodes at a time when it judges: faster than the library's 64, with the same result."""
 Ended = Literal["all parts", "own limit", "budget"]
 
 
@@ -97,7 +99,7 @@ def padim(module: Any, parts: Parts, budget: Budget) -> Training:
 
 
 def patchcore(module: Any, parts: Parts, budget: Budget) -> Training:
-    """A memory bank of as many parts as their coreset can be made of in the budget: its time grows with their square."""
+    """A memory bank of as many parts as the budget allows: the time of their coreset grows with their square."""
     model = module.model.train()
 
     def coreset(indices: Sequence[int]) -> float:
@@ -123,8 +125,9 @@ def patchcore(module: Any, parts: Parts, budget: Budget) -> Training:
 
 def cflow(module: Any, parts: Parts, budget: Budget) -> Training:
     """Flows of each stage, by the library's own step and fibre batches of 64."""
+    module.model.fiber_batch_size = 64
     done = fitted(module, parts, budget, {"max_epochs": 50})
-    module.model.fiber_batch_size = 4096
+    module.model.fiber_batch_size = FIBRES
     return done
 
 
