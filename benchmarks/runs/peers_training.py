@@ -112,7 +112,7 @@ def patchcore(module: Any, parts: Parts, budget: Budget) -> Training:
     begun = budget.spent
     probe = coreset(parts.evenly(PROBE))
     each = (budget.spent - begun - probe) / PROBE
-    allowed, square = budget.left * CAREFUL, probe / PROBE**2
+    allowed, square = max(budget.left, 0.0) * CAREFUL, probe / PROBE**2
     count = int((-each + math.sqrt(each**2 + 4 * square * allowed)) / (2 * square))
     chosen = parts.evenly(max(count, PROBE))
     coreset(chosen)
