@@ -57,7 +57,9 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("result", NoResult)
-def test_no_result_has_a_status_and_a_name_and_no_verdict(result: NoResult) -> None:
+def test_no_result_has_a_status_and_a_name_and_no_verdict(result: NoResult, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "flowad_fast")
+
     async def none(asked: Asked) -> None:
         raise NoResultError(result, "for a test")
 
@@ -65,7 +67,8 @@ def test_no_result_has_a_status_and_a_name_and_no_verdict(result: NoResult) -> N
     with Running(FakePool(do=none)) as server:
         for way in WAYS:
             with pytest.raises(InferenceServerException, match=f"no result: {result.value}: for a test") as told:
-                Client(way, server)(tiny_frames(1))
+                Client(way, server)(tiny_frames(1), parameters={"part": f"by {way}"})
+            assert f"part, parts by {way}: no result: {result.value}: for a test" in caplog.text
             assert told.value.status() == (f"StatusCode.{grpc}" if way == "grpc" else http)
         said = httpx.post(f"{server.http}/v2/models/part/infer", json=request_json())
         assert said.json() == {"error": f"no result: {result.value}: for a test"}

@@ -1,6 +1,7 @@
 """What HTTP and gRPC have in common: which models there are, how much is taken at a time, asking a pool."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from flowad_fast.serve.protocol import asking
 from flowad_fast.serve.protocol.asking import Output, Query
 from flowad_fast.serve.protocol.settings import FrontSettings
 
+_log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 
@@ -88,7 +90,11 @@ class Desk:
 
         query, asked = await self.apart(prepare)
         end = time.monotonic() + asked.seconds
-        answered = await self.pool.ask(replace(asked, version=version))
+        try:
+            answered = await self.pool.ask(replace(asked, version=version))
+        except NoResultError as error:
+            _log.info("%s, parts %s: %s", card.name, ", ".join(asked.parts), error)
+            raise
         return Said(query, answered, asking.answer(query, answered), end)
 
     async def apart(self, work: Callable[[], Found]) -> Found:
