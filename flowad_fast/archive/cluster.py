@@ -56,13 +56,27 @@ def connected(workers: Workers, by: str) -> Iterator[int]:
             "num_cpus": available_cores(), "object_store_memory": STORE_BYTES, "include_dashboard": False,
         }  # fmt: skip
     try:
-        ray.init(address=workers.address, logging_level=logging.ERROR, log_to_driver=False, **more)
+        with _hushed():
+            ray.init(address=workers.address, logging_level=logging.ERROR, log_to_driver=False, **more)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EngineUnavailableError(f"Ray at {workers.address}: {_line(error)}") from None
     try:
         yield _room(workers)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on standard error from native code, which tells of its log level there; errors are exceptions."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _room(workers: Workers) -> int:
