@@ -41,7 +41,7 @@ def test_a_larger_pool_and_a_later_deadline_serve_more():
 
 @pytest.mark.parametrize(("replicas", "load"), [(1, 0.6), (4, 0.7), (8, 0.7)])
 def test_the_policy_lets_parts_of_one_camera_wait_as_the_model_says(replicas: int, load: float):
-    """With no deadline near, nothing is given up: what is left is the queue M/D/c. Agreement within 0.015, about three standard errors."""
+    """With no deadline near, nothing is given up: what is left is M/D/c. Within 0.015, about three standard errors."""
     service = 0.04
     rate = load * replicas / service
     arrivals = measuring.at_random(rate, cameras=1, seed=1)

@@ -25,6 +25,9 @@ HIGHEST = 0.97
 """Utilisation above which nothing is planned."""
 REPLICAS = (1, 2, 4, 8, 16)
 DEADLINES = (0.1, 0.2, 0.5)
+"""Seconds, for a core of a CPU."""
+SOON = (0.01, 0.1)
+"""Seconds, for a GPU."""
 BEATS = (1, 2, 5)
 """Parts per second of one line."""
 LINKS = {"1 Gbit/s": 125e6, "10 Gbit/s": 1.25e9}
@@ -114,11 +117,13 @@ def most(replicas: int, service: float, deadline: float) -> float:
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica that parts are sent to: ms per part, and where the figure is from."""
+    """One replica that parts are sent to: ms per part, where the figure is from, and what is tabled of its pools."""
 
     name: str
     ms: float
     source: str
+    deadlines: tuple[float, ...] = DEADLINES
+    pools: tuple[int, ...] = REPLICAS
 
 
 def section(folder: Path) -> list[str]:
@@ -131,11 +136,13 @@ def section(folder: Path) -> list[str]:
         "several does is **computed, not measured**.",
         "### One replica",
         _single(folder, line),
+        "Records are of different days on a shared machine: figures of different records are not to be compared.",
         "### Lines of a pool",
         f"At most {MISSED:.1%} of the parts may be without a verdict by their deadline. Parts are taken to come at "
         "random (Poisson), as from many lines that know nothing of each other; every replica takes the same time for "
         "each part, one part at a time: the queue M/D/c. The deadline counts from the frame's arrival at the pool; "
-        "what the network and decoding take has to come off before. A larger pool is used better, since its replicas "
+        "what the network and decoding take has to come off before. No pool is planned for more than "
+        f"{HIGHEST:.0%} of what its replicas could. A larger pool is used better, since its replicas "
         "stand in for each other; a deadline that is shorter than one part's time cannot be kept by any pool.",
         *(_pool(one) for one in pools),
         *_checked(forms),
@@ -167,7 +174,8 @@ def _predicted() -> list[Replica]:
     for n in (3, 1):
         seconds = backbone + sum(c.seconds(H100) for c in account(paper.shape, 1, n, 0, fewer.PRECISION))
         name = f"one {H100.name} ({paper.name}, {fewer.PRECISION}, {n} evaluation{'s' if n > 1 else ''}), predicted"
-        found.append(Replica(name, seconds * 1e3, "the account, one frame per call: a limit, nothing was measured"))
+        source = "the account, one frame per call: a limit, nothing was measured"
+        found.append(Replica(name, seconds * 1e3, source, SOON, REPLICAS[:3]))
     return found
 
 
@@ -195,11 +203,11 @@ def _single(folder: Path, line: Replica | None) -> str:
 
 def _pool(replica: Replica) -> str:
     rows = []
-    for deadline in DEADLINES:
-        for count in REPLICAS:
+    for deadline in replica.deadlines:
+        for count in replica.pools:
             rate = most(count, replica.ms / 1e3, deadline)
             rows.append([
-                f"{deadline * 1e3:.0f}", str(count), f"{rate:.1f}" if rate < 100 else f"{rate:.0f}",
+                f"{deadline * 1e3:.0f}", str(count), f"{rate:.1f}" if rate < 100 else str(math.floor(rate)),
                 f"{rate * replica.ms / 1e3 / count:.0%}", *(str(math.floor(rate / beat)) for beat in BEATS),
             ])  # fmt: skip
     beats = (f"lines of {beat} part{'s' if beat > 1 else ''}/s" for beat in BEATS)

@@ -50,13 +50,14 @@ def encoded(frames: Sequence[Frame], timing: bool) -> tuple[Encoded, ...]:
     found = [_form("raw RGB", [frame.tobytes() for frame in frames], None)]
     if grey:
         found.append(_form("raw grey", [one.tobytes() for one in pixels], None))
-    for name, options in ((f"PNG, {kind}", {"format": "PNG"}), (f"JPEG {QUALITY}, {kind}", _JPEG)):
+    for name, options in ((f"PNG, {kind}", _PNG), (f"JPEG {QUALITY}, {kind}", _JPEG)):
         sent = [_written(one, options) for one in pixels]
         found.append(_form(name, sent, _decoding(sent) if timing else None))
     return tuple(found)
 
 
-_JPEG = {"format": "JPEG", "quality": QUALITY}
+_PNG: dict[str, object] = {"format": "PNG"}
+_JPEG: dict[str, object] = {"format": "JPEG", "quality": QUALITY}
 
 
 def _written(pixels: Frame, options: dict[str, object]) -> bytes:

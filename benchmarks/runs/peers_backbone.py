@@ -32,7 +32,7 @@ def without_download() -> Iterator[None]:
     create = timm.create_model
 
     def untrained(*arguments: Any, pretrained: bool = False, **options: Any) -> nn.Module:
-        return create(*arguments, pretrained=False, **options)  # type: ignore[no-any-return]
+        return create(*arguments, **(options | {"pretrained": False}))
 
     with patch.object(timm, "create_model", untrained):
         yield

@@ -81,7 +81,7 @@ def our_methods() -> tuple[judging.Method, ...]:
     return (
         judging.Method("ours, one evaluation", Mismatch(), "top", located=True),
         judging.Method("ours, three evaluations", Inversion(steps=3), "top", located=True),
-        judging.Method("ours, the demo's recipe", recipe.scorer, recipe.aggregate, recipe.location),
+        judging.Method("ours, the demo's recipe", recipe.scorer, recipe.aggregate, recipe.located),
     )
 
 

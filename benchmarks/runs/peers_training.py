@@ -210,7 +210,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def fitted(module: Any, parts: Parts, budget: Budget, limits: dict[str, int], batch: int = BATCH) -> Training:
     """Train one of anomalib's modules by Lightning, until its own limit or the end of the budget."""
-    import lightning
+    import lightning  # type: ignore[import-not-found]
 
     class Stop(lightning.Callback):
         """Ends the training when the budget is spent, and counts."""
