@@ -235,7 +235,7 @@ def test_what_is_not_ready_says_why() -> None:
 
 def test_unknown_addresses_and_models_are_told_as_the_protocol_does(server: Running) -> None:
     for path, status in (
-        ("/v2/models/prat", 404), ("/v2/models/prat/ready", 404), ("/v2/models/part/versions/1", 404), ("/v3", 404),
+        ("/v2/models/prat", 404), ("/v2/models/prat/ready", 404), ("/v2/models/part/versions/2", 404), ("/v3", 404),
         ("/v2/models/part/infer", 405),
     ):  # fmt: skip
         said = httpx.get(server.http + path)
