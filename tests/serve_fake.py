@@ -29,6 +29,7 @@ class FakePool:
         self.card, self.do = card, do
         self.asked: list[Asked] = []
         self.trouble = ""
+        self._going = 0
         self.closed = False
 
     async def models(self) -> list[ModelCard]:
@@ -41,12 +42,17 @@ class FakePool:
 
     async def ask(self, asked: Asked) -> Answered:
         self.asked.append(asked)
-        if self.do is not None and (found := await self.do(asked)) is not None:
-            return found
-        return good(len(asked.frames))
+        self._going += 1
+        try:
+            found = None if self.do is None else await self.do(asked)
+        finally:
+            self._going -= 1
+        return good(len(asked.frames)) if found is None else found
 
     async def close(self) -> None:
         self.closed = True
+        while self._going:
+            await asyncio.sleep(0.01)
 
 
 def good(count: int) -> Answered:

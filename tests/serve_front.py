@@ -55,8 +55,13 @@ def calibrated(folder: Path) -> Path:
 def local(bundle: Path, around: Callable[[Detector], Any] = lambda it: it, **options: Any) -> LocalPool:
     """A pool of one bundle, in a thread; `around` wraps its detector."""
     limits = options.pop("limits", ServeLimits())
+    return LocalPool({"part": opened(bundle, around, **options)}, limits)
+
+
+def opened(bundle: Path, around: Callable[[Detector], Any] = lambda it: it, **options: Any) -> Local:
+    """A bundle as a local pool takes it."""
     scoring = InThread(around(load(bundle)), sha256(bundle / bundles.MANIFEST)[:12])
-    return LocalPool({"part": Local(scoring, bundles.read(bundle)[1], **options)}, limits)
+    return Local(scoring, bundles.read(bundle)[1], **options)
 
 
 class Running:

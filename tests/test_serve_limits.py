@@ -155,12 +155,12 @@ def test_an_address_that_is_taken_is_told() -> None:
 
 
 def test_sigterm_lets_answers_out_and_a_second_one_does_not_wait() -> None:
-    with child(seconds=1.0, deadline=20) as server:
+    with child(seconds=3.0, deadline=20) as server:
         answers: list[int] = []
         infer = f"{server.http}/v2/models/part/infer"
         asking = threading.Thread(target=lambda: answers.append(httpx.post(infer, json=request_json()).status_code))
         asking.start()
-        time.sleep(0.5)
+        time.sleep(1.5)
         server.process.send_signal(signal.SIGTERM)
         asking.join(10)
         assert answers == [200] and server.process.wait(10) == 0

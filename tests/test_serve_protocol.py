@@ -28,8 +28,8 @@ from flowad_fast.detector import Detection, load
 from flowad_fast.serve.local import LocalPool
 from flowad_fast.serve.pool import Asked
 from flowad_fast.serve.settings import ModelSettings, ServeLimits
-from tests.models import PARTS, tiny_frames
-from tests.serve_fake import FakePool, good
+from tests.models import PARTS, exported, tiny_frames
+from tests.serve_fake import CARD, FakePool, good
 from tests.serve_front import (
     ALL,
     FRAMES,
@@ -38,8 +38,10 @@ from tests.serve_front import (
     Client,
     Running,
     calibrated,
+    failure,
     indices,
     local,
+    opened,
     request_json,
 )
 
@@ -202,6 +204,33 @@ def test_a_child_process_judges_the_same(bundle: Path, expected: Detection) -> N
         got = Client("grpc", server)(FRAMES, indices())
         assert np.array_equal(got.outputs["map"], expected.map)
         assert np.array_equal(got.outputs["score"], expected.raw_score[:, None])
+
+
+def test_a_model_without_thresholds_has_scores_and_no_verdicts(bundle: Path, expected: Detection) -> None:
+    plain = exported("triton-server", len(PARTS))[1].path
+    with Running(LocalPool({"part": opened(bundle), "plain": opened(plain)}), deadline=30) as server:
+        listed = httpx.get(f"{server.http}/v2/models/plain").json()["outputs"]
+        assert [one["name"] for one in listed] == ["map", "score"]
+        for way in ("http", "grpc"):
+            ask = Client(way, server)
+            got = ask(FRAMES, indices(), model="plain")
+            assert list(got.outputs) == ["map", "score"] and np.array_equal(got.outputs["map"], expected.map)
+            assert tuple(ask(FRAMES, indices()).outputs) == ALL, "the other model has some"
+            said = failure(ask, FRAMES, indices(), model="plain", outputs=("verdict",))
+            assert "unknown output 'verdict'; valid: map, score" in said
+
+
+def test_scores_of_two_terms_and_maps_of_tiles_are_described_as_they_come() -> None:
+    async def two(asked: Asked) -> Any:
+        return replace(good(2), maps=np.zeros((2, 20, 30), np.float32), raw_score=np.ones((2, 2), np.float32))
+
+    card = replace(CARD, terms=2, tiled=True, calibrated=False, frame_size=(40, 60))
+    with Running(FakePool(card, two)) as server:
+        found = httpx.get(f"{server.http}/v2/models/part").json()
+        shapes = {one["name"]: one["shape"] for one in (*found["inputs"], *found["outputs"])}
+        assert shapes == {"frames": [-1, 40, 60, 3], "map": [-1, -1, -1], "score": [-1, 2]}
+        got = Client("grpc", server)(tiny_frames(2, 40, 60), outputs=("map", "score")).outputs
+        assert got["map"].shape == (2, 20, 30) and got["score"].shape == (2, 2)
 
 
 # What is known before, and readiness

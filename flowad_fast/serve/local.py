@@ -251,11 +251,12 @@ class _Worker:
         self._due = time.monotonic() + self._limits.canary
 
     def _start_engine(self) -> None:
-        """Start it and judge the canary; FlowADError where it does not start or gives another score than before."""
+        """Start, judge the canary, learn how long a call takes; FlowADError, also for another score than before."""
         scoring, local = self._local.scoring, self._local
         try:
             scoring.start(self._limits.start)
             self._check(self._limits.start)
+            self._pace = Pace(self._canary.warm(scoring, local.largest_batch, self._limits.start))
         except FlowADError:
             scoring.close()
             raise
