@@ -134,13 +134,14 @@ def in_the_middle(running: "subprocess.Popen[str]", folder: Path, parts: int = 1
 
 
 def workers_of(address: str) -> list[int]:
-    """Processes of the cluster that judge."""
+    """Processes of the cluster's first node that judge."""
     found = []
     for place in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             if place.name.isdecimal() and (place / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
                 parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                if address.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                raylet = Path(f"/proc/{parent}/cmdline").read_bytes()
+                if address.encode() in raylet and b"--head" in raylet.split(b"\0"):
                     found.append(int(place.name))
     return found
 
@@ -237,7 +238,7 @@ def test_bytes_give_the_rows_of_files(bundle: Path, photos: Path, tmp_path: Path
     task = inspection(bundle)
     ours = task.judge(items_of(read_source(str(kept), Columns(bytes="data", name="name"), plain).photos))
     theirs = task.judge(items_of([Photo(one, one) for one in files]))
-    assert {row["status"] for row in theirs if row} == {"good", "error", "invalid"} or len(theirs) == 20
+    assert {row["status"] for row in theirs if row} >= {"error", "invalid"}
     for one, other in zip(ours, theirs, strict=True):
         assert one is not None and other is not None
         differing = {name for name in COLUMNS if one[name] != other[name]}  # type: ignore[literal-required]
@@ -247,6 +248,19 @@ def test_bytes_give_the_rows_of_files(bundle: Path, photos: Path, tmp_path: Path
         items_of(read_source(str(kept), Columns(bytes="data", name="name"), plain).photos), ours, strict=True
     ) if row]  # type: ignore[arg-type]  # fmt: skip
     assert task.judge(again) == [None] * 20
+
+
+def test_only_what_has_changed_is_judged_again(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    files = [tmp_path / one.name for one in sorted(photos.glob("00*.png"))[:20]]
+    for one in files:
+        shutil.copy(photos / one.name, one)
+    task, listed = inspection(bundle), [Photo(str(one), str(one)) for one in files]
+    rows = [row for row in task.judge(items_of(listed)) if row]
+    again = [Item(one, Before(int(row["size"] or 0), row["sha256"])) for one, row in zip(listed, rows, strict=True)]
+    assert task.judge(again) == [None] * 20
+    shutil.copy(files[5], files[11])
+    found = {i: row for i, row in enumerate(task.judge(again)) if row}
+    assert list(found) == [11] and found[11]["sha256"] == rows[5]["sha256"] and found[11]["score"] is not None
 
 
 def test_a_part_folder_goes_on_and_has_one_row_per_photo(bundle: Path, photos: Path, tmp_path: Path) -> None:
@@ -354,12 +368,19 @@ def test_a_cluster_of_its_own_gives_the_rows_of_one_process(
     assert noise == [], noise
 
 
-def test_a_killed_driver_is_gone_on_with(
+def test_an_interrupted_and_a_killed_driver_are_gone_on_with(
     nodes: Any, bundle: Path, photos: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     target, arguments = tmp_path / "rows", (bundle, photos, "--ray", nodes.address, "--json", "--output")
     running = start(INSPECT, *arguments, target)
-    in_the_middle(running, target, 2)
+    in_the_middle(running, target)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted" in err
+    first = len(list(target.glob("part-*.parquet")))
+    assert not list(target.glob("*.part")) and not (target / DONE).exists() and rows_of(target)
+    running = start(INSPECT, *arguments, target)
+    in_the_middle(running, target, first + 1)
     running.kill()
     running.wait()
     kept = len(rows_of(target))
@@ -370,26 +391,15 @@ def test_a_killed_driver_is_gone_on_with(
     assert rows_of(target) == by_path(alone)
 
 
-def test_a_killed_worker_is_replaced(
+def test_a_killed_worker_is_replaced_and_a_killed_node_done_without(
     nodes: Any, bundle: Path, photos: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     target = tmp_path / "rows"
     running = start(INSPECT, bundle, photos, "--ray", nodes.address, "--json", "--output", target)
-    in_the_middle(running, target)
+    in_the_middle(running, target, 2)
     victims = workers_of(nodes.address)
     assert victims
     os.kill(victims[0], signal.SIGKILL)
-    out, err = running.communicate(timeout=150)
-    assert running.returncode == 0, err
-    assert rows_of(target) == by_path(alone) and json.loads(out)["files"] == len(alone)
-
-
-def test_a_killed_node_is_done_without(
-    nodes: Any, bundle: Path, photos: Path, alone: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    target = tmp_path / "rows"
-    running = start(INSPECT, bundle, photos, "--ray", nodes.address, "--json", "--output", target)
-    in_the_middle(running, target)
     nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
     out, err = running.communicate(timeout=150)
     nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
@@ -409,31 +419,6 @@ def test_a_photo_that_kills_its_process_each_time_does_not_stop_the_job(nodes: A
     assert done == {0: list("ABCD"), 1: ["E", "F", f"g: {LOST}", "H"], 2: list("IJKL")}
 
 
-def test_what_has_changed_is_judged_again_and_an_interrupt_leaves_whole_parts(
-    nodes: Any, bundle: Path, photos: Path, tmp_path: Path
-) -> None:
-    mine, target = tmp_path / "mine", tmp_path / "rows"
-    shutil.copytree(photos, mine)
-    arguments = (bundle, mine, "--ray", nodes.address, "--json", "--output", target)
-    running = start(INSPECT, *arguments)
-    in_the_middle(running, target)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 130 and "interrupted" in err
-    assert not list(target.glob("*.part")) and not (target / DONE).exists() and rows_of(target)
-    first = command(INSPECT, *arguments)
-    assert first.returncode == 0, first.stderr
-    shutil.copy(mine / "0005.png", mine / "0001.png")
-    done = command(INSPECT, *arguments)
-    summary = json.loads(done.stdout)
-    assert summary["files"] - summary["from_earlier_runs"] == 1
-    rows = {Path(row["path"]).name: row for row in rows_of(target)}
-    assert (
-        len(rows) == len(rows_of(target)) == summary["files"]
-        and rows["0001.png"]["sha256"] == rows["0005.png"]["sha256"]
-    )
-
-
 def test_an_evaluation_is_that_of_one_process(nodes: Any, bundle: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for kind in ("train/good", "test/good", "test/bad", "ground_truth/bad"):
@@ -445,9 +430,11 @@ def test_an_evaluation_is_that_of_one_process(nodes: Any, bundle: Path, tmp_path
         Image.fromarray(frame).save(data / "bolt" / "test" / kind / f"{i:03}.png")
         if kind == "bad":
             Image.fromarray(mark).save(data / "bolt/ground_truth/bad" / f"{i:03}_mask.png")
+    Image.fromarray(frame).save(data / "bolt/train/good/000.png")
     (data / "bolt/test/good/001.png").write_text("no photo")
     arguments = (bundle, "--data", data, "--threads", 1, "--json")
     ours, theirs = (command(EVALUATE, *arguments, *more) for more in (("--ray", nodes.address), ()))
     assert ours.returncode == theirs.returncode == 1 and ours.stderr == theirs.stderr
+    assert "1 of 50 images are in no metric" in ours.stderr
     report = json.loads(ours.stdout)
     assert report == json.loads(theirs.stdout) and report["metrics"]["bolt"]["pixel_auroc"] is not None

@@ -4,8 +4,9 @@ import logging
 import math
 import os
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,8 @@ def connected(workers: Workers, by: str) -> Iterator[int]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EngineUnavailableError(f"Ray at {workers.address}: {_line(error)}") from None
     try:
-        yield _room(workers)
+        with redirect_stdout(sys.stderr):  # Ray prints that a worker has died
+            yield _room(workers)
     finally:
         ray.shutdown()
 

@@ -1,6 +1,6 @@
 """The images of a data set scored by workers, for an evaluation that is that of one process."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,14 +46,14 @@ class Evaluation(Task[Sample, Contribution]):
 
 def contributions(
     load: "Callable[[], Detector]", workers: cluster.Workers
-) -> Callable[[Mapping[str, Sequence[Sample]], Scoring], Iterator[Contribution]]:
+) -> Callable[[Mapping[str, Sequence[Sample]], Scoring], Generator[Contribution, None, None]]:
     """What `evaluate` takes for `score`, so that workers do the detector's work.
 
     The maps of one category are in this process at a time, as without workers; those of the next wait in Ray's object
     store, which holds workers back when it is full.
     """
 
-    def score(chosen: Mapping[str, Sequence[Sample]], how: Scoring) -> Iterator[Contribution]:
+    def score(chosen: Mapping[str, Sequence[Sample]], how: Scoring) -> Generator[Contribution, None, None]:
         with cluster.connected(workers, by="flowad-eval --ray") as room:
             groups = [
                 group for samples in chosen.values() for group in cluster.groups_of(samples, how.batch, room, CALLS)

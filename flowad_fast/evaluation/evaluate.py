@@ -1,7 +1,7 @@
 """A detector over the test set of a data set: metrics and per-image scores."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,7 +70,7 @@ def evaluate(
     progress: Callable[[int], object] = lambda n: None,
     test_set_normalisation: bool | Aggregate = False,
     remarks: Sequence[str] = (),
-    score: "Callable[[Mapping[str, Sequence[Sample]], Scoring], Iterator[Contribution]] | None" = None,
+    score: "Callable[[Mapping[str, Sequence[Sample]], Scoring], Generator[Contribution, None, None]] | None" = None,
 ) -> Report:
     """Run the detector over the test images of `categories` (default: all) and compare with labels and masks.
 
@@ -120,6 +120,8 @@ def evaluate(
             one if isinstance(one, str) else replace(one, map=None, mask=None, regions=None, judged=None)
             for one in results
         ]
+    if elsewhere is not None:
+        elsewhere.close()
     scores = _scores(found, scaled)
     metrics: dict[str, Metrics] = {}
     rows: list[ImageRow] = []
