@@ -109,12 +109,12 @@ def peers(
 
         try:
             if "accuracy" in wanted:
-                for method in ours:
-                    run.rows[method.name] = peers_judging.judge_ours(run, method)
-                    keep(method.name)
                 for peer in chosen:
                     run.rows[peer.name] = peers_judging.judge_peer(run, peer)
                     keep(peer.name)
+                for method in ours:
+                    run.rows[method.name] = peers_judging.judge_ours(run, method)
+                    keep(method.name)
             if "speed" in wanted:
                 time_all(run, ours, chosen, seconds, keep)
         except WorkerError as error:

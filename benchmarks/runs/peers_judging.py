@@ -64,14 +64,15 @@ class Run:
         return evenly(self.tests(self.products[0]), FRAMES)
 
     def record(self) -> PeersRecord:
-        """The rows so far."""
+        """The rows so far, ours first."""
         height, width = read_frame(self.shown()[0].path).shape[:2]
+        rows = tuple(sorted(self.rows.values(), key=lambda row: not row.ours))
         return PeersRecord(
             preset=", ".join(row.name for row in self.rows.values() if row.ours) or "peers alone",
             environment=environment(self.before, anomalib=anomalib()).but(threads=self.threads),
             roofs=Roofs(reason="not measured here"), dataset=self.dataset.name, products=self.products,
             budget_s=self.budget_s, threads=self.threads, frames=f"{FRAMES} test photos of {self.products[0]}",
-            frame_size=(height, width), anchor=self.anchor, cases=tuple(self.rows.values()),
+            frame_size=(height, width), anchor=self.anchor, cases=rows,
         )  # fmt: skip
 
 
