@@ -157,6 +157,8 @@ def deploy(
         EngineUnavailableError: replicas do not start within the limit, or fail; nothing of them is left.
     """
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     start, manifest = start_of(name, model, limits)
     start = change(start)
@@ -172,8 +174,10 @@ def deploy(
         _wait(app, name, model, limits.start, tell)
         handle = serve.get_app_handle(app)
         card: ModelCard = handle.card.remote().result(timeout_s=limits.start)
-    except BaseException:
+    except BaseException as error:
         serve.delete(app)
+        if isinstance(error, (RayError, RayServeException, TimeoutError)):
+            raise EngineUnavailableError(f"{name}: a replica that had started is gone: {_line(error)}") from None
         raise
     return Application(app, model, manifest, replace(card, name=name), handle)
 

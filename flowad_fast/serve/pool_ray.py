@@ -172,9 +172,12 @@ class RayPool:
             self.progress = Progress("active", str(path), text)
         except FlowADError as error:
             self.progress = Progress("refused", str(path), " ".join(str(error).split()))
-        except BaseException as error:
-            self.progress = Progress("refused", str(path), f"{type(error).__name__}: {' '.join(str(error).split())}")
+        except asyncio.CancelledError:
+            self.progress = Progress("refused", str(path), "the server was told to end before it judged")
             raise
+        except Exception as error:
+            _log.exception("an update failed in a way that nobody expected")
+            self.progress = Progress("refused", str(path), f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     async def _replace(self, name: str, old: Route, path: Path) -> str:
         model = old.app.model.model_copy(update={"bundle": path})
