@@ -312,10 +312,10 @@ class Front:
     """`flowad-serve` on the cluster, as a process of its own, and what its clients see."""
 
     def __init__(self, two: Two, bundle: Path, folder: Path) -> None:
-        self.port, self.settings = free_port(), folder / "serve.yaml"
+        self.port, self.grpc_port, self.settings = free_port(), free_port(), folder / "serve.yaml"
         (folder / "token").write_text(TOKEN)
         model = two.model(bundle).model_dump(mode="json", exclude_none=True)
-        front = {"http_port": self.port, "grpc_port": None, "token": {"file": str(folder / "token")}}
+        front = {"http_port": self.port, "grpc_port": self.grpc_port, "token": {"file": str(folder / "token")}}
         ray = {"address": two.cluster.address, "name": "front"}
         self.settings.write_text(json.dumps({"models": {"part": model}, "front": front, "ray": ray}))
         self.address, self.log = f"http://127.0.0.1:{self.port}", folder / "log"
@@ -348,6 +348,17 @@ class Front:
         except httpx.TransportError:
             return "no connection"
         return found.json()["outputs"][0]["data"][0] if found.status_code == 200 else str(found.status_code)
+
+    def by_grpc(self, work: Work, number: int) -> str:
+        """The verdict, through gRPC."""
+        from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+
+        frame = InferInput("frames", [1, *work.frames.shape[1:]], "UINT8")
+        frame.set_data_from_numpy(work.frames[number : number + 1])
+        with contextlib.closing(InferenceServerClient(f"127.0.0.1:{self.grpc_port}")) as client:
+            headers = {"authorization": f"Bearer {TOKEN}"}
+            found = client.infer("part", [frame], outputs=[InferRequestedOutput("verdict")], headers=headers)
+            return str(found.as_numpy("verdict").ravel()[0].decode())
 
     async def load(self, work: Work, until: Callable[[], bool]) -> dict[int, str]:
         """Ask all the time; what became of each request."""
@@ -388,6 +399,8 @@ def test_a_killed_front_gives_no_verdict_and_its_replicas_are_found_again(
     assert sum(found[i] == right[i] for i in found) > 20
     front.start()
     assert {one.pid for one in two.replicas("front")} == before, "the replicas outlive the front"
+
+    assert front.by_grpc(work, 1) == {0: "good", 1: "anomalous"}[int(work.anomalous[1])]
 
     client = Client(front.address, TOKEN)
     assert "its canary has passed" in client.update("part", "stricter", lambda text: None)

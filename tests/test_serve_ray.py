@@ -15,13 +15,15 @@ from flowad_fast.benchmarks.runs.line_work import Work
 from flowad_fast.detector import load
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
 from flowad_fast.line.outcome import NoResult
+from flowad_fast.line.scoring import InThread
 from flowad_fast.serve.cluster import Application
-from flowad_fast.serve.judging import card_of, checked
+from flowad_fast.serve.judging import card_of, check_classes, checked, judge
 from flowad_fast.serve.pool import Answered, Asked, NoResultError, UnknownModelError
 from flowad_fast.serve.pool_ray import TRIES, RayPool
 from flowad_fast.serve.replica import Refused, Replica, Request, Start
 from flowad_fast.serve.settings import ModelSettings, ServeLimits, ServeSettings, from_bundles
 from flowad_fast.stages.decision import Verdict
+from tests.models import exported, tiny_frames
 from tests.serve_hanging import POISON, hanging
 from tests.serve_replicas import needs_ray, version, works
 
@@ -63,6 +65,25 @@ def test_replicas_are_a_number_or_a_range(work: Work) -> None:
     for wrong in (0, -1, {"min": 3, "max": 2}, {"max": 0}):
         with pytest.raises(ValueError):
             ModelSettings(bundle=work.bundle, replicas=wrong)
+
+
+# One detector.
+
+
+def test_requests_of_other_classes_are_judged_as_theirs_and_without_thresholds_have_no_judgement() -> None:
+    bundle = exported("onnx", 3)[1].path
+    detector, frames = load(bundle, device="cpu", threads=1), tiny_frames(3)
+    scoring = InThread(detector, "v")
+    scoring.start(10.0)
+    first, second = judge(scoring, [(frames[:2], ("nut", 2)), (frames[2:], ("screw",))], 10.0)
+    scoring.close()
+    whole = detector(frames, ["nut", "nail", "screw"])
+    assert (np.concatenate([first.maps, second.maps]) == whole.map).all()
+    assert (np.concatenate([first.raw_score, second.raw_score]) == whole.raw_score).all()
+    assert first.judgements == second.judgements == () and second.version == "v"
+    for given in (("nut",), ("nut", "bolt"), None):
+        with pytest.raises(ConfigError):
+            check_classes(detector.classes, given, 2)
 
 
 # One replica, without a cluster.

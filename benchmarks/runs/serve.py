@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -91,6 +92,7 @@ def run(plan: Plan, tell: Callable[[str], None], keep: Callable[[ServeRecord], N
         )  # fmt: skip
         tell("starting Ray")
         cluster.join(settings)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         apps = {}
         for count in REPLICAS:
             model = ModelSettings(
