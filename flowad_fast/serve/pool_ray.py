@@ -173,7 +173,8 @@ class RayPool:
         except FlowADError as error:
             self.progress = Progress("refused", str(path), " ".join(str(error).split()))
         except asyncio.CancelledError:
-            self.progress = Progress("refused", str(path), "the server was told to end before it judged")
+            judges = self._routes[name] is not old
+            self.progress = Progress("active" if judges else "refused", str(path), "the server was told to end")
             raise
         except Exception as error:
             _log.exception("an update failed in a way that nobody expected")
@@ -198,7 +199,10 @@ class RayPool:
         end = time.monotonic() + self._limits.drain
         while old.going and time.monotonic() < end:
             await asyncio.sleep(cluster.PAUSE)
-        await asyncio.to_thread(cluster.remove, old.app.name)
+        try:
+            await asyncio.to_thread(cluster.remove, old.app.name)
+        except Exception:  # whatever Ray raises: the next start of the server tidies up
+            _log.exception("%s: the replicas of %s could not be ended", name, old.app.card.version)
         self._routes[name].outcomes.update(old.outcomes)
         self._routes[name].retries += old.retries
         return (
