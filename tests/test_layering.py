@@ -97,6 +97,9 @@ FLOORS = (
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
     ("evaluation.evaluate",),
+    ("archive.sources", "archive.store", "archive.worker"),
+    ("archive.cluster",),
+    ("archive.inspecting", "archive.evaluating"),
     ("tuning.defects", "tuning.grid", "tuning.judge", "tuning.parts", "tuning.work"),
     ("tuning.measure",),
     ("tuning.page",),
@@ -110,6 +113,7 @@ FLOORS = (
     ("cli.common", "cli.scorer_options"),
     ("cli.authors",),
     ("cli.inspect", "cli.eval", "cli.train", "cli.tune", "cli.line", "cli.serve"),
+    ("cli.archive",),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
 LIGHT = (
@@ -137,6 +141,8 @@ LIGHT = (
             "evaluation.results",
             "evaluation.scanning",
             "training.config",
+            "archive.inspecting",
+            "cli.archive",
             "cli.common",
             "cli.scorer_options",
             "cli.inspect",
@@ -163,7 +169,7 @@ LIGHT = (
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate",
           "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "fastapi", "starlette", "uvicorn",
-          "prometheus_client", "grpc", "tritonclient", "ray")  # fmt: skip
+          "prometheus_client", "grpc", "tritonclient", "ray", "pyarrow")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""

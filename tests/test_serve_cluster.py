@@ -171,6 +171,14 @@ def test_a_late_request_is_no_verdict(pool: RayPool, work: Work) -> None:
     assert error.value.result is NoResult.LATE
 
 
+def test_more_requests_than_may_wait_are_refused_and_the_others_answered(pool: RayPool, work: Work) -> None:
+    load, begun = Load(), itertools.count()
+    asyncio.run(load.run(pool, work, lambda: next(begun) >= 200, clients=200, seconds=20.0))
+    load.check(work)
+    assert set(load.counts) == {"answered", "queue full"} and load.counts["answered"] >= 64, load.counts
+    assert asyncio.run(pool.status())[0]["outcomes"] == load.counts
+
+
 def test_a_killed_replica_costs_no_request(two: Two, pool: RayPool, work: Work) -> None:
     victim = two.replicas()[0]
     load = under_load(pool, work, lambda: in_thread(victim.kill), after=60)
@@ -195,6 +203,35 @@ def test_a_hanging_detector_is_replaced_and_its_request_has_no_result(two: Two, 
     two.running(pool, 2)
     after = {one.pid for one in two.replicas()}
     assert len(after & before) == 1 and len(after) == 2
+
+
+@pytest.mark.slow
+def test_a_replica_that_stands_still_is_replaced(two: Two, pool: RayPool, work: Work) -> None:
+    """As one does whose C code holds Python's lock: it neither answers nor says that it is ill."""
+    victim = two.replicas()[0]
+    load = under_load(pool, work, lambda: in_thread(victim.suspend), after=60)
+    load.check(work)
+    assert load.counts["answered"] > 60 and set(load.counts) <= {"answered", "late"}
+    end = time.monotonic() + 60
+    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "Serve's health check must end it"
+        time.sleep(0.2)
+    two.running(pool, 2)
+
+
+@pytest.mark.slow
+def test_replicas_come_with_the_load(two: Two, work: Work) -> None:
+    pool = two.pool(work.bundle, replicas={"min": 1, "max": 2}, largest_batch=1)
+    assert clusters.replicas(pool._routes["part"].app).running == 1
+    end = time.monotonic() + 90
+    load = Load()
+
+    def enough() -> bool:
+        return clusters.replicas(pool._routes["part"].app).running == 2 or time.monotonic() > end
+
+    asyncio.run(load.run(pool, work, enough, clients=16, seconds=20.0))
+    load.check(work)
+    assert time.monotonic() < end and load.counts == {"answered": len(load.begun)}
 
 
 def updated(pool: RayPool, bundle: Path | str) -> Callable[[], Awaitable[None]]:

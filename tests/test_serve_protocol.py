@@ -118,9 +118,10 @@ def test_outputs_that_are_named_come_in_that_order(client: Client) -> None:
 
 def test_a_version_may_be_asked_for(client: Client, server: Running) -> None:
     version = asyncio.run(server.pool.models())[0].version
-    assert client(FRAMES, indices(), model_version=version).version == version
-    with pytest.raises(InferenceServerException, match=f"no version '1' of part; {version} answers now"):
-        client(FRAMES, indices(), model_version="1")
+    for same in (version, "1"):  # 1 is what the repository for Triton calls its only version
+        assert client(FRAMES, indices(), model_version=same).version == version
+    with pytest.raises(InferenceServerException, match=f"no version '2' of part; {version} answers now"):
+        client(FRAMES, indices(), model_version="2")
 
 
 def test_the_repository_for_triton_promises_the_same(bundle: Path, server: Running, expected: Detection) -> None:
@@ -263,7 +264,7 @@ def test_what_is_not_ready_says_why() -> None:
 
 def test_unknown_addresses_and_models_are_told_as_the_protocol_does(server: Running) -> None:
     for path, status in (
-        ("/v2/models/prat", 404), ("/v2/models/prat/ready", 404), ("/v2/models/part/versions/1", 404), ("/v3", 404),
+        ("/v2/models/prat", 404), ("/v2/models/prat/ready", 404), ("/v2/models/part/versions/2", 404), ("/v3", 404),
         ("/v2/models/part/infer", 405),
     ):  # fmt: skip
         said = httpx.get(server.http + path)

@@ -21,6 +21,7 @@ from flowad_fast.serve.pool import Answered, Asked, NoResultError, UnknownModelE
 from flowad_fast.serve.pool_ray import TRIES, RayPool
 from flowad_fast.serve.replica import Refused, Replica, Request, Start
 from flowad_fast.serve.settings import ModelSettings, ServeLimits, ServeSettings, from_bundles
+from flowad_fast.stages.decision import Verdict
 from tests.serve_hanging import POISON, hanging
 from tests.serve_replicas import needs_ray, version, works
 
@@ -115,6 +116,49 @@ def test_a_replica_waits_for_nobody_beyond_the_tightest_deadline(work: Work, rep
     waiting = [(Request(work.frames[i : i + 1], None, left), now + left) for i, left in enumerate((0.3, 9.0, 9.0))]
     assert one._fit(waiting, [0, 1, 2], now) == [0], "two would make the first late"
     assert one._fit(waiting, [1, 2], now) == [1, 2]
+
+
+def test_what_waits_for_a_busy_detector_is_judged_together(
+    work: Work, replica: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    config = SimpleNamespace(max_ongoing_requests=100)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=config))
+    one = replica(wait=0.01)
+    calls: list[int] = []
+
+    def slow(frames: np.ndarray, classes: object, limit: float) -> Any:
+        calls.append(len(frames))
+        time.sleep(0.2)
+        return scoring(frames, None, limit)
+
+    scoring = one._scoring
+    one._scoring = Slow(scoring, slow)  # type: ignore[assignment]
+
+    async def ask() -> list[Any]:
+        first = asyncio.create_task(one.ask(Request(work.frames[:1], None, 10.0)))
+        await asyncio.sleep(0.1)
+        others = [one.ask(Request(work.frames[i : i + 1], None, 10.0)) for i in range(1, 9)]
+        late = one.ask(Request(work.frames[9:10], None, 0.05))
+        return await asyncio.gather(first, late, *others)
+
+    first, late, *others = asyncio.run(ask())
+    assert calls == [1, 4, 4]
+    assert late == Refused(NoResult.LATE, "the detector was busy")
+    for i, answer in enumerate([first, *others]):
+        assert answer.judgements[0].verdict is (Verdict.ANOMALOUS if work.anomalous[i] else Verdict.GOOD)
+
+
+class Slow:
+    """A scoring whose calls are a test's."""
+
+    def __init__(self, scoring: Any, call: Callable[..., Any]) -> None:
+        self._call, self.close = call, scoring.close
+        self.bundle, self.classes, self.calibration = scoring.bundle, scoring.classes, scoring.calibration
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
 
 
 def test_a_detector_that_hangs_ends_its_replica(work: Work, replica: Callable[..., Replica]) -> None:

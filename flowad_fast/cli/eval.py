@@ -1,5 +1,6 @@
 """`flowad-eval`: metrics of a bundle or a checkpoint on a data set."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,11 @@ def evaluate(
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Score with Ray Data: ADDRESS of a cluster, or local. See docs/archive.md.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: workers. [default: what has room]")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(min=0, help="With --ray: GPUs for each worker [0].")] = None,
     **scoring: Any,
 ) -> None:
     """Evaluate MODEL on the test images of a data set: AUROC, AP, F1max, and with masks also the pixel metrics.
@@ -82,6 +88,10 @@ def evaluate(
     from flowad_fast.data.layouts import read_dataset
     from flowad_fast.evaluation import evaluate as evaluation
 
+    if ray is None and (workers is not None or gpus_per_worker is not None):
+        raise ConfigError("--workers and --gpus-per-worker need --ray; --ray local uses the cores of this computer")
+    if ray is not None and location:
+        raise ConfigError("--location would be measured by each worker; with --ray evaluate a bundle that has it")
     dataset = read_dataset(layout, data, lists)
     total = sum(len(samples) for samples in evaluation.select_tests(dataset, category).values())
     if output is not None:
@@ -90,6 +100,12 @@ def evaluate(
         model, scorer, scoring, config, backbone_weights, weights, aggregate, test_set_normalisation, recipe, location,
         tuple(part for name in category or dataset.categories for part in dataset.select("train", name, label=0)),
     )  # fmt: skip
+    score = None
+    if ray is not None:
+        from flowad_fast.archive.evaluating import contributions
+        from flowad_fast.cli.archive import workers_of
+
+        score = contributions(functools.partial(_detector, asked), workers_of(ray, workers, threads, gpus_per_worker))
     detector, scaled, remarks = _load(asked)
     for remark in remarks:
         common.note(remark)
@@ -103,6 +119,7 @@ def evaluate(
             progress=advance,
             test_set_normalisation=scaled or False,
             remarks=remarks,
+            score=score,
         )
     if json:
         common.print_json(report.to_dict())
@@ -197,6 +214,11 @@ def _load(asked: Asked) -> "tuple[Detector, Aggregate | None, tuple[str, ...]]":
         remarks = (*remarks, f"location statistics of {sum(statistics.parts)} good training parts")
     shown = (str(choice),) if defaults or asked.authors else ()
     return detector, choice.aggregate if asked.authors else None, (*shown, *remarks)
+
+
+def _detector(asked: Asked) -> "Detector":
+    """As `_load`, in a worker of Ray, which has nothing to remark."""
+    return _load(asked)[0]
 
 
 def _statistics(detector: "Detector", spec: ModelConfig, training: Sequence[Sample]) -> "LocationStatistics":

@@ -23,9 +23,14 @@ from flowad_fast.evaluation.results import FORMATS, STATUSES, Result, ResultFile
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of images; folders in it are searched too.")],
-    output: Annotated[Path | None, typer.Option(help="Result file. [default: inspection.FORMAT]")] = None,
-    format: Annotated[str, typer.Option(help="csv or jsonl.")] = "csv",
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of images; folders in it are searched too. With --ray also a pattern, or Parquet."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Result file; with --ray a folder. [default: inspection.FORMAT]")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="csv or jsonl [csv]; with --ray: parquet.")] = None,
     overlays: Annotated[
         Path | None, typer.Option(help="Folder for heat-map overlays (PNG); must not lie in FOLDER.")
     ] = None,
@@ -41,6 +46,15 @@ def inspect(
     threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames per call.")] = 8,
     json: Annotated[bool, typer.Option("--json", help="Summary as JSON on standard output.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Judge with Ray Data: ADDRESS of a cluster, or local. See docs/archive.md.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: workers. [default: what has room]")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(min=0, help="With --ray: GPUs for each worker [0].")] = None,
+    path_column: Annotated[str | None, typer.Option(help="Parquet: column of paths.")] = None,
+    bytes_column: Annotated[str | None, typer.Option(help="Parquet: column of encoded photos.")] = None,
+    name_column: Annotated[str | None, typer.Option(help="Parquet of bytes: column of their names [FILE#ROW].")] = None,
+    class_column: Annotated[str | None, typer.Option(help="Parquet: column of classes (conditional bundles).")] = None,
 ) -> None:
     """Judge every image file under FOLDER: one row per file with its verdict and score.
 
@@ -50,8 +64,31 @@ def inspect(
     not be opened (it has a row that says why), 2 wrong usage, 130 interrupted.
 
     Examples: `flowad-inspect bundles/cells photos --overlays heat`,
-    `flowad-inspect bundles/mvtec photos --class-from-folder --format jsonl`.
+    `flowad-inspect bundles/mvtec photos --class-from-folder --format jsonl`,
+    `flowad-inspect bundles/cells archive.parquet --path-column photo --ray auto --workers 32`.
     """
+    if ray is not None:
+        from flowad_fast.archive.sources import Columns
+        from flowad_fast.cli.archive import inspect_archive, workers_of
+
+        if overlays is not None:
+            raise ConfigError("--overlays share a scale that one process keeps; leave them out, or leave out --ray")
+        if format not in (None, "parquet"):
+            raise ConfigError(f"--ray writes parquet, not {format}; docs/archive.md shows how to turn it into {format}")
+        inspect_archive(
+            bundle, str(folder), output or Path("inspection.parquet"),
+            workers_of(ray, workers, threads, gpus_per_worker, device),
+            Columns(path_column, bytes_column, name_column, class_column), resume=resume, class_name=class_name,
+            class_from_folder=class_from_folder, engine=engine, device=device, batch=batch, json=json,
+        )  # fmt: skip
+        return
+    alone = {
+        "workers": workers, "gpus-per-worker": gpus_per_worker, "path-column": path_column,
+        "bytes-column": bytes_column, "name-column": name_column, "class-column": class_column,
+    }  # fmt: skip
+    if given := [f"--{name}" for name, value in alone.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)} needs --ray; --ray local uses the cores of this computer")
+    format = format or "csv"
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
     if engine != "auto":
@@ -62,7 +99,7 @@ def inspect(
     if not photos.paths and not photos.problems:
         raise no_images(folder, photos)
     _check_overlays(overlays, folder, photos)
-    names = _classes(manifest.model.classes, folder, list(photos.paths), class_name, class_from_folder)
+    names = classes_of(manifest.model.classes, folder, list(photos.paths), class_name, class_from_folder)
     files = dict(zip(photos.paths, names, strict=True))
     others = _others(photos, folder, target)
     if others.others:
@@ -126,7 +163,7 @@ def inspect(
         "folders_not_opened": [str(place) for place, _ in photos.problems],
         "seconds": round(seconds, 3),
     }
-    common.print_json(summary) if json else _print_summary(summary)
+    common.print_json(summary) if json else print_summary(summary)
     for place, reason in photos.problems:
         common.note(f"error: {place}: {reason}")
     if closed:
@@ -155,7 +192,7 @@ def _others(photos: Photos, folder: Path, target: Path) -> Photos:
     return photos
 
 
-def _classes(
+def classes_of(
     known: Classes, folder: Path, paths: list[Path], class_name: str | None, class_from_folder: bool
 ) -> list[str]:
     """The class of each file, "" for unconditional bundles."""
@@ -176,7 +213,8 @@ def _classes(
     return [class_name] * len(paths)
 
 
-def _print_summary(summary: Mapping[str, Any]) -> None:
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The summary as a table, for people."""
     from rich.table import Table
 
     common.say(f"{summary['folder']} · {summary['engine']}")

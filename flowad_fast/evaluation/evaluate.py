@@ -1,6 +1,7 @@
 """A detector over the test set of a data set: metrics and per-image scores."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,6 +70,7 @@ def evaluate(
     progress: Callable[[int], object] = lambda n: None,
     test_set_normalisation: bool | Aggregate = False,
     remarks: Sequence[str] = (),
+    score: "Callable[[Mapping[str, Sequence[Sample]], Scoring], Generator[Contribution, None, None]] | None" = None,
 ) -> Report:
     """Run the detector over the test images of `categories` (default: all) and compare with labels and masks.
 
@@ -79,6 +81,9 @@ def evaluate(
     An image that cannot be read (or its mask), whose mask does not fit it, that the detector refuses, or that it calls
     invalid, becomes an error row, and the metrics leave it out. A mask of a defective image that marks nothing leaves
     it out of the pixel metrics alone. `remarks` go into the report.
+
+    `score` does the detector's work elsewhere: it is given the images of each category and how they are scored, and
+    yields what `Scoring.contributions` would, category by category.
 
     `test_set_normalisation` replaces the detector's image score by the one of the authors' code: the sum of two terms,
     each first min-max-normalised over the test images. A production line has no such range; use it to reproduce
@@ -95,14 +100,16 @@ def evaluate(
     for category in chosen:
         if names and category not in names:
             raise ConfigError(f"the detector has no class {category!r}; {nearest(category, names)}")
-    found: dict[str, list[_Scored | str]] = {}
+    how = Scoring(batch_size, mask_size, scaled)
+    elsewhere = None if score is None else score(chosen, how)
+    found: dict[str, list[Contribution]] = {}
     pixels: dict[str, tuple[int, Metrics]] = {}
     regions: dict[str, RegionCounts] = {}
     for category, samples in chosen.items():
-        results: list[_Scored | str] = []
-        frames, classes = FrameFiles([s.path for s in samples]), [category] * len(samples) if names else None
-        for sample, one in zip(samples, scan(detector, frames, classes, batch_size), strict=True):
-            results.append(_result(sample, one, mask_size, scaled))
+        results: list[Contribution] = []
+        ours = how.contributions(detector, samples) if elsewhere is None else itertools.islice(elsewhere, len(samples))
+        for result in ours:
+            results.append(result)
             progress(1)
         if dataset.has_masks:
             pixels[category] = _pixel_metrics([result for result in results if not isinstance(result, str)])
@@ -113,6 +120,8 @@ def evaluate(
             one if isinstance(one, str) else replace(one, map=None, mask=None, regions=None, judged=None)
             for one in results
         ]
+    if elsewhere is not None:
+        elsewhere.close()
     scores = _scores(found, scaled)
     metrics: dict[str, Metrics] = {}
     rows: list[ImageRow] = []
@@ -138,6 +147,22 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How images are scored: images per call, and `evaluate`'s `mask_size` and aggregate that the test set scales."""
+
+    batch: int
+    mask_size: int | None
+    scaled: Aggregate | None
+
+    def contributions(self, detector: DetectorLike, samples: Sequence[Sample]) -> "Iterator[Contribution]":
+        """What each image of one category contributes, in order; for `evaluate`."""
+        frames = FrameFiles([one.path for one in samples])
+        classes = [one.category for one in samples] if class_names(detector) else None
+        for sample, one in zip(samples, scan(detector, frames, classes, self.batch), strict=True):
+            yield _result(sample, one, self.mask_size, self.scaled)
+
+
+@dataclass(frozen=True)
 class _Scored:
     """`score` is one number, or the terms that are to be normalised; pictures are None once they were compared.
 
@@ -154,9 +179,13 @@ class _Scored:
     judged: NDArray[np.bool_] | None = None
 
 
+Contribution = _Scored | str
+"""What an image contributes to the metrics, or the reason why it is in none."""
+
+
 def _result(
     sample: Sample, one: Scanned[Scored] | FlowADError, mask_size: int | None, scaled: Aggregate | None
-) -> _Scored | str:
+) -> Contribution:
     """What a test image contributes to the metrics, or the reason why it does not."""
     if isinstance(one, ConfigError):  # the same for every image
         raise one
@@ -214,7 +243,7 @@ def _terms(one: Scanned[Scored], map: NDArray[np.float32], scaled: Aggregate | N
     return raw[one.place].astype(np.float64)
 
 
-def _scores(found: Mapping[str, Sequence[_Scored | str]], scaled: Aggregate | None) -> dict[str, NDArray[np.float64]]:
+def _scores(found: Mapping[str, Sequence[Contribution]], scaled: Aggregate | None) -> dict[str, NDArray[np.float64]]:
     """The image scores of each category's images that have one, in their order."""
     values = {
         category: np.array([one.score for one in results if not isinstance(one, str)], np.float64)
@@ -256,7 +285,7 @@ def _pixel_metrics(scored: Sequence[_Scored]) -> tuple[int, Metrics]:
     return len(masks), {**pixel_metrics(masks, maps, [one.judged for one in known])}
 
 
-def _region_counts(results: Sequence["_Scored | str"]) -> RegionCounts | None:
+def _region_counts(results: Sequence[Contribution]) -> RegionCounts | None:
     """The counts of one category; None where the regions of an image cannot be told."""
     found = [
         (one.mask if one.label else None, one.regions)

@@ -33,6 +33,7 @@ from flowad_fast.files import make_folder, replacing
 from flowad_fast.stages.decision import Verdict
 
 if TYPE_CHECKING:
+    from flowad_fast.bundle import Manifest
     from flowad_fast.detector import Detection, Detector
 
 SCALE = "scale.json"
@@ -79,8 +80,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def without_regions(detector: "Detector") -> str | None:
-    """Why results of a calibrated detector have no regions (of some classes), None where they have."""
+def without_regions(detector: "Detector | Manifest") -> str | None:
+    """Why results of a calibrated detector, or bundle, have no regions (of some classes), None where they have."""
     classes = detector.calibration.classes if detector.calibration else {}
     lacking = [name for name, one in classes.items() if one.pixels is None]
     of = f" of {', '.join(lacking)}" if any(lacking) else ""

@@ -145,7 +145,7 @@ class ResultFile(AbstractContextManager["ResultFile"]):
         rows = {row["file"]: row for row in self.rows}
         known = {path: rows[name] for path in files if (name := located(path)) in rows}
         with ThreadPoolExecutor(8, thread_name_prefix="flowad-hash") as pool:
-            same = pool.map(_unchanged, known, known.values())
+            same = pool.map(unchanged, known, known.values())
             found = {path: row for (path, row), one in zip(known.items(), same, strict=True) if one}
         for path, row in found.items():
             if row["class"] != files[path]:
@@ -154,7 +154,7 @@ class ResultFile(AbstractContextManager["ResultFile"]):
                     "--output, or --restart to replace the file"
                 )
         again = {located(path) for path in known.keys() - found.keys()}
-        kept = [row for row in rows.values() if row["file"] not in again and not _looked_into(row)]
+        kept = [row for row in rows.values() if row["file"] not in again and not looked_into(row)]
         self._replace |= len(kept) < len(self.rows)
         self.rows = kept
         return {path: row["status"] for path, row in found.items()}
@@ -165,15 +165,7 @@ class ResultFile(AbstractContextManager["ResultFile"]):
         Raises:
             ConfigError: the disk is full, or refuses; the rows that were there are kept.
         """
-        score = None if result.score is None else float(f"{result.score:.9g}")  # enough for any float32
-        found = result.stamp
-        row: Row = {
-            "path": str(result.path), "status": result.status, "score": score, "class": result.class_name,
-            "reason": result.reason, "engine": self.engine, "bundle": self.bundle, "file": located(result.path),
-            "size": found.size if found else None, "mtime_ns": found.mtime_ns if found else None,
-            "sha256": found.sha256 if found else "",
-            "regions": None if result.regions is None else [_region(one) for one in result.regions],
-        }  # fmt: skip
+        row = row_of(result, self.engine, self.bundle)
         if self._replace:
             self._rewrite()
         try:
@@ -210,6 +202,19 @@ class ResultFile(AbstractContextManager["ResultFile"]):
         self._lock.release()
 
 
+def row_of(result: Result, engine: str, bundle: str) -> Row:
+    """The row of a result; `engine` judged it, with the bundle of this identity."""
+    score = None if result.score is None else float(f"{result.score:.9g}")  # enough for any float32
+    found = result.stamp
+    return {
+        "path": str(result.path), "status": result.status, "score": score, "class": result.class_name,
+        "reason": result.reason, "engine": engine, "bundle": bundle, "file": located(result.path),
+        "size": found.size if found else None, "mtime_ns": found.mtime_ns if found else None,
+        "sha256": found.sha256 if found else "",
+        "regions": None if result.regions is None else [_region(one) for one in result.regions],
+    }  # fmt: skip
+
+
 def lock(path: Path, taken: str) -> filelock.BaseFileLock:
     """An exclusive lock, which goes with the process; `taken` says what it means that another one has it.
 
@@ -232,7 +237,8 @@ def located(path: Path) -> str:
     return str(path.parent.resolve() / path.name)
 
 
-def _unchanged(path: Path, row: Row) -> bool:
+def unchanged(path: Path, row: Mapping[str, Any] | Row) -> bool:
+    """Whether a photo has the content that a row, of which `size` and `sha256` count, was about."""
     try:
         if not row["sha256"] or path.stat().st_size != int(row["size"] or 0):
             return False
@@ -242,7 +248,7 @@ def _unchanged(path: Path, row: Row) -> bool:
     return found is not None and found.sha256 == row["sha256"]
 
 
-def _looked_into(row: Row) -> bool:
+def looked_into(row: Mapping[str, Any] | Row) -> bool:
     """Whether a row is about a folder, which every run looks into anew."""
     return row["status"] == "error" and not row["sha256"] and os.path.isdir(row["file"])
 

@@ -106,7 +106,8 @@ def read_ahead(frames: Sequence[Frame], window: int, most: int = WINDOW_BYTES) -
     """The frames, `window` at a time, each window read in threads while the caller is busy with the one before.
 
     A window ends before its frames take more than `most` bytes, which the headers of files tell in advance; it has one
-    frame at least. In place of a frame that cannot be read stands its error.
+    frame at least. It also ends at every multiple of `window`, so that what is judged together does not depend on where
+    a part of a long sequence begins. In place of a frame that cannot be read stands its error.
     """
     with ThreadPoolExecutor(min(8, window), thread_name_prefix="flowad-read") as pool:
         sizes: deque[int] = deque()  # of the frames from `start` on
@@ -122,6 +123,8 @@ def read_ahead(frames: Sequence[Frame], window: int, most: int = WINDOW_BYTES) -
                 total += sizes.popleft()
                 reading.append(pool.submit(_read, frames, start))
                 start += 1
+                if start % window == 0:
+                    break
             return reading
 
         ahead = begin()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from flowad_fast.serve.settings import ModelSettings, RaySettings, ServeLimits
 OWN = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports to its makers otherwise
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # named after where it is the rule: listens on this computer alone
+    "RAY_AUTH_MODE": "token",  # replicas listen for each other on every address; whoever has no token is refused
 }
 """Environment of a cluster on this computer; Ray reads it when it is imported."""
 DEPLOYMENT = "detector"
@@ -72,10 +74,12 @@ def join(settings: RaySettings) -> str:
     require("ray", "ray", by="flowad-serve")
     own = settings.address is None
     os.environ.update(OWN if own else {"RAY_USAGE_STATS_ENABLED": "0"})
+    if own:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray leaves one in the home
     import ray
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every request that is refused
     more: dict[str, Any] = {}
     if own:
         more = {"num_cpus": settings.cpus, "object_store_memory": settings.memory, "include_dashboard": False}
@@ -97,16 +101,12 @@ def join(settings: RaySettings) -> str:
 def leave(settings: RaySettings) -> None:
     """End this server's replicas; the cluster too where it was started for it."""
     import ray
-    from ray import serve
 
     if not ray.is_initialized():
         return
     try:
-        if settings.address is None:
-            serve.shutdown()
-        else:
-            for name in applications(settings.name):
-                remove(name)
+        for name in applications(settings.name):
+            remove(name)
     finally:
         ray.shutdown()
 

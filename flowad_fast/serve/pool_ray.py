@@ -1,6 +1,7 @@
 """Replicas of a Ray cluster as a `Pool`: one outcome per request, whatever dies, and bundles that change under load."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from flowad_fast.serve.replica import Refused, Reply, Request, Start
 from flowad_fast.serve.settings import ServeLimits
 from flowad_fast.stages.aggregates import terms
 
+_log = logging.getLogger(__name__)
 TRIES = 6
 """Replicas that are asked about one request, at most, as far as its time allows."""
 FIRST_PAUSE = 0.02
@@ -100,6 +102,9 @@ class RayPool:
             answer = await self._answer(route, asked, end)
             route.outcomes["answered"] += 1
             return answer
+        except NoResultError as error:
+            _log.info("%s, parts %s: %s", asked.model, ", ".join(asked.parts), error)
+            raise
         except asyncio.CancelledError:
             if task not in self._given_up:
                 raise

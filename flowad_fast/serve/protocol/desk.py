@@ -35,6 +35,8 @@ class Said:
             raise NoResultError(NoResult.LATE, "writing the answer took too long")
 
 
+CURRENT = ("", "1")
+"""Versions that mean the bundle that answers now; a bundle's Triton repository calls its only one 1."""
 READERS = 2
 """Threads that read and write messages, so that few large JSON texts are in memory at a time."""
 
@@ -70,7 +72,7 @@ class Desk:
                 f"no model {model[:64]!r}; {nearest(model[:64], cards) if cards else 'there is none'}"
             )
         card = cards[model]
-        if version and version != card.version:
+        if version not in (*CURRENT, card.version):
             raise UnknownModelError(f"no version {version[:64]!r} of {model}; {card.version} answers now")
         return card
 
@@ -91,7 +93,7 @@ class Desk:
         query, asked = await self.apart(prepare)
         end = time.monotonic() + asked.seconds
         try:
-            answered = await self.pool.ask(replace(asked, version=version))
+            answered = await self.pool.ask(replace(asked, version="" if version in CURRENT else version))
         except NoResultError as error:
             _log.info("%s, parts %s: %s", card.name, ", ".join(asked.parts), error)
             raise
