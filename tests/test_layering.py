@@ -88,7 +88,6 @@ FLOORS = (
     ("archive.sources", "archive.store", "archive.worker"),
     ("archive.cluster",),
     ("archive.inspecting", "archive.evaluating"),
-    ("archive",),
     ("tuning.defects", "tuning.grid", "tuning.judge", "tuning.parts", "tuning.work"),
     ("tuning.measure",),
     ("tuning.page",),

@@ -39,6 +39,7 @@ else:
     ray = pytest.importorskip("ray")
     Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 
+pytestmark = pytest.mark.long
 INSPECT = "from flowad_fast.cli.inspect import main; main()"
 EVALUATE = "from flowad_fast.cli.eval import main; main()"
 MANY = 480
