@@ -21,7 +21,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from flowad_fast import bundle as bundles
-from flowad_fast.detector import Detector, load
+from flowad_fast.detector import Detection, Detector, load
 from flowad_fast.files import sha256
 from flowad_fast.line.scoring import InThread
 from flowad_fast.serve.local import Local, LocalPool
@@ -62,6 +62,22 @@ def opened(bundle: Path, around: Callable[[Detector], Any] = lambda it: it, **op
     """A bundle as a local pool takes it."""
     scoring = InThread(around(load(bundle)), sha256(bundle / bundles.MANIFEST)[:12])
     return Local(scoring, bundles.read(bundle)[1], **options)
+
+
+class Moody:
+    """A detector that does what a test wants before it judges."""
+
+    def __init__(self, detector: Detector, before: Callable[[], None]) -> None:
+        self._detector, self.before = detector, before
+        self.engine, self.classes, self.frame_size = detector.engine, detector.classes, detector.frame_size
+        self.image_size, self.calibration = detector.image_size, detector.calibration
+        self.armed = False
+        """Whether it does so; not while it is started."""
+
+    def __call__(self, frames: np.ndarray, classes: Any = None) -> Detection:
+        if self.armed:
+            self.before()
+        return self._detector(frames, classes)
 
 
 class Running:

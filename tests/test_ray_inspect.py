@@ -23,7 +23,7 @@ from flowad_fast.archive import cluster
 from flowad_fast.archive.inspecting import Before, Inspection, Item
 from flowad_fast.archive.sources import Cells, Columns, Photo, read_source
 from flowad_fast.archive.store import DONE, PartFolder
-from flowad_fast.archive.worker import DEATHS, LOST, Ledger, Task, Worker
+from flowad_fast.archive.worker import DEATHS, LOST, Ledger, Task, Worker, packed
 from flowad_fast.errors import ConfigError, FrameError
 from flowad_fast.evaluation.results import COLUMNS, bundle_identity
 from flowad_fast.evaluation.scanning import read_ahead
@@ -39,6 +39,7 @@ else:
     ray = pytest.importorskip("ray")
     Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 
+pytestmark = pytest.mark.long
 INSPECT = "from flowad_fast.cli.inspect import main; main()"
 EVALUATE = "from flowad_fast.cli.eval import main; main()"
 MANY = 480
@@ -325,7 +326,7 @@ def test_a_photo_that_ends_every_worker_gets_its_row(tmp_path: Path, monkeypatch
 
     ledger, deaths = Ledger(), 0
     items = list("abcdefghij")
-    table = pa.table({"group": [pickle.dumps((0, items))]})
+    table = pa.table({"group": [packed(0, items)]})
     while True:
         worker = Worker(Killing("f", die), None, 1, str(tmp_path))
         monkeypatch.setattr(worker, "_begin", ledger.begin)

@@ -17,7 +17,8 @@ if not os.environ.get("CI"):
     pytest.importorskip("tritonclient.grpc")
 import httpx
 
-from flowad_fast.errors import ConfigError
+from flowad_fast.detector import Detector
+from flowad_fast.errors import ConfigError, FlowADError
 from flowad_fast.line.sinks.base import Secret
 from flowad_fast.serve.pool import Asked
 from flowad_fast.serve.protocol.front import Front
@@ -28,10 +29,18 @@ from tests.serve_fake import VERSION, FakePool, child
 from tests.serve_front import (
     TOKEN,
     Client,
+    Moody,
     Running,
+    calibrated,
     failure,
+    local,
     request_json,
 )
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated(tmp_path_factory.mktemp("protocol"))
 
 
 def test_requests_beyond_a_limit_are_refused_before_they_cost_anything() -> None:
@@ -137,6 +146,15 @@ def test_nobody_else_is_let_in_by_accident(secret: Secret, tmp_path: Path) -> No
         read_token(FrontSettings(token=Secret(file=tmp_path / "short")))
 
 
+def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
+    """The shortest of some: with Nagle's algorithm each took 40 ms, whatever the machine."""
+    with Running(FakePool(), grpc_port=None) as server, httpx.Client(base_url=server.http) as client:
+        assert (
+            min(client.post("/v2/models/part/infer", json=request_json()).elapsed.total_seconds() for _ in range(30))
+            < 0.03
+        )
+
+
 def test_an_address_that_is_taken_is_told() -> None:
     async def start(**settings: Any) -> None:
         front = Front(FakePool(), FrontSettings(**settings))
@@ -152,6 +170,38 @@ def test_an_address_that_is_taken_is_told() -> None:
         port = int(server.grpc.rpartition(":")[2])
         with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}: cannot be bound; choose another grpc_port"):
             asyncio.run(start(http_port=None, grpc_port=port))
+
+
+def test_a_server_that_is_interrupted_while_it_starts_ends_at_once(bundle: Path) -> None:
+    go = threading.Event()
+
+    def slow(detector: Detector) -> Moody:
+        found = Moody(detector, lambda: go.wait(20) and None)  # type: ignore[func-returns-value]
+        found.armed = True
+        return found
+
+    async def start() -> None:
+        async with asyncio.timeout(0.3):
+            await local(bundle, slow).start()
+
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(start())
+    assert time.monotonic() - begin < 5
+    go.set()
+
+
+def test_a_bundle_that_does_not_start_is_told(bundle: Path) -> None:
+    def broken(detector: Detector) -> Moody:
+        def refuse() -> None:
+            raise RuntimeError("no such device")
+
+        found = Moody(detector, refuse)
+        found.armed = True
+        return found
+
+    with pytest.raises(FlowADError, match="no such device"):
+        asyncio.run(local(bundle, broken).start())
 
 
 def test_sigterm_lets_answers_out_and_a_second_one_does_not_wait() -> None:

@@ -18,7 +18,7 @@ import httpx
 from tritonclient.utils import InferenceServerException
 
 from flowad_fast.config import Classes
-from flowad_fast.detector import Detection, Detector
+from flowad_fast.detector import Detector
 from flowad_fast.line.outcome import NoResult
 from flowad_fast.serve.local import LocalPool
 from flowad_fast.serve.pool import Asked, NoResultError
@@ -31,6 +31,7 @@ from tests.serve_front import (
     WAYS,
     Answer,
     Client,
+    Moody,
     Running,
     calibrated,
     failure,
@@ -72,22 +73,6 @@ def test_no_result_has_a_status_and_a_name_and_no_verdict(result: NoResult, capl
             assert told.value.status() == (f"StatusCode.{grpc}" if way == "grpc" else http)
         said = httpx.post(f"{server.http}/v2/models/part/infer", json=request_json())
         assert said.json() == {"error": f"no result: {result.value}: for a test"}
-
-
-class Moody:
-    """A detector that does what a test wants before it judges."""
-
-    def __init__(self, detector: Detector, before: Callable[[], None]) -> None:
-        self._detector, self.before = detector, before
-        self.engine, self.classes, self.frame_size = detector.engine, detector.classes, detector.frame_size
-        self.image_size, self.calibration = detector.image_size, detector.calibration
-        self.armed = False
-        """Whether it does so; not while it is started."""
-
-    def __call__(self, frames: np.ndarray, classes: Any = None) -> Detection:
-        if self.armed:
-            self.before()
-        return self._detector(frames, classes)
 
 
 def moody(bundle: Path, before: Callable[[], None], **options: Any) -> tuple[LocalPool, list[Moody]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from flowad_fast.benchmarks.record.figures import PALETTE, place
 from flowad_fast.benchmarks.record.peers import PeerRow, PeersRecord, front
@@ -54,6 +54,8 @@ def _panel(axes: Axes, product: str, points: list[tuple[float, float, float, flo
     line = sorted((ms, auroc) for ms, auroc, _, _, row in points if row.name in best)
     axes.step(*zip(*line, strict=True), where="post", color=LINE, lw=1, ls="--", zorder=0)
     axes.set(xscale="log", xlabel="ms per frame (median; log scale)", ylabel="image AUROC, 95 % interval")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(x=0.2, y=0.1)
     axes.set_title(f"{product}: circles ours, squares peers, dashed: nothing is both faster and better", fontsize=8)

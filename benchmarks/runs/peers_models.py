@@ -36,7 +36,7 @@ class Peer:
         backbone: in words.
         weights: what its backbone has here.
         make: anomalib's module without training; takes whether downloads are allowed.
-        train: trains the module on parts within a budget; None where there is nothing to train.
+        train: trains the module on parts within a budget, and says what was reached.
         options: what differs from the library's defaults, and what decides its time.
         size: side that frames are resized to.
         crop: side of the middle that is kept of that.

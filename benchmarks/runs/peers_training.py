@@ -17,8 +17,8 @@ from flowad_fast.benchmarks.record.peers import Training
 from flowad_fast.benchmarks.runs.peers_backbone import lite0
 
 BATCH = 8
-PROBE = 8
-"""Parts of which PatchCore's coreset is made once to see how long that takes."""
+PROBE, STEPS = 48, 40
+"""Parts, and steps of PatchCore's coreset on them, that say how long one takes: more than fit into a cache."""
 CAREFUL = 0.7
 """Share of what is left that a step is planned for which cannot be stopped."""
 RATE = 1e-4
@@ -99,27 +99,34 @@ def padim(module: Any, parts: Parts, budget: Budget) -> Training:
 
 
 def patchcore(module: Any, parts: Parts, budget: Budget) -> Training:
-    """A memory bank of as many parts as the budget allows: the time of their coreset grows with their square."""
-    model = module.model.train()
+    """A memory bank of as many parts as the budget allows: the time of their coreset grows with their square.
 
-    def coreset(indices: Sequence[int]) -> float:
+    Each step of it goes over all vectors, and there are as many steps as vectors are kept; some steps on some parts say
+    how long one takes.
+    """
+    model, share = module.model.train(), module.coreset_sampling_ratio
+
+    def embed(indices: Sequence[int]) -> int:
         for start in range(0, len(indices), BATCH):
             model(parts.inputs(indices[start : start + BATCH]))
-        before = budget.spent
-        model.subsample_embedding(module.coreset_sampling_ratio)
-        return budget.spent - before
+        return sum(map(len, model.embedding_store))
 
+    probe = parts.evenly(PROBE)
     begun = budget.spent
-    probe = coreset(parts.evenly(PROBE))
-    each = (budget.spent - begun - probe) / PROBE
-    allowed, square = max(budget.left, 0.0) * CAREFUL, probe / PROBE**2
+    vectors = embed(probe)
+    embedded = budget.spent
+    model.subsample_embedding(min(1.0, STEPS / vectors))
+    step = (budget.spent - embedded) / len(model.memory_bank)  # the projection before it counts as well
+    each = (embedded - begun) / len(probe)
+    square = step / len(probe) * share * vectors / len(probe)
+    allowed = max(budget.left, 0.0) * CAREFUL
     count = int((-each + math.sqrt(each**2 + 4 * square * allowed)) / (2 * square))
-    chosen = parts.evenly(max(count, PROBE))
-    coreset(chosen)
-    bank = len(model.memory_bank)
+    chosen = parts.evenly(max(count, 1))
+    embed(chosen)
+    model.subsample_embedding(share)
     return told(
         budget, parts, len(chosen), "all parts" if len(chosen) == len(parts) else "budget",
-        note=f"{bank} vectors in the memory bank",
+        note=f"{len(model.memory_bank)} vectors in the memory bank",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from flowad_fast.archive.worker import Ledger, Task, Worker
+from flowad_fast.archive.worker import Ledger, Task, Worker, packed
 from flowad_fast.engines.cores import available_cores
 from flowad_fast.errors import ConfigError, EngineUnavailableError, FlowADError, require
 
@@ -133,7 +133,7 @@ def run(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
     blocks = ray.data.from_items(
-        [{"group": pickle.dumps((i, group), pickle.HIGHEST_PROTOCOL)} for i, group in enumerate(groups)],
+        [{"group": packed(i, group)} for i, group in enumerate(groups)],
         override_num_blocks=len(groups),
     )
     judged = blocks.map_batches(

@@ -3,6 +3,7 @@
 import functools
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,10 +58,11 @@ class Columns:
 
 @dataclass(frozen=True)
 class Archive:
-    """Photos in a fixed order, what could not be looked into, and how many photos were listed again."""
+    """Photos in a fixed order, and how many rows listed one again; the rest as `Photos` has it."""
 
     photos: tuple[Photo, ...]
-    found: Photos = field(default_factory=lambda: Photos(()))
+    problems: tuple[tuple[Path, str], ...] = ()
+    others: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
 
 
@@ -98,7 +100,8 @@ def read_source(source: str, columns: Columns, classes: Callable[[Sequence[Path]
         found = find_photos(Path(source))
         if not found.paths and not found.problems:
             raise no_images(source, found)
-    return Archive(tuple(_files([str(one) for one in found.paths], classes(found.paths))), found)
+    photos = tuple(_files([str(one) for one in found.paths], classes(found.paths)))
+    return Archive(photos, found.problems, found.others)
 
 
 def _plain(name: str) -> bool:

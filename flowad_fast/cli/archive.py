@@ -16,6 +16,7 @@ from flowad_fast.archive.store import PartFolder
 from flowad_fast.cli import common
 from flowad_fast.cli.inspect import classes_of, print_summary
 from flowad_fast.config import Classes
+from flowad_fast.data.walk import left_out
 from flowad_fast.engines import backend
 from flowad_fast.errors import ConfigError, require
 from flowad_fast.evaluation.inspection import without_regions
@@ -61,8 +62,8 @@ def inspect_archive(
     _, manifest = bundles.read(bundle, verify=False)  # `load` verifies
     with common.err.status("looking for photos"):
         archive = _read(source, columns, manifest.model.classes, class_name, class_from_folder)
-    if archive.found.others:
-        common.note(archive.found.left_out())
+    if archive.others:
+        common.note(left_out(archive.others))
     if archive.repeated:
         common.note(f"{archive.repeated} rows list a photo that another row lists; it is judged once")
     if lacking := without_regions(manifest):
@@ -79,7 +80,7 @@ def inspect_archive(
                 closed += row is not None and not row["sha256"]
                 engines |= set() if row is None else {row["engine"]}
                 counts[folder.known[written(photo.file)].status] += 1
-        problems = [Result(place, "error", reason=reason) for place, reason in archive.found.problems]
+        problems = [Result(place, "error", reason=reason) for place, reason in archive.problems]
         if problems:
             folder.append([row_of(one, ", ".join(sorted(engines)), folder.bundle) for one in problems])
         summary = {
@@ -91,15 +92,15 @@ def inspect_archive(
             "files": len(archive.photos),
             "from_earlier_runs": earlier,
             "counts": {status: counts[status] for status in STATUSES},
-            "left_out": dict(archive.found.others),
+            "left_out": dict(archive.others),
             "listed_again": archive.repeated,
             "not_opened": closed,
-            "folders_not_opened": [str(place) for place, _ in archive.found.problems],
+            "folders_not_opened": [str(place) for place, _ in archive.problems],
             "seconds": round(time.perf_counter() - began, 3),
         }
         folder.finish(summary | {"bundle_identity": folder.bundle})
     _report(summary, archive, json)
-    if closed or archive.found.problems:
+    if closed or archive.problems:
         raise typer.Exit(common.EXIT_ERROR)
 
 
@@ -123,7 +124,7 @@ def _report(summary: Mapping[str, Any], archive: Archive, json: bool) -> None:
     if uncalibrated:
         common.note(f"uncalibrated: {uncalibrated} photos have a score but no verdict; see flowad-export calibrate")
     common.print_json(summary) if json else print_summary(summary)
-    for place, reason in archive.found.problems:
+    for place, reason in archive.problems:
         common.note(f"error: {place}: {reason}")
     if closed:
         common.note(f"error: {closed} photos could not be opened; see the rows of {summary['output']}")

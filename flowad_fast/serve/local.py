@@ -76,9 +76,11 @@ class LocalPool:
         """
         try:
             for worker in self._workers.values():
-                await asyncio.to_thread(worker.start)
+                await asyncio.wrap_future(worker.start())
         except BaseException:
-            await self.close()
+            for worker in self._workers.values():
+                worker.stop()
+                worker.end()
             raise
 
     async def models(self) -> Sequence[ModelCard]:
@@ -112,7 +114,9 @@ class LocalPool:
         for worker in self._workers.values():
             worker.stop()
         for worker in self._workers.values():
-            await asyncio.to_thread(worker.join)
+            while worker.going:  # not in a thread of the loop's, which would have to end before the process may
+                await asyncio.sleep(0.01)
+            worker.end()
 
     def _worker(self, model: str) -> "_Worker":
         if model not in self._workers:
@@ -156,11 +160,13 @@ class _Worker:
         """Why it is not ready, "" when it is."""
         return "it is shutting down" if self._closed else self._failed
 
-    def start(self) -> None:
-        """Start the engine, then answer; FlowADError."""
-        self._start_engine()
-        self._thread = threading.Thread(target=self._work, name=f"model {self._name}", daemon=True)
+    def start(self) -> "Future[None]":
+        """Start the engine, then answer; done when it runs, or FlowADError."""
+        started: Future[None] = Future()
+        started.set_running_or_notify_cancel()
+        self._thread = threading.Thread(target=self._live, args=(started,), name=f"model {self._name}", daemon=True)
         self._thread.start()
+        return started
 
     def put(self, job: _Job) -> None:
         """One more request; NoResultError where it is refused."""
@@ -188,11 +194,23 @@ class _Worker:
                     job.refuse(NoResult.SHUTTING_DOWN)
             self._changed.notify_all()
 
-    def join(self) -> None:
-        """Wait for the call that is being made, then end the engine."""
-        if self._thread is not None:
-            self._thread.join()
+    @property
+    def going(self) -> bool:
+        """Whether a call is being made."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def end(self) -> None:
+        """End the engine, whatever it does."""
         self._local.scoring.close()
+
+    def _live(self, started: "Future[None]") -> None:
+        try:
+            self._start_engine()
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        self._work()
 
     def _work(self) -> None:
         while True:
