@@ -24,7 +24,7 @@ from flowad_fast.archive.inspecting import Before, Inspection, Item
 from flowad_fast.archive.sources import Cells, Columns, Photo, read_source
 from flowad_fast.archive.store import DONE, PartFolder
 from flowad_fast.archive.worker import DEATHS, LOST, Ledger, Task, Worker, packed
-from flowad_fast.errors import ConfigError, FrameError
+from flowad_fast.errors import ConfigError, FlowADError, FrameError
 from flowad_fast.evaluation.results import COLUMNS, bundle_identity
 from flowad_fast.evaluation.scanning import read_ahead
 
@@ -350,6 +350,19 @@ def test_without_ray_the_extra_is_named(bundle: Path, photos: Path, tmp_path: Pa
         assert done.returncode == 1 and f"{option} needs --ray" in done.stderr
     done = command(INSPECT, bundle, photos, "--ray", "local", "--overlays", "heat", cwd=tmp_path)
     assert done.returncode == 1 and "--overlays share a scale" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "Ray at 127.0.0.1:1: .*refused"),
+        ("ray://head:10001", "expected local, auto, or HOST:PORT"),
+        ("nonsense", "expected local, auto, or HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, says: str) -> None:
+    with pytest.raises(FlowADError, match=says), cluster.connected(cluster.Workers(address), by="this"):
+        pass
 
 
 # With a cluster, or one of the command's own
