@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowad_fast.benchmarks import labelled, line_command
+from flowad_fast.benchmarks import labelled, line_command, serve_command
 from flowad_fast.benchmarks.options import (
     EVALUATIONS,
     KINDS,
@@ -147,6 +147,7 @@ def ladder(
 app.command()(labelled.drift)
 app.command()(labelled.evaluations)
 app.command()(line_command.line)
+app.command()(serve_command.serve)
 
 
 @app.command()
@@ -247,10 +248,14 @@ def make_report(
     folder = folder or report.RESULTS
     if figures:
         from flowad_fast.benchmarks.record import figures as drawing
+        from flowad_fast.benchmarks.record import pareto
+        from flowad_fast.benchmarks.record.peers import PeersRecord
 
         for path in sorted(folder.glob("*.json")):
             one = record.read(path)
-            if isinstance(one, record.Record) and one.kind != "peers":
+            if isinstance(one, PeersRecord):
+                pareto.draw(one, folder / "figures" / path.stem)
+            elif isinstance(one, record.Record) and one.kind != "peers":
                 drawing.draw(one, folder / "figures" / path.stem)
     report.README.write_text(report.readme(folder), encoding="utf-8")
     scaling.PAGE.parent.mkdir(exist_ok=True)

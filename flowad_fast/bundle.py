@@ -4,15 +4,12 @@ A bundle is written in a folder beside its target and exchanged with it at the e
 old one as it was. Every file is listed with its SHA-256 and is verified before anything parses it.
 """
 
-import ctypes
-import errno
 import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +21,8 @@ from pydantic import Field, model_validator
 
 from flowad_fast.config import Certified, Frozen, ModelConfig, Tiling, parse, read_mapping
 from flowad_fast.errors import BundleError
-from flowad_fast.files import replacing, sha256
+from flowad_fast.files import exchange as exchange
+from flowad_fast.files import replacing, sha256, sync, sync_tree
 from flowad_fast.stages.decision import Aggregate, Calibration
 from flowad_fast.stages.scorers import Scorer
 from flowad_fast.tuning.recipe import FollowedRecipe
@@ -322,9 +320,9 @@ def check_target(target: str | Path) -> None:
 def publish(aside: Path, target: str | Path) -> None:
     """Make the finished folder `aside` the bundle at `target`, in one step that a crash cannot halve."""
     target = Path(target).resolve()
-    _sync_tree(aside)
+    sync_tree(aside)
     exchange(aside, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def rejected_path(target: str | Path) -> Path:
@@ -350,21 +348,6 @@ def reject(folder: Path, target: str | Path) -> Path:
     return rejected
 
 
-def exchange(new: Path, target: Path) -> None:
-    """Put folder `new` in the place of `target` in one step; an old folder ends up under `new`'s name."""
-    if not target.exists():
-        new.rename(target)
-        return
-    swap = _renameat2()
-    if swap is not None and swap(bytes(new), bytes(target)):
-        return
-    # Two renames: between them a reader finds no bundle, but never half of one; `_recover` ends what a crash began.
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old)
-
-
 def _recover(target: Path) -> None:
     """Sweep what killed exports of `target` left, and restore a bundle that was moved away and not yet replaced."""
     left = {
@@ -375,39 +358,3 @@ def _recover(target: Path) -> None:
         left["old"].pop().rename(target)
     for folder in left["old"] + left["new"]:
         shutil.rmtree(folder)
-
-
-def _renameat2() -> Callable[[bytes, bytes], bool] | None:
-    """Linux's atomic exchange of two paths, where the C library has it."""
-    if sys.platform != "linux":
-        return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return None
-
-    def swap(a: bytes, b: bytes) -> bool:
-        at_cwd, rename_exchange = -100, 2
-        if function(at_cwd, a, at_cwd, b, rename_exchange) == 0:
-            return True
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS):  # a filesystem or kernel without it
-            return False
-        raise OSError(code, os.strerror(code), a.decode())
-
-    return swap
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.iterdir():
-        _sync_tree(path) if path.is_dir() else _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix":  # Windows syncs neither folders nor files that are open for reading
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -81,6 +81,8 @@ EXTRAS = {
     **dict.fromkeys(("ray", "pyarrow"), "ray"),
     "accelerate": "train",
     "openvino": "openvino",
+    "ray": "ray",
+    **dict.fromkeys(("grpc", "tritonclient"), "serve"),
     "nncf": "openvino-int8",
 }
 """Packages that the base installation lacks, and the extra of this project that has each."""

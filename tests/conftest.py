@@ -22,6 +22,8 @@ LONG = (
     "test_kernels_interpreter", "test_kernels_compiled", "test_bench", "test_demo", "test_onnxruntime",
     "test_training", "test_triton_server", "test_docs", "test_method", "test_fast_engines", "test_inspect",
     "test_line_policy", "test_line_command", "test_line_scoring",
+    "test_serve_protocol", "test_serve_refusals", "test_serve_limits", "test_serve_fuzz",
+    "test_serve_ray", "test_serve_cluster",
 )  # fmt: skip
 """Files of tests that build, compile, train or start processes: `make quick` leaves them out."""
 

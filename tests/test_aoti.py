@@ -9,51 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import tiny_model
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import flowad_fast
 from flowad_fast import bundle
 from flowad_fast.bundle import Artefact
-from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
 from flowad_fast.detector import Detector
 from flowad_fast.engines.inductor import AotInductorEngine, target
 from flowad_fast.errors import BundleError, EngineUnavailableError
 from flowad_fast.export.exporter import export_bundle
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.image import resize_weights
 from flowad_fast.stages.scorers import Inversion
-from flowad_fast.stages.velocity import DiT
 
 pytestmark = pytest.mark.timeout(600)
 CPP = Path(__file__).parents[1] / "export" / "cpp"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ (Debian: apt-get install g++)")
-
-
-class Means(FeatureExtractor):
-    """Stands in for the backbone: mean colours of 16x16 patches, repeated to the backbone's 192 channels."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-
-    def forward(self, images: Tensor, ops: object = None) -> Tensor:
-        return nn.functional.avg_pool2d(images, 16).repeat(1, 64, 1, 1).flatten(2).transpose(1, 2)
-
-
-def make_model(backbone: FeatureExtractor, conditional: bool) -> FlowModel:
-    torch.manual_seed(0)
-    velocity = VelocityConfig(
-        channels=192, height=4, width=4, hidden_size=32, depth=1, num_heads=2, num_classes=2 if conditional else 1,
-        use_class_labels=conditional,
-    )  # fmt: skip
-    dit = DiT(velocity)
-    for parameter in dit.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    names = ("bolt", "nut") if conditional else ()
-    spec = ModelConfig(velocity=velocity, backbone="efficientnet-lite0", image=ImageConfig(size=64), class_names=names)
-    return FlowModel(spec, dit, backbone)
 
 
 def random_frames(count: int, height: int = 64, width: int = 64) -> np.ndarray:
@@ -62,8 +36,7 @@ def random_frames(count: int, height: int = 64, width: int = 64) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model() -> FlowModel:
-    torch.manual_seed(1)
-    return make_model(FeatureExtractor("efficientnet-lite0"), conditional=True)
+    return tiny_model(2, real_backbone=True, mlp_ratio=4)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +215,7 @@ def test_without_a_compiler(model: FlowModel, tmp_path: Path) -> None:
         assert result.outcomes["aoti"].status == "not available"
         assert "finds no no-such-g++; install one (Debian: apt-get install g++)" in result.outcomes["aoti"].reason
         with pytest.raises(EngineUnavailableError, match="needs a C\\+\\+ compiler"):
-            Detector.from_model(make_model(Means(), False), Inversion(), engine="compile", device="cpu")
+            Detector.from_model(tiny_model(), Inversion(), engine="compile", device="cpu")
 
 
 @needs_compiler
@@ -252,7 +225,7 @@ def test_a_folder_that_cannot_be_compiled_in_is_one_line_at_load(
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(EngineUnavailableError, match=r"cannot write .*/file/cache.* set TORCHINDUCTOR_CACHE_DIR"):
-        Detector.from_model(make_model(Means(), False), Inversion(), engine="compile", device="cpu")
+        Detector.from_model(tiny_model(), Inversion(), engine="compile", device="cpu")
 
 
 @needs_compiler
@@ -260,7 +233,7 @@ def test_compile_engine_agrees_with_torch() -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()  # other tests of this process compile too
-    model = make_model(Means(), conditional=False)
+    model = tiny_model()
     detector = Detector.from_model(model, Inversion(), engine="compile", device="cpu")
     assert detector.engine == "compile on cpu"
     for count in (2, 5):  # one graph serves both
@@ -275,7 +248,7 @@ def test_compile_engine_agrees_with_torch() -> None:
 @pytest.mark.gpu
 @needs_compiler
 def test_package_for_the_gpu(tmp_path: Path) -> None:
-    model = make_model(Means(), conditional=True)
+    model = tiny_model(2)
     result = export_bundle(
         model, Inversion(), tmp_path / "bundle", formats=("aoti",), frames=random_frames(4, 100, 80), device="cuda",
         quiet=True,

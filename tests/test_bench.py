@@ -34,7 +34,7 @@ from flowad_fast.benchmarks.record import clock, compare, paper, record, report,
 from flowad_fast.benchmarks.record.record import Memory, NoProducts, Products, Ratio, Record, Row
 from flowad_fast.benchmarks.runs import gpu_check, ladder
 from flowad_fast.config import VelocityConfig
-from flowad_fast.errors import ConfigError, EngineUnavailableError
+from flowad_fast.errors import ConfigError
 from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.scorers import SCORERS, Inversion
@@ -547,19 +547,6 @@ def test_figures_are_drawn(measured, tmp_path):
     made = figures.draw(measured.but(cases=rungs), tmp_path)
     assert [path.name for path in made] == ["fps_memory.png", "latency.png", "roofline.png", "ladder.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
-
-
-def test_peers_need_anomalib_and_say_so(monkeypatch):
-    import importlib.metadata
-
-    from flowad_fast.benchmarks.runs import peers
-
-    def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", absent)
-    with pytest.raises(EngineUnavailableError, match="pip install anomalib"):
-        peers._anomalib()
 
 
 def test_cli_writes_record_table_and_figures(tmp_path):

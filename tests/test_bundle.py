@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowad_fast import bundle
+from flowad_fast import bundle, files
 from flowad_fast.bundle import Artefact, Manifest, Parity
 from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.errors import BundleError, ConfigError
@@ -239,7 +239,7 @@ def test_a_second_exporter_is_locked_out_until_the_first_ends(tmp_path: Path) ->
 
 
 def test_the_exchange_is_atomic_where_the_system_can(tmp_path: Path) -> None:
-    if bundle._renameat2() is None:
+    if files._renameat2() is None:
         pytest.skip("this C library has no renameat2")
     make(tmp_path / "b", b"old")
     (tmp_path / "new").mkdir()
@@ -250,7 +250,7 @@ def test_the_exchange_is_atomic_where_the_system_can(tmp_path: Path) -> None:
 
 
 def test_without_it_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "_renameat2", lambda: None)
+    monkeypatch.setattr(files, "_renameat2", lambda: None)
     make(tmp_path / "b", b"old")
     make(tmp_path / "b", b"new")
     assert content(tmp_path / "b") == b"new"

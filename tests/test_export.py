@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import tiny_model
 from PIL import Image
 
 import flowad_fast
 from flowad_fast import bundle, detector
 from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
-from flowad_fast.config import ModelConfig, VelocityConfig
 from flowad_fast.engines import Engine
 from flowad_fast.engines.start import start_engine
 from flowad_fast.errors import (
@@ -34,32 +34,15 @@ from flowad_fast.export.frames import GoodParts, ParityFrames, good_parts, parit
 from flowad_fast.export.verify import TOLERANCES, auroc, compare, ranks
 from flowad_fast.files import sha256
 from flowad_fast.model import FlowModel
-from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.score import image_score
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
-from flowad_fast.stages.velocity import DiT
 
 # Here, since the server may be started by a test of another file, and takes no more imports then.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["flowad_fast.export.exporter"])
 
 
 def tiny(classes: int = 0) -> FlowModel:
-    """A model of random weights on 64-pixel images, conditional when `classes` > 0."""
-    torch.manual_seed(0)
-    velocity = VelocityConfig(
-        channels=192, height=4, width=4, hidden_size=16, depth=1, num_heads=2,
-        num_classes=max(classes, 1), use_class_labels=classes > 0,
-    )  # fmt: skip
-    spec = ModelConfig(
-        velocity=velocity,
-        backbone="efficientnet-lite0",
-        image={"size": 64},  # type: ignore[arg-type]
-        class_names=("nut", "screw")[:classes],
-    )
-    dit = DiT(velocity)
-    for parameter in dit.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return FlowModel(spec, dit, FeatureExtractor("efficientnet-lite0"))
+    return tiny_model(classes, real_backbone=True, hidden_size=16, mlp_ratio=4)
 
 
 def photos(count: int, seed: int = 0, size: tuple[int, int] = (72, 64)) -> np.ndarray:

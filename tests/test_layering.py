@@ -80,7 +80,19 @@ FLOORS = (
     ("line.web.app",),
     ("line.web.server",),
     ("serve.pool",),
-    ("serve",),
+    ("serve.judging", "serve.protocol.settings"),
+    ("serve.settings",),
+    ("serve.local", "serve.protocol.refusals", "serve.protocol.describing"),
+    ("serve.protocol.tensors",),
+    ("serve.protocol.asking",),
+    ("serve.protocol.desk", "serve.protocol.messages"),
+    ("serve.protocol.over_http",),
+    ("serve.protocol.over_grpc", "serve.protocol.front"),
+    ("serve.replica",),
+    ("serve.cluster",),
+    ("serve.pool_ray",),
+    ("serve.orders",),
+    ("serve.client", "serve.running"),
     ("evaluation.certificate", "evaluation.metrics", "evaluation.probes", "evaluation.scanning"),
     ("evaluation.results", "evaluation.report", "evaluation.location"),
     ("evaluation.inspection", "evaluation.figures"),
@@ -100,7 +112,7 @@ FLOORS = (
     ("training.loop",),
     ("cli.common", "cli.scorer_options"),
     ("cli.authors",),
-    ("cli.inspect", "cli.eval", "cli.train", "cli.tune", "cli.line"),
+    ("cli.inspect", "cli.eval", "cli.train", "cli.tune", "cli.line", "cli.serve"),
     ("cli.archive",),
 )
 """Every module of the runtime; each imports, at its top, only those of earlier floors."""
@@ -124,6 +136,7 @@ LIGHT = (
             "line.station",
             "line.web.client",
             "cli.line",
+            "cli.serve",
             "evaluation.inspection",
             "evaluation.results",
             "evaluation.scanning",
@@ -156,7 +169,7 @@ LIGHT = (
 EXTRAS = ("torch", "torchvision", "timm", "triton", "safetensors", "onnx", "onnxscript", "scipy", "sklearn",
           "matplotlib", "jinja2", "psutil", "accelerate",
           "sqlalchemy", "psycopg", "paho", "pymodbus", "asyncua", "httpx", "fastapi", "starlette", "uvicorn",
-          "prometheus_client", "ray", "pyarrow")  # fmt: skip
+          "prometheus_client", "grpc", "tritonclient", "ray", "pyarrow")  # fmt: skip
 """Packages that the base installation does not have."""
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
 """Modules that Windows does not have."""

@@ -303,6 +303,17 @@ def test_an_uncalibrated_detector_starts_no_line(engine: Engine) -> None:
         Line(fake(engine=engine), {"a": IteratorSource([])}, deadline=1).start()
 
 
+def test_batches_of_every_size_are_judged_before_the_first_part_comes() -> None:
+    engine = FakeEngine()
+    line = Line(detector(engine), {"a": IteratorSource([frame(n) for n in range(1, 8)])}, deadline=5, largest_batch=6)
+    line.start()
+    warm = engine.calls[:9]  # the canary, then twice each size
+    assert warm == [1, 1, 1, 2, 2, 4, 4, 6, 6]
+    line.wait()
+    line.close()
+    assert sum(engine.calls[9:]) == 7
+
+
 def test_a_canary_with_another_score_starts_no_line(tmp_path: Path) -> None:
     from flowad_fast.errors import EngineUnavailableError
     from flowad_fast.line.scoring import InThread

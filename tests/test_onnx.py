@@ -10,8 +10,9 @@ import onnx
 import onnx_ir
 import pytest
 import torch
+from models import tiny_model
 
-from flowad_fast.config import ModelConfig, Precision, VelocityConfig
+from flowad_fast.config import Precision
 from flowad_fast.engines.onnx_file import check_external_data
 from flowad_fast.engines.onnxruntime import HEAVY, OnnxRuntimeEngine
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError
@@ -20,9 +21,7 @@ from flowad_fast.export.formats import Request
 from flowad_fast.export.graph import boundary
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
-from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction, Scorer
-from flowad_fast.stages.velocity import DiT
 
 SCORERS: tuple[Scorer, ...] = (Inversion(steps=2), Reconstruction(steps=4), Density(steps=2, probes=2))
 # Largest map error relative to the map's standard deviation; ONNX Runtime's CPU kernels compute fp16 in float32.
@@ -30,22 +29,8 @@ BOUNDS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "fp8": 2.5e-1}
 
 
 def tiny(classes: int = 0) -> FlowModel:
-    """Random weights on 64-pixel images, conditional when `classes` > 0; wide enough for fp8's multiples of 16."""
-    torch.manual_seed(0)
-    velocity = VelocityConfig(
-        channels=192, height=4, width=4, hidden_size=32, depth=2, num_heads=2,
-        num_classes=max(classes, 1), use_class_labels=classes > 0,
-    )  # fmt: skip
-    spec = ModelConfig(
-        velocity=velocity,
-        backbone="efficientnet-lite0",
-        image={"size": 64},  # type: ignore[arg-type]
-        class_names=("nut", "screw", "nail")[:classes],
-    )
-    dit = DiT(velocity)
-    for parameter in dit.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return FlowModel(spec, dit, FeatureExtractor("efficientnet-lite0"))
+    """Wide enough for fp8's multiples of 16."""
+    return tiny_model(classes, real_backbone=True, depth=2, mlp_ratio=4)
 
 
 def photos(count: int, height: int = 72, width: int = 80, seed: int = 0) -> np.ndarray:

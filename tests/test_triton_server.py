@@ -7,48 +7,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from models import tiny_model
 from onnx import TensorProto, helper
-from torch import Tensor, nn
 
 import flowad_fast
-from flowad_fast.config import ImageConfig, ModelConfig, VelocityConfig
 from flowad_fast.errors import ConfigError
 from flowad_fast.export import triton_server
 from flowad_fast.export.exporter import export_bundle
 from flowad_fast.export.formats import Request
-from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.decision import Aggregate
-from flowad_fast.stages.features import FeatureExtractor
 from flowad_fast.stages.scorers import Inversion
-from flowad_fast.stages.velocity import DiT
 
 pytestmark = pytest.mark.timeout(300)
 NUMPY = {"TYPE_UINT8": np.uint8, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
-
-
-class Means(FeatureExtractor):
-    """Stands in for the backbone: mean colours of 16x16 patches, repeated to the backbone's 192 channels."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-
-    def forward(self, images: Tensor, ops: ModuleType | None = None) -> Tensor:
-        return nn.functional.avg_pool2d(images, 16).repeat(1, 64, 1, 1).flatten(2).transpose(1, 2)
-
-
-def make_model(conditional: bool) -> FlowModel:
-    torch.manual_seed(0)
-    velocity = VelocityConfig(
-        channels=192, height=4, width=4, hidden_size=16, depth=1, num_heads=2, num_classes=2 if conditional else 1,
-        use_class_labels=conditional,
-    )  # fmt: skip
-    dit = DiT(velocity)
-    for parameter in dit.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    names = ("bolt", "nut") if conditional else ()
-    spec = ModelConfig(velocity=velocity, backbone="efficientnet-lite0", image=ImageConfig(size=64), class_names=names)
-    return FlowModel(spec, dit, Means())
 
 
 def random_frames(count: int, height: int = 64, width: int = 64) -> np.ndarray:
@@ -79,7 +51,7 @@ def parse(schema: ModuleType, text: str):
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("triton") / "bundle"
     result = export_bundle(
-        make_model(True), Inversion(), target, formats=("triton-server",), frames=random_frames(4), batch=(1, 4, 16),
+        tiny_model(2), Inversion(), target, formats=("triton-server",), frames=random_frames(4), batch=(1, 4, 16),
         quiet=True,
     )  # fmt: skip
     assert result.ok, result.status
@@ -91,7 +63,7 @@ def test_config_fits_the_graph(schema: ModuleType, conditional: Path, tmp_path: 
     if aggregate == "max":
         repository = conditional / "triton-server"
     else:
-        built = triton_server.write(Request(make_model(False), Inversion(), aggregate), tmp_path)
+        built = triton_server.write(Request(tiny_model(), Inversion(), aggregate), tmp_path)
         assert built.files == ("triton-server/flowad/1/model.onnx", "triton-server/flowad/config.pbtxt")
         repository = tmp_path / "triton-server"
     config = parse(schema, (repository / "flowad" / "config.pbtxt").read_text())
@@ -160,6 +132,6 @@ def test_repository_is_a_checked_artefact(conditional: Path) -> None:
     assert detector.engine == "onnxruntime on cpu"
     frames = random_frames(3, 80, 50)
     with torch.no_grad():
-        expected, _ = ScoringPipeline(make_model(True), Inversion())(torch.from_numpy(frames), torch.tensor([1, 0, 1]))
-    got = detector(frames, ["nut", "bolt", "nut"])
+        expected, _ = ScoringPipeline(tiny_model(2), Inversion())(torch.from_numpy(frames), torch.tensor([1, 0, 1]))
+    got = detector(frames, ["screw", "nut", "screw"])
     torch.testing.assert_close(torch.from_numpy(got.map), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))

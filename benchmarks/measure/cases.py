@@ -21,7 +21,7 @@ from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.features import BACKBONES, FeatureExtractor
 from flowad_fast.stages.image import normalise
 from flowad_fast.stages.scorers import SCORERS, Inversion, Scorer, options
-from flowad_fast.stages.velocity import DiT
+from flowad_fast.stages.velocity import DiT, sizes
 
 Mode = Literal["offline", "single-stream"]
 IN_FLIGHT = 4
@@ -73,16 +73,7 @@ def spec_of(
 
 def shape_of(spec: ModelConfig) -> VelocityShape:
     """A model's sizes, as the account of bytes and operations has them."""
-    velocity = spec.velocity
-    return VelocityShape(
-        hidden=velocity.hidden_size,
-        depth=velocity.depth,
-        heads=velocity.num_heads,
-        tokens=velocity.tokens,
-        channels=velocity.channels * velocity.patch_size**2,
-        mlp=velocity.mlp_hidden,
-        image=spec.image.size,
-    )
+    return sizes(spec.velocity, spec.image.size)
 
 
 PAPER = spec_of(2048, 16, 8)

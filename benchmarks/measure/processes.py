@@ -19,23 +19,23 @@ T = TypeVar("T")
 
 
 class Process:
-    """A worker process; `ask` sends one command and waits for its answer.
+    """A worker process; `ask` sends one command to its worker, of some `kind`, and waits for the answer.
 
     It is forked from a server that has imported everything and computed nothing: as clean as a new interpreter,
     without paying seconds of imports per row. An answer may take `timeout` seconds, and none is waited for beyond
     `deadline`, a time of `time.monotonic`.
     """
 
-    def __init__(self, log: Path, timeout: float, deadline: float = float("inf")) -> None:
+    def __init__(self, log: Path, timeout: float, deadline: float = float("inf"), kind: type[Worker] = Worker) -> None:
         self.log, self.timeout, self.deadline = log, timeout, deadline
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, str(log)), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, str(log), kind), daemon=True)
         self._process.start()
         theirs.close()
 
-    def ask(self, do: Callable[Concatenate[Worker, P], T], *arguments: P.args, **more: P.kwargs) -> T:
+    def ask(self, do: Callable[Concatenate[Any, P], T], *arguments: P.args, **more: P.kwargs) -> T:
         """What the worker's method returns.
 
         Raises:
@@ -79,9 +79,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def started(folder: Path, timeout: float, deadline: float = float("inf")) -> Iterator[Process]:
+def started(
+    folder: Path, timeout: float, deadline: float = float("inf"), kind: type[Worker] = Worker
+) -> Iterator[Process]:
     """A worker process that ends with the block; it logs into `folder`. See `Process`."""
-    process = Process(folder / f"{uuid.uuid4().hex}.log", timeout, deadline)
+    process = Process(folder / f"{uuid.uuid4().hex}.log", timeout, deadline, kind)
     try:
         yield process
     finally:

@@ -303,15 +303,15 @@ class Worker:
         return [labels[i % len(labels)] for i in of] if labels else None
 
 
-def serve(pipe: Connection, log: str) -> None:
-    """Answer until the commands end; everything that libraries print goes to `log`.
+def serve(pipe: Connection, log: str, kind: type[Worker] = Worker) -> None:
+    """Answer until the commands end, by methods of a `kind` of worker; what libraries print goes to `log`.
 
     An error is an answer too: its kind decides the row's status.
     """
     file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
-    worker = Worker()
+    worker = kind()
     while True:
         try:
             do, arguments, more = pipe.recv()

@@ -115,7 +115,7 @@ class Scale:
 
 def scales() -> tuple[Scale, ...]:
     """The demo's, `small`'s and the paper's sizes."""
-    from flowad_fast.benchmarks.measure.cases import PRESETS
+    from flowad_fast.benchmarks.measure.cases import PRESETS, shape_of
     from flowad_fast.checkpoints.load import DEMO
 
     demo = ModelConfig.model_validate(json.loads(DEMO.with_suffix(".json").read_text(encoding="utf-8")))
@@ -123,11 +123,7 @@ def scales() -> tuple[Scale, ...]:
     found = []
     for name, spec in specs.items():
         v = spec.velocity
-        shape = VelocityShape(
-            hidden=v.hidden_size, depth=v.depth, heads=v.num_heads, tokens=v.tokens,
-            channels=v.channels * v.patch_size**2, mlp=v.mlp_hidden, image=spec.image.size,
-        )  # fmt: skip
-        found.append(Scale(f"{name}, {v.hidden_size}x{v.depth}", shape, spec.backbone))
+        found.append(Scale(f"{name}, {v.hidden_size}x{v.depth}", shape_of(spec), spec.backbone))
     return tuple(found)
 
 

@@ -45,13 +45,13 @@ def _save(path: Path, fill: Callable[[Axes], Labels], record: Record) -> Path:
     axes.set_title(f"{record.preset} · {report.where(record)}", fontsize=8, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     if labels:
-        _place(axes, labels)
+        place(axes, labels)
     figure.savefig(path)
     plt.close(figure)
     return path
 
 
-def _place(axes: Axes, labels: Labels) -> None:
+def place(axes: Axes, labels: Labels) -> None:
     """Texts beside their points (x, y), moved down where they would cover each other, and to the left at the edge."""
     axes.figure.canvas.draw()  # the layout, and with it where points lie, is known from here on
     taken: list[Any] = []

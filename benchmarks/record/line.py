@@ -107,6 +107,8 @@ class EnduranceResult(Part):
     child: Steady | None
     samples: tuple[Sample, ...]
     problems: tuple[str, ...]
+    holds: int = 0
+    """How often the detector's process was held for a moment while memory was warming up."""
 
     @property
     def passed(self) -> bool:
@@ -269,6 +271,7 @@ def _endurance(found: EnduranceResult) -> tuple[str, tuple[str, ...], list[list[
     remarks = [
         f"{found.rate:.2f} parts a second, {found.load:.0%} of the engine's own {found.engine_fps:.2f}; {found.parts} "
         f"parts, {found.outcomes} outcomes ({results}); {_with(found.setting)}",
+        f"while it warmed up, the detector was held for a moment {found.holds} times, so that queue and batches grew",
         *found.problems,
     ]
     title = (

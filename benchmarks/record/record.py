@@ -21,7 +21,10 @@ from flowad_fast.stages.aggregates import Aggregate
 from flowad_fast.stages.scorers import Scorer
 
 if TYPE_CHECKING:
+    from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
     from flowad_fast.benchmarks.record.line import LineRecord
+    from flowad_fast.benchmarks.record.peers import PeersRecord
+    from flowad_fast.benchmarks.record.serve import ServeRecord
 
 SCHEMA = 1
 Status = Literal[
@@ -380,7 +383,7 @@ def finite(value: Any) -> Any:
     return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(path: Path) -> "Record | Speedless | LineRecord":
+def read(path: Path) -> "Record | Speedless | LineRecord | ServeRecord | PeersRecord | CapacityRecord":
     """A record of this schema.
 
     Raises:
@@ -392,8 +395,20 @@ def read(path: Path) -> "Record | Speedless | LineRecord":
             f"{path}: expected a flowad-bench record of schema {SCHEMA}, got schema {data.get('schema')!r}; "
             "measure again with this version"
         )
-    from flowad_fast.benchmarks.record.line import LineRecord  # which builds on this module
+    # These build on this module.
+    from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
+    from flowad_fast.benchmarks.record.line import LineRecord
+    from flowad_fast.benchmarks.record.peers import PeersRecord
+    from flowad_fast.benchmarks.record.serve import ServeRecord
 
-    kinds = {"drift": DriftRecord, "evaluations": EvaluationsRecord, "fewer": FewerRecord, "line": LineRecord}
-    kind: type[Record | Speedless | LineRecord] = kinds.get(str(data.get("kind")), Record)  # type: ignore[assignment]
+    kinds: dict[str, type[Record | Speedless | LineRecord | ServeRecord | PeersRecord | CapacityRecord]] = {
+        "drift": DriftRecord,
+        "evaluations": EvaluationsRecord,
+        "fewer": FewerRecord,
+        "line": LineRecord,
+        "serve": ServeRecord,
+        "peers-photos": PeersRecord,
+        "capacity": CapacityRecord,
+    }
+    kind = kinds.get(str(data.get("kind")), Record)
     return parse(kind, data, str(path))

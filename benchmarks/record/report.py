@@ -7,10 +7,13 @@ from pathlib import Path
 from rich.table import Table
 
 from flowad_fast.benchmarks.record import accuracy, evaluations, paper
+from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
 from flowad_fast.benchmarks.record.compare import Change
 from flowad_fast.benchmarks.record.line import LineRecord
 from flowad_fast.benchmarks.record.line import markdown as line_markdown
 from flowad_fast.benchmarks.record.lines import table_lines
+from flowad_fast.benchmarks.record.peers import PeersRecord
+from flowad_fast.benchmarks.record.peers import markdown as photos_markdown
 from flowad_fast.benchmarks.record.record import (
     DriftRecord,
     EvaluationsRecord,
@@ -21,6 +24,8 @@ from flowad_fast.benchmarks.record.record import (
     Row,
     read,
 )
+from flowad_fast.benchmarks.record.serve import ServeRecord
+from flowad_fast.benchmarks.record.serve import markdown as serve_markdown
 
 HERE = Path(__file__).resolve().parents[1]
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -184,15 +189,25 @@ def readme(folder: Path = RESULTS) -> str:
             parts.append(evaluations.markdown(record))
         elif isinstance(record, LineRecord):
             parts.append(line_markdown(record))
+        elif isinstance(record, ServeRecord):
+            parts.append(serve_markdown(record))
+        elif isinstance(record, PeersRecord):
+            parts += [photos_markdown(record), *_figures(folder, name)]
+        elif isinstance(record, CapacityRecord):
+            parts.append("Capacity of pools: [How the cost scales](../docs/scaling.md#capacity).\n")
         elif record.kind == "peers":
             parts.append(peers_markdown(record))
         else:
-            figures = sorted((folder / "figures" / name).glob("*.png"))
-            parts.append(markdown(record))
-            parts += [f"![{one.stem} of {name}](results/figures/{name}/{one.name})\n" for one in figures]
+            parts += [markdown(record), *_figures(folder, name)]
     if not records:
         parts.append("No result has been committed yet.\n")
     return "\n".join(parts)
+
+
+def _figures(folder: Path, name: str) -> list[str]:
+    """Links to the figures that a record has."""
+    figures = sorted((folder / "figures" / name).glob("*.png"))
+    return [f"![{one.stem} of {name}](results/figures/{name}/{one.name})\n" for one in figures]
 
 
 def _machine(record: Header) -> str:

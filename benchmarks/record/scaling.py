@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flowad_fast.benchmarks.record import fewer, prediction, report
+from flowad_fast.benchmarks.record import capacity, fewer, prediction, report
 from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.benchmarks.record.record import Record, read
 from flowad_fast.config import Precision
@@ -21,10 +21,11 @@ def page(folder: Path = report.RESULTS) -> str:
     """The page, from the account and the records in `folder`."""
     parts = [
         "# How the cost scales",
-        "This page is written by `flowad-bench report`. All tables but the last are **predicted, not measured**: the "
-        f"account of bytes and operations in `kernels/account.py`, at the roofs of one {H100.name} ({H100.source}), in "
-        f"{PRECISION}. The account leaves out backbone, launches and caches: it is a limit. The paper's sizes hold "
-        "unless a table varies them (DiT 2048x16, 256 tokens, 3 function evaluations).",
+        "This page is written by `flowad-bench report`. All tables but the last, and those of *Capacity* that name a "
+        "record, are **predicted, not measured**: the account of bytes and operations in `kernels/account.py`, at the "
+        f"roofs of one {H100.name} ({H100.source}), in {PRECISION}. The account leaves out backbone, launches and "
+        "caches: it is a limit. The paper's sizes hold unless a table varies them (DiT 2048x16, 256 tokens, 3 function "
+        "evaluations).",
         "## Batch",
         "One frame reads all weights for 256 rows of work; from two frames on, arithmetic is the limit.",
         _predicted("frames per call", [(str(b), PAPER, b, 3) for b in (1, 2, 4, 8, 16, 32, 64)]),
@@ -50,6 +51,7 @@ def page(folder: Path = report.RESULTS) -> str:
             [(f"{s} pixels, {(s // 16) ** 2} tokens", replace(PAPER, tokens=(s // 16) ** 2, image=s), 32, 3)
              for s in (128, 256, 384, 512)],
         ),
+        *capacity.section(folder),
         "## Measured",
         "Rows of committed records, beside what the account predicts from the roofs measured in the same run.",
         _measured(folder),

@@ -21,6 +21,9 @@ from flowad_fast.errors import LineStoppedError
 LOAD = 0.8
 WARM_UP = 0.2
 """Share of the time, at most 10 minutes, before memory must stay: arenas, caches and queues reach their sizes."""
+HOLDS, HELD = 5, 0.4
+"""How often, while warming up, the detector's process is held, and for how many seconds: what waits meanwhile, and the
+batches that follow, bring queues and arenas to the sizes that any later delay would bring them to."""
 MB = 1e6
 
 
@@ -61,12 +64,13 @@ def run(
         return EnduranceResult(
             setting=setting, minutes=round(found[-1].seconds / 60, 2) if found else 0.0, asked_minutes=minutes,
             load=LOAD, rate=round(rate, 3), engine_fps=round(alone, 3), parts=parts, outcomes=outcomes,
-            results=results, line=steady([(one.seconds, one.line_mb) for one in found], minutes),
+            results=results, holds=holds, line=steady([(one.seconds, one.line_mb) for one in found], minutes),
             child=steady([(one.seconds, one.child_mb) for one in found], minutes), samples=tuple(found),
             problems=tuple(problems),
         )  # fmt: skip
 
     problems: list[str] = []
+    holds, pause = 0, _warm_up(minutes) / (HOLDS + 1)
     samples.unlink(missing_ok=True)
     with rig:
         rig.start()
@@ -89,6 +93,11 @@ def run(
                     kept = now
                     tell(f"endurance: {(now - start) / 60:.1f} of {minutes:g} minutes, {judged} parts")
                     keep(result(judged, 0, {}, ["not over yet"]))
+                if holds < HOLDS and now - start >= (holds + 1) * pause:
+                    child.suspend()
+                    time.sleep(HELD)
+                    child.resume()
+                    holds += 1
                 time.sleep(max(0.0, every - (time.monotonic() - now)))
         except KeyboardInterrupt:
             problems.append(f"ended after {found[-1].seconds / 60 if found else 0:.1f} minutes")
@@ -106,8 +115,7 @@ def run(
 
 def steady(samples: Sequence[tuple[float, float]], minutes: float) -> Steady | None:
     """Of (seconds, MB) after warming up; None where fewer than ten are left."""
-    after = min(600.0, WARM_UP * 60 * minutes)
-    kept = np.array([one for one in samples if one[0] >= after], float)
+    kept = np.array([one for one in samples if one[0] >= _warm_up(minutes)], float)
     if len(kept) < 10:
         return None
     hours, sizes = kept[:, 0] / 3600, kept[:, 1]
@@ -117,6 +125,11 @@ def steady(samples: Sequence[tuple[float, float]], minutes: float) -> Steady | N
     trend = slope * float(hours[-1] - hours[0])
     flat = spread <= FLAT and abs(trend) <= FLAT
     return Steady(spread=round(spread, 5), slope_per_hour=round(slope, 5), flat=flat)
+
+
+def _warm_up(minutes: float) -> float:
+    """Seconds."""
+    return min(600.0, WARM_UP * 60 * minutes)
 
 
 def _accounted(rig: Rig, problems: list[str]) -> tuple[int, int, dict[str, int]]:

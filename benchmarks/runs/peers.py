@@ -1,190 +1,154 @@
-"""Other methods that people choose between, on the same machine, frames and clock: anomalib's CFLOW-AD, EfficientAD,
-PatchCore and PaDiM at 256x256.
+"""Other methods that people choose between, on the same photos and clock as ours: accuracy and time per frame.
 
-    python -m venv peers && peers/bin/pip install anomalib -c constraints.txt && peers/bin/pip install -e .
-    peers/bin/python -m flowad_fast.benchmarks.runs.peers --output benchmarks/results/peers-MACHINE.json
+    python -m venv peers
+    peers/bin/pip install anomalib -c constraints.txt && peers/bin/pip install -e ".[demo]" -c constraints.txt
+    peers/bin/python -m flowad_fast.benchmarks.runs.peers --cache CACHE --output benchmarks/results/peers-cpu.json
 
-An optional script for an environment of its own, since anomalib brings many packages. Weights are random (speed does
-not depend on them); PaDiM and PatchCore are fitted on random features, PatchCore with anomalib's defaults for a set of
-200 good parts, since its memory bank decides its speed. Nothing here says anything about detection quality.
+An environment of its own, since anomalib brings many packages. Every peer is trained on the good parts of a product
+(the demo's solar cells, ELPV) within a stated budget of one thread, and ranks the same test cells; then every method is
+timed in turns with one of ours. What was trained and judged is kept in the cache: a run that was ended goes on there.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
-from flowad_fast.benchmarks.measure import harness
-from flowad_fast.benchmarks.measure.cases import Case, make_scorer, random_pictures
-from flowad_fast.benchmarks.measure.environment import environment, moment
-from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
-from flowad_fast.benchmarks.measure.turns import Effort, measured
-from flowad_fast.benchmarks.measure.worker import Samples
-from flowad_fast.benchmarks.record import record
-from flowad_fast.benchmarks.record.record import Record, Roofs, Row
+from flowad_fast.benchmarks.demo import judging
+from flowad_fast.benchmarks.measure.worker import WorkerError
+from flowad_fast.benchmarks.options import words
+from flowad_fast.benchmarks.record import peers as found_as
+from flowad_fast.benchmarks.record import record as records
+from flowad_fast.benchmarks.record.peers import PeersRecord
+from flowad_fast.benchmarks.runs import peers_judging, peers_models
+from flowad_fast.benchmarks.runs.peers_judging import Run, Tell
+from flowad_fast.benchmarks.runs.peers_models import PEERS, Peer
+from flowad_fast.benchmarks.runs.peers_speed import Job, Timed, timed
 from flowad_fast.cli import common
-from flowad_fast.config import ImageConfig
+from flowad_fast.data.images import read_frame
+from flowad_fast.data.layouts import read_dataset
+from flowad_fast.data.samples import Dataset
 from flowad_fast.engines.device import torch_device
-from flowad_fast.errors import EngineUnavailableError
-from flowad_fast.stages.frames import invalid_frames
-from flowad_fast.stages.image import normalise
+from flowad_fast.errors import ConfigError, EngineUnavailableError
+from flowad_fast.files import make_folder
+from flowad_fast.shipped import PHOTOS
 
-GOOD_PARTS = 200
-"""Good parts that PatchCore's memory bank stands for: about a category of MVTec AD."""
-PATCHES, CORESET, WIDTH = 32 * 32, 0.1, 512 + 1024
-"""Patches per part at 256 pixels, anomalib's default share of them that is kept, and channels of its default layers."""
+PARTS = ("accuracy", "speed")
 
 
-def cflow() -> Any:
-    """CFLOW-AD, anomalib's defaults: Wide ResNet-50, three layers, eight coupling blocks."""
-    from anomalib.models import Cflow
+def time_all(run: Run, methods: Sequence[judging.Method], peers: Sequence[Peer], seconds: float, keep: Tell) -> None:
+    """Time every method in turns with the first of ours; rows that were not judged before are made here."""
+    jobs = []
+    for method in methods:
+        run.rows.setdefault(method.name, peers_judging.our_row(run, method))
+        jobs.append(Job(method.name, bundle=peers_judging.our_bundle(method, run.cache, run.tell)))
+    for peer in peers:
+        row = run.rows.setdefault(peer.name, peers_judging.peer_row(run, peer))
+        weights = None
+        if peer.weights != "random":
+            if row.accuracy_reason and not row.accuracy:
+                continue  # it could not be trained, and says why
+            weights = peers_judging.trained(run, peer, run.products[0])[0]
+        jobs.append(Job(peer.name, trained=weights, download=run.download))
+    samples = run.shown()
+    frames = np.stack([read_frame(sample.path) for sample in samples])
 
-    return Cflow(pre_trained=False).model
+    def kept(name: str, found: Timed) -> None:
+        row = run.rows[name]
+        run.rows[name] = row.but(
+            status=found.status, reason=found.reason, measured=found.measured, anchor=found.anchor
+        )  # fmt: skip
+        keep(name)
 
-
-def efficient_ad() -> Any:
-    """EfficientAD, small."""
-    from anomalib.models import EfficientAd
-
-    return EfficientAd().model
-
-
-def patchcore() -> Any:
-    """PatchCore with a memory bank of random features of the size that GOOD_PARTS good parts would give."""
-    from anomalib.models import Patchcore
-
-    model = Patchcore(pre_trained=False).model
-    model.memory_bank = torch.randn(int(GOOD_PARTS * PATCHES * CORESET), WIDTH)
-    return model
-
-
-def padim() -> Any:
-    """PaDiM (ResNet-18), its Gaussians fitted on random pictures, more of them than it keeps features."""
-    from anomalib.models import Padim
-
-    model = Padim(pre_trained=False).model.train()
-    for _ in range(16):
-        model(torch.randn(8, 3, 256, 256))
-    model.fit()
-    return model
-
-
-PEERS: dict[str, Callable[[], Any]] = {
-    "CFLOW-AD": cflow,
-    "EfficientAD-S": efficient_ad,
-    "PatchCore": patchcore,
-    "PaDiM": padim,
-}
-
-
-def measure(name: str, batch: int, device: str, seconds: float) -> Row:
-    """One peer's row, from frames in host memory to map and score in host memory."""
-    row = Row(method=name, name=name, batch=batch, preset="peers", scorer=name, engine="anomalib", status="ok")
-    where = torch_device(device)
-    if where.type == "cpu":
-        limit_to_available()
-    start = time.perf_counter()
-    try:
-        model = PEERS[name]().to(where).eval()
-    except ImportError as error:
-        return row.without_speed("not available", f"{error}; pip install anomalib")
-    loaded = time.perf_counter()
-    frames, source = random_pictures(batch, 256), "random pictures"
-
-    def call() -> tuple[np.ndarray, np.ndarray]:
-        with torch.inference_mode():
-            x: Tensor = normalise(torch.from_numpy(frames).to(where), ImageConfig(size=256))
-            found = model(x)
-        invalid_frames(frames)
-        return found.anomaly_map.cpu().numpy(), found.pred_score.cpu().numpy()
-
-    memory = PeakMemory(where)
-    before = time.perf_counter()
-    maps, _ = call()
-    first = time.perf_counter() - before
-    if maps.shape[0] != batch or not np.isfinite(maps).all():
-        return row.without_speed("failed", f"the map is {maps.shape} or not finite")
-    call()
-    samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < 3 or (time.perf_counter() < end and len(samples) < 2000):
-        begin = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - begin) * 1e3)
-    return row.but(
-        frames=source,
-        frame_size=(256, 256),
-        load_s=round(loaded - start, 3),
-        first_call_s=round(first, 3),
-        measured=measured(batch, [Samples(samples, [])], memory.read()),
-    )
-
-
-def run(
-    names: Sequence[str], batch: int, device: str, seconds: float, ours: Sequence[Case], tell: harness.Tell
-) -> Record:
-    """Every peer in a process of its own, then `ours` by the harness: one record."""
-    before = moment()
-    rows = []
-    for name in names:
-        tell(name)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, name, batch, device, seconds).result())
-    roofs = Roofs(reason="no row of ours was measured")
-    if ours:
-        own = harness.run(ours, Effort(seconds=seconds), tell)
-        rows += [row.but(method=f"flowad-fast {row.preset}, {row.name}") for row in own.cases]
-        roofs = own.roofs
-    return Record(
-        kind="peers",
-        title=f"Peers, batch {batch}: anomalib's models beside ours, same frames, same clock",
-        preset="peers",
-        environment=environment(before, anomalib=_anomalib()),
-        cases=tuple(rows),
-        roofs=roofs,
-    )
-
-
-def _anomalib() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("anomalib")
-    except PackageNotFoundError:
-        raise EngineUnavailableError(
-            "anomalib is not installed; in an environment of its own: pip install anomalib -c constraints.txt"
-        ) from None
+    labels = [sample.category for sample in samples]
+    timed(jobs[1:], jobs[0], frames, labels, run.threads, run.device, seconds, run.tell, kept)
 
 
 def peers(
-    output: Annotated[Path, typer.Option(help="The record.")],
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(PEERS),
-    preset: Annotated[str, typer.Option(help="Our presets to measure beside them; empty for none.")] = "demo,small",
-    batch: Annotated[int, typer.Option(help="Frames per call.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Time per row, in seconds.")] = 10.0,
+    cache: Annotated[Path, typer.Option(help="Keeps what was trained and judged; a run goes on there.")],
+    output: Annotated[Path | None, typer.Option(help="Write the record (JSON) here.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write the figure (PNG) into this folder.")] = None,
+    methods: Annotated[str, typer.Option(help="Peers, comma-separated; empty for none.")] = ",".join(PEERS),
+    products: Annotated[str, typer.Option(help="Comma-separated: mono, poly.")] = "mono,poly",
+    part: Annotated[str, typer.Option(help="What to do, comma-separated: accuracy, speed.")] = ",".join(PARTS),
+    budget: Annotated[float, typer.Option(min=1, help="Seconds of training per peer and product.")] = 300.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads, of training and of every method.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time per row of speeds, in seconds.")] = 15.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
+    download: Annotated[bool, typer.Option("--download", help="Fetch weights of peers' own backbones.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
-    """Measure anomalib's models beside ours and write a record."""
-    _anomalib()
-    ours = [
-        Case(one, make_scorer("inversion"), "eager", batch=batch, device=device, frame_size=256)
-        for one in preset.split(",")
-        if one
-    ]
-    with common.status("measuring") as tell:
-        found = run(methods.split(","), batch, device, seconds, ours, tell)
-    record.write(found, output)
-    for row in found.cases:
-        said = f"{row.measured.fps:.2f} FPS" if row.measured else f"{row.status}: {row.reason}"
-        common.out.print(f"{row.method}: {said}")
-    common.out.print(f"written: {output}", highlight=False)
+    """Accuracy and time per frame of anomalib's models beside ours, on the demo's solar cells."""
+    peers_judging.anomalib()
+    wanted = words(part)
+    if unknown := [one for one in wanted if one not in PARTS]:
+        raise ConfigError(f"--part {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
+    chosen = peers_models.chosen(words(methods), download)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
+    torch.set_num_threads(threads)
+    _quiet()
+    make_folder(cache)
+    dataset = read_dataset(PHOTOS[judging.CELLS], None)
+    ours = peers_judging.our_methods()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: finished rows are kept
+    with common.status("peers") as tell:
+        where = str(torch_device(device))
+        run = Run(dataset, _products(dataset, words(products)), budget, threads, where, download, cache, tell)
+        run.anchor = ours[0].name
+
+        def keep(name: str) -> None:
+            if output is not None:
+                records.write(run.record(), output)
+
+        try:
+            if "accuracy" in wanted:
+                for peer in chosen:
+                    run.rows[peer.name] = peers_judging.judge_peer(run, peer)
+                    keep(peer.name)
+                for method in ours:
+                    run.rows[method.name] = peers_judging.judge_ours(run, method)
+                    keep(method.name)
+            if "speed" in wanted:
+                time_all(run, ours, chosen, seconds, keep)
+        except WorkerError as error:
+            raise EngineUnavailableError(f"{run.anchor}, which all take turns with: {error.reason}") from None
+    _show(run.record(), output, figure, json)
+
+
+def _products(dataset: Dataset, names: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in dataset.categories]
+    if unknown or not names:
+        raise ConfigError(f"--products {', '.join(unknown) or 'is empty'}: expected {', '.join(dataset.categories)}")
+    return tuple(names)
+
+
+def _quiet() -> None:
+    """Lightning and anomalib say much that is not asked for."""
+    for name in ("lightning", "lightning.pytorch", "anomalib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.|anomalib\.")
+
+
+def _show(record: PeersRecord, output: Path | None, figure: Path | None, json: bool) -> None:
+    if output is not None:
+        records.write(record, output)
+    if figure is not None:
+        from flowad_fast.benchmarks.record import pareto
+
+        pareto.draw(record, figure)
+    if json:
+        common.print_json(records.finite(record.dump()))
+        return
+    common.out.print(found_as.table(record))
+    for line in found_as.remarks(record):
+        common.say(line)
 
 
 main = common.command(peers)

@@ -269,7 +269,7 @@ class Activation:
         return found
 
     def _canary(self, old: InProcess, new: InProcess, started: bool) -> str:
-        """Start it and judge the canary frame twice; against the running bundle's map where that must be the same."""
+        """Start it, judge the canary, against the running bundle's map where that must be the same, and warm up."""
         limit, canary = self._settings.limits.start, self._line.canary
         try:
             if not started:
@@ -281,7 +281,7 @@ class Activation:
             new.start(limit)  # the way back: its process has died meanwhile
             first = canary(new, limit)
         once = canary.maps[new.bundle]
-        canary(new, limit)
+        canary.warm(new, self._line.largest_batch, limit)
         if not np.isfinite(once).all():
             raise RefusedError("its map of the canary frame is not finite")
         known = canary.maps.get(old.bundle)

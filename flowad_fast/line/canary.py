@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowad_fast.data.images import read_frame
+from flowad_fast.detection import Detection
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.files import replacing
 from flowad_fast.line.scoring import Scoring
@@ -27,15 +29,16 @@ class CanaryCheck:
         maps: the last map of the frame, by hash of the bundle.
     """
 
-    def __init__(self, settings: Canary, memory: Path | None) -> None:
+    def __init__(self, settings: Canary, memory: Path | None, verdicts: bool = True) -> None:
         """Read the frame.
 
         Args:
             settings: which frame, how near.
             memory: file of the remembered scores; None: they are forgotten with this object.
+            verdicts: whether a model without thresholds, which can judge nothing, is refused.
         """
-        self._settings, self._memory = settings, memory
-        self._frame = None if settings.image is None else read_frame(settings.image)
+        self._settings, self._memory, self._verdicts = settings, memory, verdicts
+        self._image = None if settings.image is None else read_frame(settings.image)
         self._scores = _read(memory)
         self.maps: dict[str, NDArray[np.float32]] = {}
 
@@ -44,14 +47,12 @@ class CanaryCheck:
 
         Raises:
             EngineUnavailableError: the score is not finite, or not the remembered one.
-            CalibrationError: the model was not calibrated.
+            CalibrationError: the model was not calibrated, and verdicts are asked for.
             FrameError, HangError, EngineLostError: see `Scoring`.
         """
-        side = scoring.image_size
-        frame = pattern(*(scoring.size or (side, side))) if self._frame is None else self._frame
-        classes = ((scoring.classes.names or (0,))[0],) if scoring.classes.conditional else None
-        found = scoring(frame[None], classes, limit)
-        _ = found.verdict  # a model without thresholds can judge nothing
+        frame, found = self._frame(scoring), self._judge(scoring, 1, limit)
+        if self._verdicts:
+            _ = found.verdict  # needs the thresholds
         score = np.atleast_1d(found.raw_score[0]).astype(float)
         if not np.isfinite(score).all():
             raise EngineUnavailableError(f"the canary frame's score is {score.tolist()}, expected finite numbers")
@@ -70,6 +71,31 @@ class CanaryCheck:
                 f"{scoring.engine} does not compute what it did{where}"
             )
         return f"its score is within {gap:.1e} of the remembered one"
+
+    def warm(self, scoring: Scoring, largest: int, limit: float) -> dict[int, float]:
+        """Judge copies of the canary in batches up to `largest`; seconds of the second call of each size.
+
+        What an engine allocates, compiles or captures for a batch size is there before the first part needs it.
+
+        Raises:
+            FrameError, HangError, EngineLostError: see `Scoring`.
+        """
+        sizes = sorted({size for size in (1, 2, 4, 8, 16, 32, 64) if size < largest} | {largest})
+        found = {}
+        for size in sizes:
+            self._judge(scoring, size, limit)
+            start = time.monotonic()
+            self._judge(scoring, size, limit)
+            found[size] = time.monotonic() - start
+        return found
+
+    def _frame(self, scoring: Scoring) -> NDArray[np.uint8]:
+        side = scoring.image_size
+        return pattern(*(scoring.size or (side, side))) if self._image is None else self._image
+
+    def _judge(self, scoring: Scoring, count: int, limit: float) -> Detection:
+        names = ((scoring.classes.names or (0,))[0],) * count if scoring.classes.conditional else None
+        return scoring(np.repeat(self._frame(scoring)[None], count, 0), names, limit)
 
     def _write(self) -> None:
         if self._memory is not None:

@@ -37,6 +37,7 @@ class Line:
     Attributes:
         scoring: what judges; `swap` changes it.
         cameras, judge, canary: their names, what each sees, and the frame whose score is known.
+        largest_batch: parts that are judged in one call, at most.
 
     Example:
         A detector with a calibration, frames from anywhere:
@@ -87,6 +88,7 @@ class Line:
         self._deadline, self._on_no_result = deadline, on_no_result
         self._limits = limits or Limits()
         self.canary = CanaryCheck(canary or Canary(), journal / "canary.json" if journal else None)
+        self.largest_batch = largest_batch
         self._policy = Policy(capacity, largest_batch)
         self._lock = threading.RLock()
         self._work, self._clock = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -345,12 +347,12 @@ class Line:
                 return
 
     def _check(self, scoring: Scoring) -> None:
-        """Judge the canary, learn how long a call takes, and say that the line is ready; FlowADError otherwise."""
+        """Judge the canary, learn how long batches take, and say that the line is ready; FlowADError otherwise."""
         _log.info("canary: %s", self.canary(scoring, self._limits.start))
-        start = time.monotonic()
-        self.canary(scoring, self._limits.start)
+        found = self.canary.warm(scoring, self.largest_batch, self._limits.start)
         with self._lock:
-            self._policy.pace.learn(1, time.monotonic() - start)
+            for size, seconds in found.items():
+                self._policy.pace.learn(size, seconds)
             self._ready = ""
 
     def _restart(self, scoring: Scoring, reason: str) -> bool:

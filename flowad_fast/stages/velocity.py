@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import operators, reference
+from flowad_fast.kernels.account import VelocityShape
 from flowad_fast.kernels.operators import Heads, Rows
 from flowad_fast.stages.arithmetic import FP32, NUMBERS, Arithmetic
 from flowad_fast.stages.linear import Layer, make_linear
@@ -292,6 +293,19 @@ class TabledDiT(nn.Module):
             return operators.quantise(self.ops, rows, layer.takes)
 
         return layer(take(x)), map(layer.tangent, map(take, tangents))
+
+
+def sizes(config: VelocityConfig, image: int = 256) -> VelocityShape:
+    """A field's sizes as the account of bytes and operations has them, for maps of `image` pixels a side."""
+    return VelocityShape(
+        hidden=config.hidden_size,
+        depth=config.depth,
+        heads=config.num_heads,
+        tokens=config.tokens,
+        channels=config.channels * config.patch_size**2,
+        mlp=config.mlp_hidden,
+        image=image,
+    )
 
 
 def _split(x: Tensor, heads: int) -> Heads:

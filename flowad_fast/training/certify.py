@@ -12,13 +12,14 @@ from flowad_fast.checkpoints.load import load_checkpoint, save_checkpoint
 from flowad_fast.config import Ranking, StudentCertificate, VelocityConfig
 from flowad_fast.data.samples import Dataset, Sample
 from flowad_fast.evaluation.certificate import RESAMPLES, ranking
-from flowad_fast.kernels.account import VelocityShape, account
+from flowad_fast.kernels.account import account
 from flowad_fast.kernels.reference import upsample_score
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.aggregates import Aggregate, Heat, norm_power
 from flowad_fast.stages.integration import from_tokens
 from flowad_fast.stages.score import aggregated
 from flowad_fast.stages.scorers import Scorer
+from flowad_fast.stages.velocity import sizes
 from flowad_fast.training.batches import DirectFeatures, Progress
 from flowad_fast.training.config import TrainConfig
 from flowad_fast.training.students import Teacher, perturbed
@@ -152,15 +153,7 @@ def certify(
 
 def operations(config: VelocityConfig) -> float:
     """Floating-point operations of one evaluation with its map, one frame, as `kernels.account` counts them."""
-    shape = VelocityShape(
-        hidden=config.hidden_size,
-        depth=config.depth,
-        heads=config.num_heads,
-        tokens=config.tokens,
-        channels=config.channels * config.patch_size**2,
-        mlp=config.mlp_hidden,
-    )
-    return sum(cost.flops for cost in account(shape, batch=1, nfe=1, probes=0, precision="fp32"))
+    return sum(cost.flops for cost in account(sizes(config), batch=1, nfe=1, probes=0, precision="fp32"))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def read_token(settings: WebSettings) -> str | None:
 def bind(settings: WebSettings) -> socket.socket:
     """A socket at the page's address; ConfigError where that is taken or not of this computer."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    one = socket.socket(family)
+    one = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY where it is named
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         one.bind((settings.host, settings.port))
