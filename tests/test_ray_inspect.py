@@ -19,12 +19,14 @@ from models import tiny_frames
 from PIL import Image
 from test_inspect import make_bundle
 
+from flowad_fast import bundle as bundles
 from flowad_fast.archive import cluster
 from flowad_fast.archive.inspecting import Before, Inspection, Item
 from flowad_fast.archive.sources import Cells, Columns, Photo, read_source
 from flowad_fast.archive.store import DONE, PartFolder
 from flowad_fast.archive.worker import DEATHS, LOST, Ledger, Task, Worker, packed
-from flowad_fast.errors import ConfigError, FrameError
+from flowad_fast.cli.archive import inspect_archive
+from flowad_fast.errors import ConfigError, FlowADError, FrameError
 from flowad_fast.evaluation.results import COLUMNS, bundle_identity
 from flowad_fast.evaluation.scanning import read_ahead
 
@@ -350,6 +352,45 @@ def test_without_ray_the_extra_is_named(bundle: Path, photos: Path, tmp_path: Pa
         assert done.returncode == 1 and f"{option} needs --ray" in done.stderr
     done = command(INSPECT, bundle, photos, "--ray", "local", "--overlays", "heat", cwd=tmp_path)
     assert done.returncode == 1 and "--overlays share a scale" in done.stderr
+
+
+def test_classes_of_an_archive_are_given_once_and_where_there_are_some(bundle: Path, tmp_path: Path) -> None:
+    conditional = make_bundle(tmp_path / "classes", invad=False)
+    names = bundles.read(conditional)[1].model.classes.labels
+    photo = tmp_path / "a.png"
+    Image.fromarray(tiny_frames(1)[0]).save(photo)
+    source = write_table(tmp_path / "a.parquet", {"photo": [str(photo)] * 2, "kind": [names[1], "no such class"]})
+
+    def inspect(bundle: Path, **options: Any) -> None:
+        settings = dict(resume=True, class_name=None, class_from_folder=False, engine="auto", device="cpu", batch=8)
+        columns = Columns(path="photo", class_name=options.pop("column", None))
+        workers = cluster.Workers("127.0.0.1:1")
+        inspect_archive(bundle, str(source), tmp_path / "rows", workers, columns, json=True, **settings | options)
+
+    with pytest.raises(ConfigError, match="unconditional but --class-column"):
+        inspect(bundle, column="kind")
+    with pytest.raises(ConfigError, match="expected one of them"):
+        inspect(conditional, column="kind", class_name=names[0])
+    with pytest.raises(ConfigError, match="--class-from-folder needs a folder"):
+        inspect(conditional, class_from_folder=True)
+    with pytest.raises(ConfigError, match="give --class or"):
+        inspect(conditional)
+    task = inspection(conditional)
+    rows = task.judge(items_of([Photo(str(photo), "1", names[1]), Photo(str(photo), "2", "no such class")]))
+    assert [row and (row["class"], row["status"]) for row in rows] == [(names[1], "good"), ("no such class", "error")]
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "Ray at 127.0.0.1:1: .*refused"),
+        ("ray://head:10001", "expected local, auto, or HOST:PORT"),
+        ("nonsense", "expected local, auto, or HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, says: str) -> None:
+    with pytest.raises(FlowADError, match=says), cluster.connected(cluster.Workers(address), by="this"):
+        pass
 
 
 # With a cluster, or one of the command's own

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -16,6 +17,8 @@ from flowad_fast.errors import ConfigError, EngineUnavailableError, FlowADError,
 
 STORE_BYTES = 256 << 20
 """Ray's object store of a cluster on this computer; what goes through it are lists of paths, rows and maps."""
+PATIENCE = 10.0
+"""Seconds until a cluster's head has to answer."""
 _QUIET = ("ray", "ray.data", "ray.data._internal", "ray.train")
 
 
@@ -43,7 +46,7 @@ def connected(workers: Workers, by: str) -> Iterator[int]:
     Raises:
         MissingExtraError: without Ray.
         EngineUnavailableError: nobody answers at the address.
-        ConfigError: no node has the cores and GPUs that one worker needs.
+        ConfigError: it is no address, or no node has the cores and GPUs that one worker needs.
     """
     require("ray", "ray", "pyarrow", by=by)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray reports to its makers otherwise
@@ -51,6 +54,8 @@ def connected(workers: Workers, by: str) -> Iterator[int]:
     import ray
 
     local = workers.address == "local"
+    if not local and workers.address != "auto":
+        _answers(workers.address)
     more: dict[str, Any] = {}
     if local:
         more = {
@@ -66,6 +71,19 @@ def connected(workers: Workers, by: str) -> Iterator[int]:
             yield _room(workers)
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Refuse an address where nobody listens, for which Ray would wait minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ConfigError(
+            f"--ray {address}: expected local, auto, or HOST:PORT of the cluster's head (its port is 6379)"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise EngineUnavailableError(f"Ray at {address}: {error}; start it there with: ray start --head") from None
 
 
 @contextmanager
