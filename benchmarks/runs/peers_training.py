@@ -248,9 +248,10 @@ def fitted(module: Any, parts: Parts, budget: Budget, limits: dict[str, int], ba
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, callbacks=[stop], **arguments,
     )  # fmt: skip
     torch.manual_seed(0)
-    trainer.fit(module, datamodule=Cells())
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=Cells())
+    except SystemExit:  # what Lightning makes of Ctrl-C and of SIGTERM
+        raise KeyboardInterrupt from None
     return told(
         budget, parts, min(stop.seen, len(parts)), "budget" if stop.over else "own limit", int(trainer.global_step),
         note=f"{stop.seen / len(parts):.1f} passes over them",
