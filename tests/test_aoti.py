@@ -142,7 +142,7 @@ def test_cpp_agrees_with_python(program: Path, exported: Path, picture: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     got = json.loads(done.stdout)
     frame = np.asarray(Image.open(picture))
-    detection = flowad_fast.load(exported)(frame, "nut")
+    detection = flowad_fast.load(exported)(frame, "screw")
     (found,) = detection.map
     assert (got["height"], got["width"]) == found.shape
     assert (got["peak_row"], got["peak_column"]) == np.unravel_index(found.argmax(), found.shape)
