@@ -7,7 +7,9 @@ import numpy as np
 
 from flowad_fast.benchmarks.measure.worker import WorkerError
 from flowad_fast.benchmarks.record.record import DensityError, Parity, Row
+from flowad_fast.config import Certified
 from flowad_fast.errors import ParityError
+from flowad_fast.export.formats import FORMATS
 from flowad_fast.export.verify import compare
 
 
@@ -31,8 +33,8 @@ def judged(row: Row, output: Path, expected: Expected) -> Row:
     with np.load(output) as got, np.load(expected.maps) as want:
         try:
             parity = compare(
-                (got["maps"], got["raw"]), (want["maps"], want["raw"]), row.frames or "", row.precision, row.ran or "",
-                None, want["aggregate"].item(), want["cells"][0].size, int(want["power"]),
+                (got["maps"], got["raw"]), (want["maps"], want["raw"]), row.frames or "", _certified(row),
+                row.ran or "", None, want["aggregate"].item(), want["cells"][0].size, int(want["power"]),
             )  # fmt: skip
         except ParityError as error:
             return row.without_speed("failed parity", str(error))
@@ -49,6 +51,14 @@ def judged(row: Row, output: Path, expected: Expected) -> Row:
         f"{parity.tolerance:.2g} and {parity.rms_tolerance:.2g}; score error {parity.score_error:.2g} of the scores' "
         "spread",
     )
+
+
+def _certified(row: Row) -> Certified:
+    """What the row's engine is certified in: a format may quantise what was exported in the row's precision."""
+    for one in FORMATS.values():
+        if one.quantises and one.engine == row.engine:
+            return one.quantises
+    return row.precision
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
