@@ -7,6 +7,7 @@ scores.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -378,6 +379,33 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
             return []
         model = field.annotation
     return list(model.model_fields)
+
+
+def read_settings(kind: type[_Model], path: str | Path, command: str) -> _Model:
+    """The settings in a YAML file, of which `command init` writes one.
+
+    Raises:
+        ConfigError: no such file, no YAML, or fields that are missing, unknown or wrong; each is named.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); write one: {command} init {path}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); see {command} init") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: got {type(data).__name__}, expected fields with values; see {command} init")
+    return parse(kind, data, str(path))
+
+
+def loopback(host: str) -> bool:
+    """Whether only this computer can reach what is bound to a host's name or address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def test_nobody_else_is_let_in_by_accident(secret: Secret, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="above largest_deadline"):
         FrontSettings(deadline=61)
     (tmp_path / "short").write_text("guess")
-    with pytest.raises(ConfigError, match="the token has 5 characters, expected at least 16"):
+    with pytest.raises(ConfigError, match="front.token has 5 characters, expected at least 16"):
         read_token(FrontSettings(token=Secret(file=tmp_path / "short")))
 
 

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from flowad_fast.engines.cores import limit_process
-from flowad_fast.errors import FlowADError, OutputError, missing_extra
+from flowad_fast.errors import ConfigError, FlowADError, OutputError, missing_extra
+from flowad_fast.files import replacing
 
 
 class _Console(Console):
@@ -187,3 +188,12 @@ def progress(description: str, total: int | None, quiet: bool = False) -> Iterat
     with Progress(*columns, console=err, disable=quiet, transient=False) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.update(task, advance=n)
+
+
+def write_settings(path: Path, text: str, command: str, force: bool) -> None:
+    """Write a settings file of `command`, to be changed by hand; ConfigError where one is there and not to go."""
+    if path.exists() and not force:
+        raise ConfigError(f"{path}: exists already; choose another name, or replace it with --force")
+    with replacing(path) as file:
+        file.write(text.encode())
+    say(f"{path} written; change it, then: {command} check {path}")

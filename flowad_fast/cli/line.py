@@ -14,7 +14,6 @@ import typer
 from flowad_fast.cli import common
 from flowad_fast.data.images import read_frame
 from flowad_fast.errors import ConfigError, FlowADError, FrameError, require
-from flowad_fast.files import replacing
 from flowad_fast.line.activation import Progress, active
 from flowad_fast.line.canary import CanaryCheck
 from flowad_fast.line.event import Alarm, Record
@@ -103,11 +102,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a settings file with comments, to be changed by hand."""
-    if settings.exists() and not force:
-        raise ConfigError(f"{settings}: exists already; choose another name, or replace it with --force")
-    with replacing(settings) as file:
-        file.write(TEMPLATE.replace("BUNDLE", json.dumps(bundle)).encode())
-    common.say(f"{settings} written; change it, then: flowad-line check {settings}")
+    common.write_settings(settings, TEMPLATE.replace("BUNDLE", json.dumps(bundle)), "flowad-line", force)
 
 
 @app.command()

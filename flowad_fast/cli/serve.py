@@ -14,7 +14,6 @@ from typer.core import TyperGroup
 from flowad_fast.cli import common
 from flowad_fast.config import parse
 from flowad_fast.errors import ConfigError, FlowADError, require
-from flowad_fast.files import replacing
 from flowad_fast.serve.client import Client
 from flowad_fast.serve.settings import ServeSettings, from_bundles, is_settings, read_settings
 
@@ -110,11 +109,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a settings file with comments, to be changed by hand."""
-    if settings.exists() and not force:
-        raise ConfigError(f"{settings}: exists already; choose another name, or replace it with --force")
-    with replacing(settings) as file:
-        file.write(TEMPLATE.replace("BUNDLE", json.dumps(bundle)).encode())
-    common.say(f"{settings} written; change it, then: flowad-serve check {settings}")
+    common.write_settings(settings, TEMPLATE.replace("BUNDLE", json.dumps(bundle)), "flowad-serve", force)
 
 
 @app.command()

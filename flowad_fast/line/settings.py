@@ -1,15 +1,13 @@
 """One file says what a line is: cameras, bundle, deadlines, limits, sinks."""
 
 from collections.abc import Iterable
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from flowad_fast.config import Frozen, parse
-from flowad_fast.errors import ConfigError
+from flowad_fast import config
+from flowad_fast.config import Frozen, loopback
 from flowad_fast.line.sinks import SinkSettings
 from flowad_fast.line.sinks.base import Secret
 from flowad_fast.line.sources import SourceSettings
@@ -87,10 +85,7 @@ class WebSettings(Frozen):
     @property
     def local(self) -> bool:
         """Whether only this computer can reach it."""
-        try:
-            return self.host == "localhost" or ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return loopback(self.host)
 
     @property
     def address(self) -> str:
@@ -152,20 +147,5 @@ def sink_names(sinks: Iterable[SinkSettings]) -> list[str]:
 
 
 def read_settings(path: str | Path) -> LineSettings:
-    """The settings in a YAML file.
-
-    Raises:
-        ConfigError: no such file, no YAML, or fields that are missing, unknown or wrong; each is named.
-    """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason}); write one: flowad-line init {path}") from None
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{path}: no valid YAML ({text}); see flowad-line init") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: got {type(data).__name__}, expected fields with values; see flowad-line init")
-    return parse(LineSettings, data, str(path))
+    """The settings in a YAML file; ConfigError where there are none, or fields are wrong."""
+    return config.read_settings(LineSettings, path, "flowad-line")

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flowad_fast import bundle as bundles
-from flowad_fast.config import Frozen, parse
+from flowad_fast import config
+from flowad_fast.config import Frozen
 from flowad_fast.errors import BundleError, ConfigError
 from flowad_fast.serve.protocol.settings import FrontSettings
 
@@ -137,19 +137,5 @@ def from_bundles(paths: Iterable[Path]) -> dict[str, ModelSettings]:
 
 
 def read_settings(path: str | Path) -> ServeSettings:
-    """The settings in a YAML file.
-
-    Raises:
-        ConfigError: no such file, no YAML, or fields that are missing, unknown or wrong; each is named.
-    """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason}); write one: flowad-serve init {path}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); see flowad-serve init") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: got {type(data).__name__}, expected fields with values; see flowad-serve init")
-    return parse(ServeSettings, data, str(path))
+    """The settings in a YAML file; ConfigError where there are none, or fields are wrong."""
+    return config.read_settings(ServeSettings, path, "flowad-serve")

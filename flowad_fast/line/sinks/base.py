@@ -78,6 +78,23 @@ class Secret(Frozen):
         return value
 
 
+SHORTEST = 16
+"""Characters of a token."""
+
+
+def read_token(secret: Secret | None, name: str) -> str | None:
+    """The token in a secret, `name` of the settings; ConfigError where it is missing or short enough to be guessed."""
+    if secret is None:
+        return None
+    token = secret.read()
+    if len(token) < SHORTEST or not token.isascii() or not token.isprintable():
+        raise ConfigError(
+            f"{name} has {len(token)} characters, expected at least {SHORTEST}, printable ASCII; make one: "
+            'python -c "import secrets; print(secrets.token_urlsafe())"'
+        )
+    return token
+
+
 class Tls(Frozen):
     """Encryption: the authority that signed the server's certificate, and this client's own certificate."""
 

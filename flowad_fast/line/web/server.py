@@ -8,28 +8,19 @@ import uvicorn
 
 from flowad_fast.errors import ConfigError
 from flowad_fast.line.settings import WebSettings
+from flowad_fast.line.sinks import base
 from flowad_fast.line.web.app import make_app
 
 if TYPE_CHECKING:
     from flowad_fast.line.station import Station
 
-SHORTEST = 16
-"""Characters of a token."""
 BACKLOG = 64
 """Connections that wait."""
 
 
 def read_token(settings: WebSettings) -> str | None:
     """The token; ConfigError where it is missing or too short to be guessed by nobody."""
-    if settings.token is None:
-        return None
-    token = settings.token.read()
-    if len(token) < SHORTEST or not token.isascii():
-        raise ConfigError(
-            f"web.token has {len(token)} characters, expected at least {SHORTEST}, ASCII; make one: "
-            'python -c "import secrets; print(secrets.token_urlsafe())"'
-        )
-    return token
+    return base.read_token(settings.token, "web.token")
 
 
 def bind(settings: WebSettings) -> socket.socket:

@@ -1,15 +1,10 @@
 """Where a server answers, to whom, and how much it takes."""
 
-from ipaddress import ip_address
-
 from pydantic import Field, model_validator
 
-from flowad_fast.config import Frozen
-from flowad_fast.errors import ConfigError
+from flowad_fast.config import Frozen, loopback
+from flowad_fast.line.sinks import base
 from flowad_fast.line.sinks.base import Secret
-
-SHORTEST = 16
-"""Characters of a token."""
 
 
 class RequestLimits(Frozen):
@@ -69,20 +64,9 @@ class FrontSettings(Frozen):
     @property
     def local(self) -> bool:
         """Whether only this computer can reach it."""
-        try:
-            return self.host == "localhost" or ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return loopback(self.host)
 
 
 def read_token(settings: FrontSettings) -> str | None:
     """The token; ConfigError where it is missing or too short to be guessed by nobody."""
-    if settings.token is None:
-        return None
-    token = settings.token.read()
-    if len(token) < SHORTEST or not token.isascii() or not token.isprintable():
-        raise ConfigError(
-            f"the token has {len(token)} characters, expected at least {SHORTEST}, printable ASCII; make one: "
-            'python -c "import secrets; print(secrets.token_urlsafe())"'
-        )
-    return token
+    return base.read_token(settings.token, "front.token")
