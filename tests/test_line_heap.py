@@ -1,4 +1,4 @@
-"""One heap for all threads of a line's process, by what the C library itself says."""
+"""One heap for all threads of a line's process, which it keeps: by what the C library and the system say."""
 
 import subprocess
 import sys
@@ -8,10 +8,10 @@ import pytest
 THREADS = """
 import ctypes, sys, threading
 import numpy as np
-from flowad_fast.line.heap import one_heap
+from flowad_fast.line.heap import keep_heap
 
 if sys.argv[1] == "one":
-    assert one_heap()
+    assert keep_heap()
 meet = threading.Barrier(4)
 
 def work():
@@ -28,8 +28,24 @@ ctypes.CDLL(None).malloc_stats()
 """
 
 
+FRAMES = """
+import resource, sys
+import numpy as np
+from flowad_fast.line.heap import keep_heap
+
+if sys.argv[1] == "one":
+    assert keep_heap()
+frame, heat, faults = np.zeros((256, 256, 3), np.uint8), np.zeros((256, 256), np.float32), []
+for _ in range(60):
+    both = frame.copy(), heat.copy()
+    del both
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[9])
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
-def test_threads_share_one_heap() -> None:
+def test_threads_share_keep_heap() -> None:
     found = {}
     for mode in ("one", "own"):
         done = subprocess.run([sys.executable, "-c", THREADS, mode], capture_output=True, text=True, timeout=120)
@@ -38,3 +54,15 @@ def test_threads_share_one_heap() -> None:
     if not found["own"]:
         pytest.skip("this C library is not glibc: no malloc_stats")
     assert found["one"] == 1 < found["own"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
+def test_frames_take_the_memory_of_those_before() -> None:
+    faults = {}
+    for mode in ("one", "own"):
+        done = subprocess.run([sys.executable, "-c", FRAMES, mode], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        faults[mode] = int(done.stdout)
+    if faults["own"] < 500:
+        pytest.skip("this C library keeps memory by itself")
+    assert faults["one"] < 100
