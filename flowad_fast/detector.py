@@ -19,14 +19,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from flowad_fast import bundle as bundles
 from flowad_fast.config import Classes, ModelConfig, Precision, Weights
 from flowad_fast.detection import Detection as Detection
-from flowad_fast.engines import Engine, backend
+from flowad_fast.engines import Engine, Mode, backend
 from flowad_fast.engines.start import arithmetic, choose_engine, start_engine, start_from_model
 from flowad_fast.engines.tiled import TiledEngine
 from flowad_fast.errors import BundleError, ConfigError, EngineUnavailableError, FrameError, require
@@ -349,7 +349,7 @@ def load(
     ops: str | None = None,
     reject_repeats: bool = False,
     threads: int | None = None,
-    mode: Literal["latency", "throughput"] | None = None,
+    mode: Mode | None = None,
 ) -> Detector:
     """A detector from an exported bundle, after verifying its files' hashes.
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from models import exported, tiny_frames, tiny_model
+from PIL import Image
 from typer.testing import CliRunner
 
 import flowad_fast
@@ -184,6 +185,28 @@ def test_a_mode_that_is_not_there_is_refused(folder: Path) -> None:
         started(folder, mode="fast")
     with pytest.raises(EngineUnavailableError, match="the engine onnxruntime has no mode 'throughput'; leave it out"):
         flowad_fast.load(folder, engine="onnxruntime", device="cpu", mode="throughput")
+
+
+def test_inspection_takes_a_mode(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flowad_fast.cli.inspect import main
+
+    photos, rows = tmp_path / "photos", tmp_path / "rows.jsonl"
+    photos.mkdir()
+    for i, frame in enumerate(tiny_frames(3)):
+        Image.fromarray(frame).save(photos / f"{i}.png")
+    given = [str(folder), str(photos), "--class", "0", "--output", str(rows), "--format", "jsonl"]
+    options = ["--engine", "openvino", "--device", "cpu", "--mode", "throughput"]
+    monkeypatch.setattr(sys, "argv", ["flowad-inspect", *given, *options])
+    main()
+    engines = {json.loads(line)["engine"] for line in rows.read_text().splitlines()}
+    assert len(engines) == 1 and "throughput" in engines.pop()
+    options = ["--restart", "--engine", "onnxruntime", "--mode", "throughput"]
+    monkeypatch.setattr(sys, "argv", ["flowad-inspect", *given, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and "onnxruntime has no mode 'throughput'" in capsys.readouterr().err
 
 
 def test_location_statistics_are_taken(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from flowad_fast.evaluation.results import Result, Row, bundle_identity, row_of,
 
 if TYPE_CHECKING:
     from flowad_fast.detector import Detector
+    from flowad_fast.engines import Mode
 
 CALLS = 32
 """Calls of the detector in a group, at most: what is judged again when a worker dies, and a part of the result."""
@@ -50,6 +51,7 @@ class Inspection(Task[Item, Row | None]):
         engine: see `load`.
         device: see `load`.
         batch: photos per call.
+        mode: see `load`.
     """
 
     bundle: str
@@ -57,10 +59,11 @@ class Inspection(Task[Item, Row | None]):
     engine: str
     device: str
     batch: int
+    mode: "Mode | None" = None
 
     def open(self) -> None:
         """Load the bundle."""
-        self._detector: Detector = flowad_fast.load(self.bundle, engine=self.engine, device=self.device)
+        self._detector: Detector = flowad_fast.load(self.bundle, engine=self.engine, device=self.device, mode=self.mode)
         if bundle_identity(Path(self.bundle)) != self.identity:
             raise BundleError(f"{self.bundle}: the bundle was replaced while it was being loaded; run again")
         self._cells = Cells(self.batch)

@@ -17,7 +17,7 @@ from flowad_fast.cli import common
 from flowad_fast.cli.inspect import classes_of, print_summary
 from flowad_fast.config import Classes
 from flowad_fast.data.walk import left_out
-from flowad_fast.engines import backend
+from flowad_fast.engines import Mode, backend
 from flowad_fast.errors import ConfigError, require
 from flowad_fast.evaluation.inspection import without_regions
 from flowad_fast.evaluation.results import STATUSES, Result, bundle_identity, row_of, written
@@ -48,6 +48,7 @@ def inspect_archive(
     class_from_folder: bool,
     engine: str,
     device: str,
+    mode: Mode | None,
     batch: int,
     json: bool,
 ) -> None:
@@ -73,7 +74,7 @@ def inspect_archive(
     engines: set[str] = set()
     earlier = closed = 0
     with PartFolder(output, bundle_identity(bundle), resume) as folder:
-        task = Inspection(str(bundle.resolve()), folder.bundle, engine, device, batch)
+        task = Inspection(str(bundle.resolve()), folder.bundle, engine, device, batch, mode)
         with common.progress("inspecting", len(archive.photos), quiet=json) as advance:
             for photo, row in judge(archive.photos, folder, task, workers, advance):
                 earlier += row is None

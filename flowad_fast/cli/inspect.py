@@ -15,7 +15,7 @@ from flowad_fast.cli import common
 from flowad_fast.config import Classes
 from flowad_fast.data.images import no_images
 from flowad_fast.data.walk import Photos, find_photos
-from flowad_fast.engines import backend
+from flowad_fast.engines import Mode, backend
 from flowad_fast.errors import BundleError, ConfigError, FlowADError, nearest
 from flowad_fast.evaluation.inspection import OverlayFolder, inspect_files, without_regions
 from flowad_fast.evaluation.results import FORMATS, STATUSES, Result, ResultFile, bundle_identity
@@ -43,6 +43,7 @@ def inspect(
     ] = False,
     engine: Annotated[str, typer.Option(help="One of the bundle's engines, or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    mode: Annotated[Mode | None, typer.Option(help="Of openvino [latency]; throughput is for batches.")] = None,
     threads: common.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames per call.")] = 8,
     json: Annotated[bool, typer.Option("--json", help="Summary as JSON on standard output.")] = False,
@@ -79,7 +80,7 @@ def inspect(
             bundle, str(folder), output or Path("inspection.parquet"),
             workers_of(ray, workers, threads, gpus_per_worker, device),
             Columns(path_column, bytes_column, name_column, class_column), resume=resume, class_name=class_name,
-            class_from_folder=class_from_folder, engine=engine, device=device, batch=batch, json=json,
+            class_from_folder=class_from_folder, engine=engine, device=device, mode=mode, batch=batch, json=json,
         )  # fmt: skip
         return
     alone = {
@@ -115,7 +116,7 @@ def inspect(
         import flowad_fast
 
         with common.err.status("loading the bundle"):
-            detector = flowad_fast.load(bundle, engine=engine, device=device)
+            detector = flowad_fast.load(bundle, engine=engine, device=device, mode=mode)
         if bundle_identity(bundle) != file.bundle:
             raise BundleError(f"{bundle}: the bundle was replaced while it was being loaded; run again")
         file.engine = detector.engine

@@ -40,6 +40,10 @@ class Judged(NamedTuple):
     finite: np.ndarray
 
 
+Mode = Literal["latency", "throughput"]
+"""What an engine with `modes` is started for."""
+
+
 class Engine(ABC):
     """What a detector needs from a backend. `run` may be called from many threads; the hooks do nothing by default.
 
