@@ -99,7 +99,9 @@ H100 = Roofs(
 )
 
 
-def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: str) -> list[OpCost]:
+def account(
+    shape: VelocityShape, batch: int, nfe: int, probes: int, precision: str, epilogues: bool = False
+) -> list[OpCost]:
     """The operators of one scorer on one batch, from features to map and score.
 
     Args:
@@ -108,6 +110,8 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
         nfe: function evaluations, which is the number of steps.
         probes: K tangents for density; 0 for inversion and reconstruction.
         precision: of the network; fp8 quantises the blocks' linear layers and keeps the rest in bfloat16.
+        epilogues: whether attention and the MLP's first layer quantise their own results, where nothing has tangents
+            and the precision quantises; else a pass over memory follows each.
 
     Returns:
         Operators in the order of their first call.
@@ -125,10 +129,13 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
     quantised, plain = bool(rest), rest or precision
     dual = "_dual" if probes else ""
     suffix = dual + ending
+    passes = quantised and not (epilogues and not probes)  # of their own, to quantise
+    narrowed = quantised and not passes
 
-    def linear(name: str, width: int, out: int, calls: int, kind: str) -> OpCost:
+    def linear(name: str, width: int, out: int, calls: int, kind: str, narrow: bool = False) -> OpCost:
         each = WIDTHS[kind].operand
-        moved = streams * rows * (width * each + out * value) + min(streams, 2) * width * out * each
+        written = out * each + 4 if narrow else out * value
+        moved = streams * rows * (width * each + written) + min(streams, 2) * width * out * each
         return OpCost(name, calls, calls * streams * 2 * rows * width * out, calls * moved, kind)
 
     def rowwise(name: str, read: int, written: int, calls: int, narrow: int = 0, stream: int = 0) -> OpCost:
@@ -147,7 +154,13 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
         linear("linear embed", c, d, nfe, plain),
         rowwise("ln_modulate" + suffix, d, d, nfe, d * quantised, d),
         linear("linear qkv", d, 3 * d, evaluations, precision),
-        OpCost("attention", evaluations, evaluations * 4 * heads, evaluations * rows * 4 * d * value, plain),
+        OpCost(
+            "attention_short_fp8" if narrowed else "attention",
+            evaluations,
+            evaluations * 4 * heads,
+            evaluations * rows * (3 * d * value + (d * operand + 4 if narrowed else d * value)),
+            plain,
+        ),
     ]
     if probes:
         # Each tangent: five products; reads q, k, v and their tangents, writes dO.
@@ -160,14 +173,17 @@ def account(shape: VelocityShape, batch: int, nfe: int, probes: int, precision: 
                 plain,
             )
         )
-    if quantised:
+    if passes:
         costs.append(rowwise("quantise_rows", d, d, evaluations, d))
     # The last one feeds the final linear layer, which is not quantised.
     costs += [
         linear("linear proj", d, d, evaluations, precision),
         rowwise("gate_residual_ln_modulate" + suffix, 2 * d, 2 * d, 2 * evaluations - nfe, d * quantised, 2 * d),
-        linear("linear fc1", d, shape.mlp, evaluations, precision),
-        rowwise("gelu_tanh" + suffix, shape.mlp, shape.mlp, evaluations, shape.mlp * quantised),
+        linear("linear fc1", d, shape.mlp, evaluations, precision, narrowed),
+    ]
+    if not narrowed:
+        costs.append(rowwise("gelu_tanh" + suffix, shape.mlp, shape.mlp, evaluations, shape.mlp * quantised))
+    costs += [
         linear("linear fc2", shape.mlp, d, evaluations, precision),
         rowwise("gate_residual_ln_modulate" + dual + " final", 2 * d, 2 * d, nfe, 0, 2 * d),
         linear("linear final", d, c, nfe, plain),

@@ -8,16 +8,17 @@ L2 cache, so larger batches are better served by torch. A program holds the scor
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_same_shape, holds_scores, load_tile, runs_triton
+from flowad_fast.kernels.launch import bounded, check_same_shape, holds_scores, load_tile, runs_triton
 
-ROWS = (16, 32)
-"""Queries per program."""
+ROWS = (16, 32, 64)
+"""Queries per program; 64 are as many as torch's, for the sake of results in e4m3, which torch's cannot write."""
 
 
 @triton.jit
@@ -25,7 +26,10 @@ def _kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    x_scale_ptr,
+    reach_ptr,
     o_ptr,
+    o_scale_ptr,
     s_b,
     s_h,
     s_n,
@@ -55,6 +59,11 @@ def _kernel(
     p = tl.exp(s - tl.max(s, 1)[:, None])
     total = tl.sum(p, 1)[:, None]
     p = p.to(v_ptr.dtype.element_ty)
+    if reach_ptr is not None:
+        limit = bounded(tl.max(tl.load(x_scale_ptr + b * N + keys, mask=keys < N, other=0.0), 0), reach_ptr)
+        total *= limit
+        if h == 0:
+            tl.store(o_scale_ptr + b * N + rows, limit + tl.zeros([BLOCK_M], tl.float32), mask=rows < N)
     target = o_ptr + b * o_b + h * o_h
     for start in range(0, D, CHUNK):
         cols = start + tl.arange(0, CHUNK)
@@ -85,6 +94,56 @@ def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
     """
     if not (runs_triton(q) and holds_scores(q.dtype, q.shape[-2])):
         return reference.attention_short(q, k, v, rows)
+    batch, heads, tokens, head = q.shape
+    out = q.new_empty(batch, tokens, heads, head)
+    _launch(q, k, v, None, None, out, None, rows)
+    return out.transpose(1, 2)
+
+
+@triton_op("flowad::attention_short_fp8", mutates_args=())
+def attention_short_fp8(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, reach: Tensor, rows: int = 16
+) -> tuple[Tensor, Tensor]:
+    """`attention_short` with its heads merged, in e4m3: what the next product takes.
+
+    Bytes moved: as `attention_short`, the result in e4m3, and N + 1 scales.
+
+    Args:
+        q: (B, heads, N, d), any floating dtype.
+        k: as q.
+        v: as q.
+        scale: (B, N, 1) float32, of the rows whose product gave v.
+        reach: (2,) float32, `reference.farthest` of the weights that did.
+        rows: as `attention_short`.
+
+    Returns:
+        (B, N, heads d) float8_e4m3fn, and scales (B, N, 1) float32, see `reference.bounded`.
+
+    Raises:
+        TypeError: as `attention_short`.
+        ValueError: as `attention_short`.
+    """
+    if not (runs_triton(q) and holds_scores(q.dtype, q.shape[-2])):
+        return reference.attention_short_fp8(q, k, v, scale, reach, rows)
+    batch, heads, tokens, head = q.shape
+    out = q.new_empty(batch, tokens, heads, head, dtype=reference.FP8)
+    check_same_shape(out[:, :, 0, :1], scale)
+    limits = torch.empty_like(scale, memory_format=torch.contiguous_format)
+    _launch(q, k, v, scale.contiguous(), reach, out, limits, rows)
+    return out.flatten(2), limits
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor | None,
+    reach: Tensor | None,
+    out: Tensor,
+    limits: Tensor | None,
+    rows: int,
+) -> None:
+    """Attention into out (B, N, heads, d)."""
     if len({t.dtype for t in (q, k, v)}) != 1:
         raise TypeError(f"got {[t.dtype for t in (q, k, v)]}; all operands must have one element type")
     check_same_shape(q, k)
@@ -92,15 +151,19 @@ def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
     if not q.stride() == k.stride() == v.stride():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, heads, tokens, head = q.shape
-    out = q.new_empty(batch, tokens, heads, head).transpose(1, 2)
     block = max(triton.next_power_of_2(tokens), 16)
     wrap_triton(_kernel)[(triton.cdiv(tokens, rows), batch * heads)](
         q,
         k,
         v,
+        scale,
+        reach,
         out,
+        limits,
         *q.stride(),
-        *out.stride()[:3],
+        heads * head * tokens,
+        head,
+        heads * head,
         1 / math.sqrt(head),
         heads,
         N=tokens,
@@ -108,7 +171,6 @@ def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
         BLOCK_M=rows,
         BLOCK_N=block,
         CHUNK=32,
-        num_warps=4 if block <= 256 else 8,
+        num_warps=4 if rows * block <= 8192 else 8,
         num_stages=3,
     )
-    return out

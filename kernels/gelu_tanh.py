@@ -1,8 +1,6 @@
 """GELU in its tanh form, also quantised to fp8 and with tangents, which share one evaluation of the derivative."""
 # mypy: allow-untyped-defs
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +8,19 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_rows, check_tangents, empty_fp8, load_row, runs_triton, store_row, warps
+from flowad_fast.kernels.launch import (
+    GELU_CUBIC,
+    GELU_SLOPE,
+    check_rows,
+    check_tangents,
+    empty_fp8,
+    gelu_share,
+    load_row,
+    runs_triton,
+    store_row,
+    warps,
+)
 
-_C = tl.constexpr(2 * math.sqrt(2 / math.pi))
-_CUBIC = tl.constexpr(0.044715)
 _COLUMNS = 2048
 
 
@@ -37,10 +44,9 @@ def _kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
     x = load_row(x_ptr + row * x_m, cols, mask)
-    # 0.5 (1 + tanh z) is sigmoid(2 z), which does not cancel for negative z.
-    half = tl.sigmoid(_C * x * (1.0 + _CUBIC * x * x))
+    half = gelu_share(x)
     store_row(y_ptr, y_scale_ptr, row, x * half, cols, mask, D)
-    slope = half + x * half * (1.0 - half) * _C * (1.0 + 3.0 * _CUBIC * x * x)
+    slope = half + x * half * (1.0 - half) * GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * x * x)
     if dx_ptr is not None:
         for k in range(K):
             dy = slope * load_row(dx_ptr + tl.cast(k, tl.int64) * dx_k + row * dx_m, cols, mask)

@@ -6,6 +6,8 @@ constants: Triton infers the rest, and the type checker is told so at the top of
 """
 # mypy: allow-untyped-defs
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,8 @@ MANY_ROWS = 4096
 _FP8_MAX = tl.constexpr(reference.FP8_MAX)
 _FP8_TINY = tl.constexpr(reference.FP8_TINY)
 _LN_EPS = tl.constexpr(reference.LN_EPS)
+GELU_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
+GELU_CUBIC = tl.constexpr(0.044715)
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -144,6 +148,18 @@ def store_row(ptr, scale_ptr, row, y, cols, mask, D: tl.constexpr):
         tl.store(scale_ptr + row, scale)
         y = y * (1.0 / scale)
     tl.store(ptr + row * D + cols, y.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gelu_share(x):
+    """By what the tanh form of GELU multiplies x: 0.5 (1 + tanh z) is sigmoid(2 z), which does not cancel below 0."""
+    return tl.sigmoid(GELU_SLOPE * x * (1.0 + GELU_CUBIC * x * x))
+
+
+@triton.jit
+def bounded(scale, reach_ptr):
+    """See `reference.bounded`."""
+    return tl.maximum(scale * tl.load(reach_ptr) + tl.load(reach_ptr + 1), _FP8_TINY)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_floats, check_rows, runs_triton
+from flowad_fast.kernels.launch import bounded, check_floats, check_rows, gelu_share, runs_triton
 
 _LINE = 128
 """Bytes of a row that a program loads at a time: a cache line."""
@@ -41,7 +41,9 @@ def _kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
+    reach_ptr,
     out_ptr,
+    out_scale_ptr,
     M,
     N,
     D,
@@ -72,6 +74,11 @@ def _kernel(
     if bias_ptr is not None:
         if part == 0:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if reach_ptr is not None:
+        limit = bounded(tl.load(x_scale_ptr + m, mask=m < M, other=0.0), reach_ptr)
+        acc = acc * gelu_share(acc) * (1.0 / limit)[:, None]
+        if tl.program_id(0) < tiles:
+            tl.store(out_scale_ptr + m, limit, mask=m < M)
     at = out_ptr + (part.to(tl.int64) * M + m[:, None]) * N + n[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -96,6 +103,8 @@ def _launch(
     columns: int,
     parts: int,
     dtype: torch.dtype,
+    reach: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     width, inner = weight.shape
     if x.shape[-1] != inner:
@@ -115,7 +124,9 @@ def _launch(
         weight,
         weight_scale,
         bias,
+        reach,
         target,
+        out_scale,
         count,
         width,
         inner,
@@ -126,7 +137,7 @@ def _launch(
         COLUMNS=columns,
         CHUNK=chunk,
         PROMOTE=PROMOTE_FP8 if x.dtype == reference.FP8 else None,
-        num_warps=8 if rows * columns > 8192 else 4,
+        num_warps=4 if rows * columns <= 8192 else 8 if rows * columns <= 16384 else 16,
         num_stages=3,
     )
     if parts > 1:
@@ -195,6 +206,45 @@ def linear_split_k_fp8(
         return reference.linear_split_k_fp8(q, scale, weight, weight_scale, bias, rows, columns, parts)
     if q.dtype != reference.FP8 or weight.dtype != reference.FP8:
         raise TypeError(f"got q {q.dtype} and weight {weight.dtype}, expected {reference.FP8}")
-    check_rows(scale.reshape(-1, 1), weight_scale)
-    scales = scale.reshape(-1), weight_scale.reshape(-1)
+    scales = _scales(scale, weight_scale)
     return _launch(q, scales[0], weight, scales[1], bias, rows, columns, parts, torch.bfloat16)
+
+
+@triton_op("flowad::linear_gelu_fp8", mutates_args=())
+def linear_gelu_fp8(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, reach: Tensor, rows: int = 64,
+    columns: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GELU in its tanh form of `linear_split_k_fp8`, quantised in the product's epilogue: what the next product takes.
+
+    Bytes moved: as `linear_split_k` in one part, the result in e4m3; nothing else touches the widest activation.
+
+    Args:
+        q: as `linear_split_k_fp8`.
+        scale: as `linear_split_k_fp8`.
+        weight: as `linear_split_k_fp8`.
+        weight_scale: as `linear_split_k_fp8`.
+        bias: as `linear_split_k_fp8`.
+        reach: (2,) float32, `reference.farthest` of the layer.
+        rows: as `linear_split_k`.
+        columns: as `linear_split_k`.
+
+    Returns:
+        (..., N) float8_e4m3fn, and scales (..., 1) float32, see `reference.bounded`.
+
+    Raises:
+        TypeError: as `linear_split_k_fp8`.
+        ValueError: as `linear_split_k`.
+    """
+    if not runs_triton(q):
+        return reference.linear_gelu_fp8(q, scale, weight, weight_scale, bias, reach, rows, columns)
+    if q.dtype != reference.FP8 or weight.dtype != reference.FP8:
+        raise TypeError(f"got q {q.dtype} and weight {weight.dtype}, expected {reference.FP8}")
+    scales, limits = _scales(scale, weight_scale), torch.empty_like(scale)
+    y = _launch(q, scales[0], weight, scales[1], bias, rows, columns, 1, reference.FP8, reach, limits)
+    return y, limits
+
+
+def _scales(scale: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    check_rows(scale.reshape(-1, 1), weight_scale)
+    return scale.reshape(-1), weight_scale.reshape(-1)

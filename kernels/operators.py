@@ -29,6 +29,16 @@ Heads = tuple[Tensor, Tensor, Tensor]
 """q, k and v, each (..., heads, N, d)."""
 
 
+class Ceiling(NamedTuple):
+    """What bounds the values that attention averages, so that it can quantise its result.
+
+    `scale` (B, N, 1) is of the rows whose product gave v, `reach` (2,) of the weights, see `reference.bounded`.
+    """
+
+    scale: Tensor
+    reach: Tensor
+
+
 class Narrow(NamedTuple):
     """How operators quantise to a type: the end of the names of those that do, and the one that does nothing else."""
 
@@ -77,6 +87,11 @@ class Operators(Protocol):
 
     def attention_short(self, q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
         """See `reference.attention_short`."""
+
+    def attention_short_fp8(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, reach: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.attention_short_fp8`."""
 
     def attention_dual(
         self, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
@@ -153,13 +168,30 @@ def short_attention(rows: int) -> Iterator[None]:
         _short = before
 
 
-def attention(ops: Operators, qkv: Heads, tangents: Iterable[Heads] = ()) -> tuple[Tensor, Iterator[Tensor]]:
-    """Attention (B, heads, N, d) of q, k and v, and of each chunk's tangents of them."""
+def merge(x: Tensor) -> Tensor:
+    """Heads (..., heads, N, d) side by side again, (..., N, heads d)."""
+    return x.transpose(-3, -2).flatten(-2)
 
-    def plain() -> Tensor:
-        return ops.attention(*qkv) if _short is None else ops.attention_short(*qkv, _short)
 
-    return _primal_first(plain, map(lambda dqkv: ops.attention_dual(*qkv, *dqkv), tangents))
+def attention(
+    ops: Operators, qkv: Heads, tangents: Iterable[Heads] = (), ceiling: Ceiling | None = None
+) -> tuple[Rows, Iterator[Tensor]]:
+    """Attention of q, k and v (B, heads, N, d), and of each chunk's tangents of them; heads merged, (B, N, heads d).
+
+    With a `ceiling` the plain result may be quantised, which an operator that does so itself then does.
+    """
+
+    def plain() -> Rows:
+        if _short is None:
+            return merge(ops.attention(*qkv))
+        if ceiling is None:
+            return merge(ops.attention_short(*qkv, _short))
+        return ops.attention_short_fp8(*qkv, *ceiling, _short)
+
+    def dual(dqkv: Heads) -> tuple[Tensor, ...]:
+        return tuple(map(merge, ops.attention_dual(*qkv, *dqkv)))
+
+    return _primal_first(plain, map(dual, tangents))
 
 
 def _variant(ops: Operators, name: str, to: torch.dtype, tensors: tuple[Tensor, ...], kept: int = 0) -> tuple[Any, ...]:

@@ -130,6 +130,28 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * scale.reciprocal()).to(FP8), scale.float()
 
 
+def farthest(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """How far the product of e4m3 rows with e4m3 weights can get: (2,) float32, which is the `reach` of `bounded`.
+
+    A row's values are at most 448 of its scales, so no sum exceeds that times the largest sum of magnitudes of a row of
+    weights, (N, D) with scales (1, N), plus the largest magnitude of the bias (N,).
+    """
+    gain = (weight.float().abs().sum(-1) * weight_scale[0]).amax()
+    offset = gain.new_zeros(()) if bias is None else bias.float().abs().amax() / FP8_MAX
+    return torch.stack([gain, offset])
+
+
+def bounded(scale: Tensor, reach: Tensor) -> Tensor:
+    """Scales (..., 1) with which e4m3 holds every possible result of a product, known before there is one.
+
+    The product is that of e4m3 rows with scales (..., 1) and weights whose `reach` is `farthest`. A scale that is too
+    large moves a row towards the small end of e4m3, a floating type with all bits of its mantissa from 2^-6 to 448, so
+    it costs precision only where values leave that range. An epilogue can so quantise by rows, without a row's largest
+    value, which no program of a tiled product has.
+    """
+    return (scale * reach[0] + reach[1]).clamp(min=FP8_TINY)
+
+
 def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """LN(x) * (1 + scale) + shift; x (B, N, D), shift and scale (B or 1, 1, D)."""
     return _cast(layer_norm(_wide(x)) * (1 + _wide(scale)) + _wide(shift), dtype or x.dtype)
@@ -244,6 +266,16 @@ def linear_split_k_fp8(
     return (out if bias is None else out + bias).bfloat16()
 
 
+def linear_gelu_fp8(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, reach: Tensor, rows: int = 64,
+    columns: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GELU in its tanh form of `linear_split_k_fp8`, before that is rounded, in e4m3 with `bounded` scales."""
+    out = F.linear(q.float(), weight.float()) * (scale * weight_scale)
+    limit = bounded(scale, reach)
+    return (gelu_tanh(out if bias is None else out + bias.float()) * limit.reciprocal()).to(FP8), limit
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, heads, N, d)."""
     return F.scaled_dot_product_attention(q, k, v)
@@ -252,6 +284,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_short(q: Tensor, k: Tensor, v: Tensor, rows: int = 16) -> Tensor:
     """`attention`; how many queries a GPU's program takes (`rows`) changes nothing here. Stored token-major."""
     return attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_short_fp8(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, reach: Tensor, rows: int = 16
+) -> tuple[Tensor, Tensor]:
+    """`attention` with its heads merged, in e4m3 (B, N, heads d) with scales (B, N, 1), one for a frame.
+
+    v is the product of rows with scales (B, N, 1) and weights of that `reach`, see `bounded`; averages of its rows
+    reach no further.
+    """
+    limit = bounded(scale.amax(-2, keepdim=True), reach)
+    merged = _wide(attention(q, k, v)).transpose(1, 2).flatten(2)
+    return (merged * limit.reciprocal()).to(FP8), limit.expand(scale.shape).contiguous()
 
 
 def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:

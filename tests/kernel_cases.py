@@ -150,6 +150,25 @@ def _linear(rows: int, inner: int, width: int, *tiling: int, fp8: bool = False) 
     return make
 
 
+def _linear_gelu(rows: int, inner: int, width: int, *tiling: int) -> Callable:
+    def make(d: Draw) -> tuple:
+        q, scale, w, w_scale, bias, *_ = _linear(rows, inner, width, fp8=True)(d)
+        return q, scale, w, w_scale, bias, reference.farthest(w, w_scale, bias), *tiling
+
+    return make
+
+
+def _attention_fp8(batch: int, heads: int, tokens: int, head: int, rows: int, views: bool) -> Callable:
+    def make(d: Draw) -> tuple:
+        q, k, v = _attention(batch, heads, tokens, head, 1, views)(d)[:3]
+        scale = d(batch, tokens, 1, dtype=torch.float32).abs() + 0.5
+        # A frame's own limit is 2 to 10 times what its values reach, as it is after a product.
+        reach = torch.stack([4 * v.abs().amax().float() / reference.FP8_MAX, torch.tensor(1e-3, device=v.device)])
+        return q, k, v, scale, reach, rows
+
+    return make
+
+
 def _stem(height: int, width: int, size: int, before: int, activation: str) -> Callable:
     def make(d: Draw) -> tuple:
         weight = d(20, size, size, 3) / (size * 1.7)
@@ -223,6 +242,9 @@ def _cases() -> list[Case]:
         Case("attention_short", "1x2x40x24", lambda d: (*_attention(1, 2, 40, 24, 1, views=True)(d)[:3], 16)),
         Case("attention_short", "3x1x70x32-copied", lambda d: (*_attention(3, 1, 70, 32, 1, views=False)(d)[:3], 32)),
         Case("attention_short", "1x1x33x256", lambda d: (*_attention(1, 1, 33, 256, 1, views=True)(d)[:3], 16)),
+        Case("attention_short_fp8", "2x2x40x24", _attention_fp8(2, 2, 40, 24, 16, views=True)),
+        Case("attention_short_fp8", "3x1x70x32-copied", _attention_fp8(3, 1, 70, 32, 32, views=False)),
+        Case("attention_short_fp8", "1x1x70x256", _attention_fp8(1, 1, 70, 256, 64, views=True)),
         Case("affine_step", "flow-transposed", _affine(1.0, -1 / 3, None, transposed=True)),
         Case("affine_step", "diffusion", _affine(0.27893447, 0.95752484, None, transposed=False)),
         Case("affine_error_map", "flow", _affine(1.0, -1 / 3, False, transposed=False)),
@@ -233,6 +255,8 @@ def _cases() -> list[Case]:
         Case("linear_split_k", "5x192to40-empty-part", _linear(5, 192, 40, 16, 16, 4), launches=2),
         Case("linear_split_k_fp8", "35x272to80", _linear(35, 272, 80, 16, 32, 1, fp8=True), summed=272),
         Case("linear_split_k_fp8", "35x784to80-parts3", _linear(35, 784, 80, 32, 32, 3, fp8=True), 2, summed=384),
+        Case("linear_gelu_fp8", "35x272to80", _linear_gelu(35, 272, 80, 16, 32), summed=272),
+        Case("linear_gelu_fp8", "40x144to144", _linear_gelu(40, 144, 144, 32, 64), summed=144),
         Case("stem", "3x3-silu", _stem(9, 13, 3, 0, "silu")),
         Case("stem", "3x3-relu6", _stem(16, 10, 3, 1, "relu6")),
         Case("depthwise", "3x3-sums", _depthwise((2, 11, 9, 40), 3, 1, 1, "silu", sums=True)),
@@ -302,9 +326,12 @@ def _exact(operator: str, args: tuple) -> tuple[Tensor, ...]:
     wide = [_widened(arg) for arg in args]
     if operator == "quantise_rows":
         return (wide[0],)
-    if operator == "linear_split_k_fp8":
+    if operator in ("linear_split_k_fp8", "linear_gelu_fp8"):
         q, scale, weight, weight_scale, bias, *_ = wide
-        return (q @ weight.T * (scale * weight_scale) + bias,)
+        out = q @ weight.T * (scale * weight_scale) + bias
+        return (out if operator == "linear_split_k_fp8" else reference.gelu_tanh(out),)
+    if operator == "attention_short_fp8":
+        return (reference.attention(*wide[:3]).transpose(1, 2).flatten(2),)
     return _tuple(getattr(reference, operator.removesuffix("_fp8"))(*wide))
 
 

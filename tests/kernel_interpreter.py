@@ -6,6 +6,7 @@ A process of its own: Triton decides for the interpreter when it is imported, an
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -66,8 +67,9 @@ import kernel_cases  # noqa: E402
 
 from flowad_fast.config import VelocityConfig  # noqa: E402
 from flowad_fast.kernels import fused, reference  # noqa: E402
+from flowad_fast.kernels.operators import short_attention  # noqa: E402
 from flowad_fast.stages.arithmetic import Arithmetic  # noqa: E402
-from flowad_fast.stages.plan import Plan, Split  # noqa: E402
+from flowad_fast.stages.plan import Fused, Plan, Split  # noqa: E402
 from flowad_fast.stages.velocity import DiT, TabledDiT  # noqa: E402
 
 
@@ -91,7 +93,7 @@ def _poisoned() -> dict[str, bool]:
 def _velocity() -> dict[str, dict]:
     """The whole field on its kernels against the same precision in plain torch, and both against float32.
 
-    Its second run takes the split product, too.
+    Its second run takes the split product, too; the third, in fp8, what quantises in epilogues.
     """
     torch.manual_seed(0)
     config = VelocityConfig(channels=48, height=4, width=5, hidden_size=96, depth=2, num_heads=2, mlp_ratio=2.0)
@@ -103,15 +105,18 @@ def _velocity() -> dict[str, dict]:
     results = {}
     for precision in ("fp32", "bf16", "fp16", "fp8"):
         plain = TabledDiT(dit, (0.5,), Arithmetic(precision, reference)).dual(x, z, 0)
-        for split in (False, True):
+        for kind in ("", "-split", *(("-epilogues",) if precision == "fp8" else ())):
             field = TabledDiT(dit, (0.5,), Arithmetic(precision, fused))
-            if split:
+            if kind == "-epilogues":
+                field.use(Plan({40: {"fc1": Fused(16, 32)}}))
+            elif kind:
                 # The primal's rows in three parts, one of them empty; the tangents' in one.
                 each = {40: Split(16, 32, 3), 80: Split(32, 16, 1)}
                 field.use(Plan({rows: dict.fromkeys(field.blocks[0].layers, one) for rows, one in each.items()}))
             before = launches
-            got = (field(x, 0), *field.dual(x, z, 0))
-            results[f"{precision}{'-split' if split else ''}"] = {
+            with short_attention(16) if kind == "-epilogues" else nullcontext():
+                got = (field(x, 0), *field.dual(x, z, 0))
+            results[precision + kind] = {
                 "launches": launches - before,
                 "error": [_rms(a, b) for a, b in zip(got, (exact[0], *exact), strict=True)],
                 "torch": [_rms(a, b) for a, b in zip((plain[0], *plain), (exact[0], *exact), strict=True)],

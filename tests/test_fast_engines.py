@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -248,7 +248,7 @@ def test_a_fast_but_wrong_attention_backend_is_refused(
 def test_short_attention_runs_where_it_was_chosen_and_only_there(
     model: FlowModel, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(attention.SHORT) == {"short16", "short32"}
+    assert set(attention.SHORT) == {"short16", "short32", "short64"}
     with pytest.raises(EngineUnavailableError, match="short16 cannot run"):
         choose_attention(model.config, torch.bfloat16, CPU, 2, "short16")
     used: list[int] = []
@@ -264,7 +264,7 @@ def test_short_attention_runs_where_it_was_chosen_and_only_there(
     expected = engine.run(frames, None)[0].copy()
     assert not used
     chosen = attention.AttentionChoice("short32", {"short32": 1.0}, {"short32": 0.0})
-    monkeypatch.setattr(cudagraph, "choose_attention", lambda *_: chosen)
+    monkeypatch.setattr(cudagraph, "choose_attention", lambda *_, **__: chosen)
     engine = cudagraph.CudaGraphEngine(pipeline, "cpu", (4,), cudagraph.DirectStep)
     got = engine.run(frames, None)[0]
     assert set(used) == {32} and len(used) == 3 * model.config.depth
@@ -274,8 +274,45 @@ def test_short_attention_runs_where_it_was_chosen_and_only_there(
     assert not used
 
 
+def test_short_attention_quantises_what_an_fp8_layer_takes(
+    frames: np.ndarray, monkeypatch: pytest.MonkeyPatch, model: FlowModel
+) -> None:
+    used: list[tuple[int, ...]] = []
+    true = fused.attention_short_fp8
+
+    def spy(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = true(*args)
+        used.append((args[-1], *found[0].shape))
+        return found
+
+    monkeypatch.setattr(fused, "attention_short_fp8", spy)
+    pipeline = ScoringPipeline(model, Inversion(), how=Arithmetic("fp8", fused))
+    assert pipeline.velocity.quantises_attention
+    expected = ScoringPipeline(model, Inversion())(torch.from_numpy(frames))[0]
+    drift = []
+    for name in ("math", "short64"):
+        chosen = attention.AttentionChoice(name, {name: 1.0}, {name: 0.0})
+        monkeypatch.setattr(cudagraph, "choose_attention", lambda *_, _chosen=chosen, **__: _chosen)
+        got = cudagraph.CudaGraphEngine(pipeline, "cpu", (4,), cudagraph.DirectStep).run(frames, None)[0]
+        drift.append(float(np.square(got - expected.numpy()).mean() ** 0.5 / expected.numpy().std()))
+        assert bool(used) == (name == "short64")
+    config = model.config
+    assert set(used) == {(64, 4, config.tokens, config.hidden_size)} and len(used) == 3 * config.depth
+    assert drift[1] < 1.15 * drift[0]
+
+
+def test_quantising_counts_where_the_next_layer_is_fp8(model: FlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised: list[tuple[int, ...]] = []
+    monkeypatch.setattr(attention, "quantise_rows", lambda x: quantised.append(tuple(x.shape)))
+    config = model.config
+    for wanted in (False, True):
+        quantised.clear()
+        choose_attention(config, torch.bfloat16, CPU, 2, "math", lambda run: run() or 1.0, quantised=wanted)
+        assert set(quantised) == ({(2, config.tokens, config.hidden_size)} if wanted else set())
+
+
 def test_every_bucket_has_its_own_attention_backend(model: FlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(config: object, dtype: object, device: object, batch: int, stored: str | None) -> object:
+    def choose(config: object, dtype: object, device: object, batch: int, stored: str | None, **_: object) -> object:
         return attention.AttentionChoice("math" if batch > 2 else "flash", {"math": 1.0}, {"math": 0.0})
 
     monkeypatch.setattr(cudagraph, "choose_attention", choose)

@@ -18,6 +18,7 @@ from flowad_fast.reference_path import reference_map
 from flowad_fast.stages.arithmetic import Arithmetic
 from flowad_fast.stages.integration import run_dual, to_tokens
 from flowad_fast.stages.linear import Fp8Linear, Layer, Linear, PackedLinear, can_pack, make_linear, pack
+from flowad_fast.stages.plan import Fused
 from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
@@ -96,6 +97,33 @@ def test_the_scaled_product_is_that_of_the_quantised_values() -> None:
     # A scale per row keeps rows of every size accurate: errors against the sizes of the row and of the weight's row.
     error = (layer.tangent(x).float() - x @ weight.T).abs() / (x.norm(dim=-1)[..., None] * weight.norm(dim=-1))
     assert error.max() < 0.03
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scales_known_beforehand_hold_the_largest_result_there_can_be(sign: int) -> None:
+    """Weights and rows of one sign each, at their largest: the product is the bound itself, and no step above 448."""
+    layer = Fp8Linear(torch.full((32, 64), 0.3), torch.full((32,), 2.0))
+    layer.products = {3: Fused(16, 16)}
+    x = sign * torch.tensor([1e-6, 1.0, 1e6])[:, None].expand(3, 64)
+    q, scale = layer.gelu_tanh(x)
+    assert layer.fuses_gelu(x) and q.float().isfinite().all()
+    wanted = reference.gelu_tanh(x @ (layer.weight.float() * layer.scale.T).T + 2)
+    assert ((q.float() * scale - wanted).abs() <= 2**-4 * 1.01 * wanted.abs() + 2**-10 * scale).all()
+    if sign > 0:
+        assert q.float().amax() == 448, "nothing of the range is lost where the bound is reached"
+
+
+def test_loose_scales_cost_e4m3_nothing_until_values_leave_its_normal_range() -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    tight = x.abs().amax(-1, keepdim=True) / 448
+
+    def error(loose: float) -> float:
+        scale = tight * loose
+        return float(((x / scale).to(torch.float8_e4m3fn).float() * scale - x).square().mean().sqrt() / x.std())
+
+    errors = [error(loose) for loose in (1, 30, 100, 1000, 30000)]
+    assert all(one < 1.1 * errors[0] for one in errors[:3]), errors
+    assert errors[3] < 1.5 * errors[0] < errors[4], errors
 
 
 def test_zero_rows_stay_zero_in_fp8() -> None:

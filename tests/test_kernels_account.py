@@ -72,6 +72,26 @@ def test_bytes_of_row_operators_are_those_of_their_tensors(precision: str, probe
     assert cost.bytes == cost.calls * moved
 
 
+def test_bytes_of_epilogues_are_those_of_their_tensors() -> None:
+    d, rows = Draw(torch.bfloat16), 3 * SMALL.tokens
+    fp8, values = torch.float8_e4m3fn, (3, SMALL.tokens)
+    costs = {cost.operator: cost for cost in account(SMALL, 3, 1, 0, "fp8", epilogues=True)}
+    assert not {"quantise_rows", "gelu_tanh_fp8"} & costs.keys()
+    passes = {cost.operator: cost for cost in account(SMALL, 3, 1, 0, "fp8")}
+    assert {"quantise_rows", "gelu_tanh_fp8"} <= passes.keys()
+    assert account(SMALL, 3, 1, 2, "fp8", epilogues=True) == account(SMALL, 3, 1, 2, "fp8"), "tangents"
+    assert account(SMALL, 3, 1, 0, "bf16", epilogues=True) == account(SMALL, 3, 1, 0, "bf16")
+
+    qkv = [d(3, SMALL.heads, SMALL.tokens, SMALL.hidden // SMALL.heads) for _ in range(3)]
+    scale, reach = torch.ones(*values, 1), torch.ones(2)
+    moved = sum(t.nbytes for t in (*qkv, *fused.attention_short_fp8(*qkv, scale, reach, 16)))
+    assert costs["attention_short_fp8"].bytes == SMALL.depth * moved
+    q, weight = torch.zeros(*values, SMALL.hidden).to(fp8), torch.zeros(SMALL.mlp, SMALL.hidden).to(fp8)
+    made = fused.linear_gelu_fp8(q, scale, weight, torch.ones(1, SMALL.mlp), None, reach)
+    assert costs["linear fc1"].bytes == SMALL.depth * (q.nbytes + weight.nbytes + sum(t.nbytes for t in made))
+    assert costs["linear fc1"].flops == passes["linear fc1"].flops and rows * SMALL.mlp == made[0].nbytes
+
+
 def test_bytes_of_the_step_are_those_of_its_tensors() -> None:
     d = Draw(torch.bfloat16)
     x, v = d(3, 16, 20, dtype=torch.float32), d(3, 16, 20)

@@ -19,7 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import identify_mutated_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowad_fast.engines.products import TILES
+from flowad_fast.engines.products import FUSED_TILES, TILES
 from flowad_fast.kernels import fused, linear_split_k
 from flowad_fast.kernels.launch import MAX_KEYS
 
@@ -115,6 +115,10 @@ def _calls() -> dict[str, Callable[[], object]]:
         ),
         "attention_short-16": lambda: fused.attention_short(*_heads(1), 16),
         "attention_short-32": lambda: fused.attention_short(*_heads(1), 32),
+        "attention_short-64": lambda: fused.attention_short(*_heads(1), 64),
+        "attention_short_fp8-16": lambda: _attention_fp8(1, 16),
+        "attention_short_fp8-32": lambda: _attention_fp8(1, 32),
+        "attention_short_fp8-64": lambda: _attention_fp8(B, 64),
         "attention_short-longest": lambda: fused.attention_short(*_heads(1, tokens=MAX_KEYS), 32),
         "quantise_rows": lambda: fused.quantise_rows(_stream()),
         "quantise_rows-mlp": lambda: fused.quantise_rows(_empty(B, N, 4 * D)),
@@ -163,6 +167,8 @@ def _calls() -> dict[str, Callable[[], object]]:
             tiling, suffix = (rows, columns, parts), f"-{rows}x{columns}" + ("-parts" if parts > 1 else "")
             calls["linear_split_k" + suffix] = partial(_linear, tiling)
             calls["linear_split_k_fp8" + suffix] = partial(_linear_fp8, tiling)
+    for rows, columns in FUSED_TILES:
+        calls[f"linear_gelu_fp8-{rows}x{columns}"] = partial(_linear_gelu, rows, columns)
     return calls | _row_calls("") | _row_calls("_fp8")
 
 
@@ -181,6 +187,21 @@ def _pointwise(batch: int, inner: int, width: int, residual: bool = False) -> Te
 def _linear(tiling: tuple[int, int, int]) -> Tensor:
     """A block's last product at batch 1."""
     return fused.linear_split_k(_empty(1, N, 4 * D), _empty(D, 4 * D), _empty(D), *tiling)
+
+
+def _attention_fp8(batch: int, rows: int) -> tuple[Tensor, Tensor]:
+    f32 = torch.float32
+    return fused.attention_short_fp8(*_heads(batch), _empty(batch, N, 1, dtype=f32), _empty(2, dtype=f32), rows)
+
+
+def _linear_gelu(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A block's third product at batch 32."""
+    fp8, f32 = torch.float8_e4m3fn, torch.float32
+    x, scale = _empty(B, N, D, dtype=fp8), _empty(B, N, 1, dtype=f32)
+    weight, weight_scale = _empty(4 * D, D, dtype=fp8), _empty(1, 4 * D, dtype=f32)
+    return fused.linear_gelu_fp8(
+        x, scale, weight, weight_scale, _empty(4 * D), _empty(2, dtype=f32), rows, columns
+    )  # fmt: skip
 
 
 def _linear_fp8(tiling: tuple[int, int, int]) -> Tensor:
@@ -275,7 +296,7 @@ def test_compiles_without_spills(name: str, target: str, launches: list[Launch],
         assert occupancy > 0
         if ".dot" in launch.kernel.src:
             # Hopper's own instruction needs 64 rows per program; with fewer Triton takes the one of Ampere.
-            few = name.endswith("-longest") or name.startswith("attention_short")
+            few = name.endswith("-longest") or (name.startswith("attention_short") and not name.endswith("-64"))
             instruction = "mma.sync" if few else chip.tensor_cores
             assert instruction in compiled.asm["ptx"], "the products miss the tensor cores"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from flowad_fast.benchmarks.record.fewer import Backbone, backbone_cost, fused_backbone_cost
 from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.config import Precision
-from flowad_fast.kernels.account import H100, OpCost, VelocityShape, account
+from flowad_fast.kernels.account import H100, WIDTHS, OpCost, VelocityShape, account
 
 PAPER = VelocityShape()
 BACKBONE = "efficientnet-b4"
@@ -30,6 +30,7 @@ class Assumed:
         memory: share of the memory roof of row operators and convolutions: 2.6 of 3.35 TB/s, as large copies reach.
         kernel: shortest kernel in seconds, and `gap` between two nodes of a graph.
         host: seconds per call that nothing hides, and `staged` bytes per second of copies by one core.
+        epilogues: see `account`; the product among them reaches the share `own` of what the library's reaches.
     """
 
     products: Mapping[str, float] = field(default_factory=lambda: {"bf16": 0.86, "fp8": 0.8})
@@ -43,9 +44,13 @@ class Assumed:
     staged: float = 8e9
     fused_backbone: bool = True
     overlapped: bool = True
+    epilogues: bool = False
+    own: float = 0.9
 
 
 NOW = Assumed()
+EPILOGUES = Assumed(epilogues=True)
+"""With the candidates that quantise in their own epilogues, as if they were chosen."""
 AUDITED = Assumed(shortest_attention=10e-6, fused_backbone=False, overlapped=False)
 """The design before backbone, host and attention were reshaped, for the column that says what that is worth."""
 
@@ -56,7 +61,7 @@ def seconds(
     """Seconds of a call at paper scale by part; their sum is the call's."""
     parts = dict.fromkeys(("products", "attention", "row operators", "backbone", "gaps", "host"), 0.0)
     nodes = EXTRA_NODES
-    for cost in account(PAPER, batch, evaluations, probes, precision):
+    for cost in account(PAPER, batch, evaluations, probes, precision, how.epilogues):
         part, one = _seconds(cost, precision, batch, how)
         parts[part] += one
         nodes += cost.calls
@@ -79,6 +84,8 @@ def _seconds(cost: OpCost, precision: str, batch: int, how: Assumed) -> tuple[st
     memory = cost.bytes / (H100.bytes * how.memory)
     if cost.operator.startswith("linear"):
         reached = how.products.get(cost.precision, how.products["bf16"])
+        if how.epilogues and cost.operator == "linear fc1":
+            reached *= how.own
         if batch == 1:
             memory = cost.bytes / (H100.bytes * how.weights)
         return "products", max(cost.flops / (H100.flops[cost.precision] * reached), memory)
@@ -122,20 +129,28 @@ def section() -> list[str]:
         f"{NOW.attention:.0%}, at least {NOW.shortest_attention * 1e6:.0f} µs; row operators and convolutions "
         f"{NOW.memory:.0%} of the memory roof, at least {NOW.kernel * 1e6:.0f} µs; {NOW.gap * 1e6:.1f} µs between the "
         f"nodes of a graph; {NOW.host * 1e6:.0f} µs of the host per call. Each may be off by 30 %. Before: backbone in "
-        "float32 operator by operator, torch's attention, and the host's passes over frames and maps. Where a goal is "
-        "not reached by the prediction, the products alone take most of the time that the goal leaves.",
+        "float32 operator by operator, torch's attention, and the host's passes over frames and maps. Epilogues: fp8 "
+        "where attention and the MLP's first product quantise their own results, if a GPU finds them faster, with a "
+        f"product at {EPILOGUES.own:.0%} of the library's speed ([why they can](decisions/bounded-row-scales.md)). "
+        "Where a goal is not reached by the prediction, the products alone take most of the time that the goal leaves.",
         _table(),
     ]
 
 
 def _table() -> str:
-    head = ("row", "goal", "predicted", "before", "products", "attention", "row operators", "backbone", "gaps", "host")
+    head = (
+        "row", "goal", "predicted", "epilogues", "before", "products", "attention", "row operators", "backbone", "gaps",
+        "host",
+    )  # fmt: skip
     rows = []
     for label, precision, batch, evaluations, probes, goal in ROWS:
         parts = seconds(precision, batch, evaluations, probes)
         before = sum(seconds(precision, batch, evaluations, probes, AUDITED).values())
-        values = [_value(label, batch, one) for one in (sum(parts.values()), before)]
-        rows.append([label, goal, *values, *(f"{one * 1e3:.2f}" for one in parts.values())])
+        ours, old = (_value(label, batch, one) for one in (sum(parts.values()), before))
+        narrow = WIDTHS[precision].rest and not probes
+        fewer = sum(seconds(precision, batch, evaluations, probes, EPILOGUES).values()) if narrow else None
+        quantising = "" if fewer is None else _value(label, batch, fewer)
+        rows.append([label, goal, ours, quantising, old, *(f"{one * 1e3:.2f}" for one in parts.values())])
     return "\n".join(table_lines(head, rows, "---:")) + "\n\nParts are ms per call."
 
 

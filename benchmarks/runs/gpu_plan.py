@@ -103,14 +103,14 @@ def _pieces(setting: Setting) -> Iterator[Work]:
 
     # Everything that later numbers stand on, in the first seconds: both precisions captured and held against eager
     # float32, which attention runs and how far it is off, the backbone's layouts, the products alone.
-    yield from rows("smoke", 25, True, ["inversion"], one, seconds=0.1)
+    yield from rows("smoke", 28, True, ["inversion"], one, seconds=0.1)
     yield Work("smoke", "smoke: backbone", 6, True, like, "backbone", sizes=((one, None), (most, None)))
     yield Work(
         "smoke", "smoke: products", 8, True, like, "roofs", sizes=((one, None), (most, None)),
         precisions=("fp32", *setting.precisions),
     )  # fmt: skip
     yield from rows("batch 1 latency", 8, True, ["inversion", "mismatch"], one, seconds=3)
-    yield from rows(f"batch {most}", 10, True, ["mismatch", "inversion"], most, seconds=4)
+    yield from rows(f"batch {most}", 11, True, ["mismatch", "inversion"], most, seconds=4)
     yield Work("GPU tests", "GPU tests", 60, False, like, "tests", limit=TESTS_S)
     for probes, needed in ((10, 28), (1, 12)):
         yield row("density", needed, True, "density", half, most, 4, probes)

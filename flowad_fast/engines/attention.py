@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.errors import TritonError
 
 from flowad_fast.config import VelocityConfig
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.engines.timing import Clock, graph_clock
 from flowad_fast.errors import EngineUnavailableError, nearest
 from flowad_fast.kernels import operators
-from flowad_fast.kernels.attention_short import ROWS, attention_short
+from flowad_fast.kernels.attention_short import ROWS, attention_short, attention_short_fp8
 from flowad_fast.kernels.launch import holds_scores, runs_triton
+from flowad_fast.kernels.quantise_rows import quantise_rows
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -74,6 +76,7 @@ def choose_attention(
     batch: int = 8,
     stored: str | None = None,
     clock: Clock | None = None,
+    quantised: bool = False,
 ) -> AttentionChoice:
     """The fastest right backend for a velocity field's (tokens, d_head) on this GPU; on the CPU the one torch takes.
 
@@ -84,6 +87,8 @@ def choose_attention(
         batch: frames of the measurement: which is fastest depends on it.
         stored: a choice that was made before: it alone is tried, and must still be able to run, and right.
         clock: for tests; None takes a CUDA graph, and on the CPU the wall clock.
+        quantised: whether the next layer takes e4m3 rows: their making then counts, in a pass of its own after torch's
+            backends, in the epilogue of ours.
 
     Raises:
         EngineUnavailableError: the stored choice is unknown, cannot run here, or computes something else.
@@ -98,7 +103,7 @@ def choose_attention(
     names = (stored,) if stored else NAMES
     with torch.inference_mode(), arithmetic("fp32", device):
         exact = attend("math", heads[0].float(), heads[1].float(), heads[2].float())
-        tried = {name: _tried(name, heads, exact, clock) for name in names}
+        tried = {name: _tried(name, heads, exact, clock, quantised) for name in names}
     times = {name: one[0] if one else None for name, one in tried.items()}
     errors = {name: one[1] if one else None for name, one in tried.items()}
     able = {name: one for name, one in tried.items() if one and one[1] <= MOST_ERROR}
@@ -147,18 +152,32 @@ def _views(config: VelocityConfig, dtype: torch.dtype, device: torch.device, bat
     return q, k, v
 
 
-def _tried(name: str, heads: Heads, exact: Tensor, clock: Clock) -> tuple[float, float] | None:
+def _quantised(name: str, heads: Heads, ceiling: operators.Ceiling) -> None:
+    """As `attend`, to the e4m3 rows that the next layer takes."""
+    if name in SHORT:
+        attention_short_fp8(*heads, *ceiling, SHORT[name])
+    else:
+        quantise_rows(operators.merge(attend(name, *heads)))
+
+
+def _tried(name: str, heads: Heads, exact: Tensor, clock: Clock, quantised: bool) -> tuple[float, float] | None:
     """Milliseconds of a call and its relative rms error (infinite where it is not finite); None: it cannot run."""
+    v = heads[2]
+    batch, _, tokens, _ = v.shape
+    ceiling = operators.Ceiling(v.new_ones(batch, tokens, 1, dtype=torch.float32), v.new_ones(2, dtype=torch.float32))
 
     def several() -> None:
         for _ in range(_CALLS):
-            attend(name, *heads)
+            if quantised:
+                _quantised(name, heads, ceiling)
+            else:
+                attend(name, *heads)
 
     try:
         difference = attend(name, *heads).float() - exact
         error = float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
         return clock(several) / _CALLS / 1e3, error if error == error else float("inf")
-    except RuntimeError:
+    except (RuntimeError, TritonError):
         return None
 
 

@@ -287,8 +287,10 @@ class CudaGraphEngine(Engine):
         return None
 
     def _choose_attention(self, bucket: int) -> AttentionChoice:
-        config, dtype = self.pipeline.velocity.config, NUMBERS[self.pipeline.precision].dtype
-        return choose_attention(config, dtype, self._device, bucket, self._stored)
+        field, dtype = self.pipeline.velocity, NUMBERS[self.pipeline.precision].dtype
+        return choose_attention(
+            field.config, dtype, self._device, bucket, self._stored, quantised=field.quantises_attention
+        )
 
     def _choose_products(self, bucket: int) -> None:
         if self.products is None or bucket in self.products:

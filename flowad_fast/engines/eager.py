@@ -48,7 +48,10 @@ class EagerEngine(Engine):
             fold_batch_norms(self.pipeline.backbone)
         self._limit = BatchLimit()
         dtype = NUMBERS[pipeline.precision].dtype
-        self.attention = choose_attention(pipeline.velocity.config, dtype, self._device, stored=attention)
+        field = pipeline.velocity
+        self.attention = choose_attention(
+            field.config, dtype, self._device, stored=attention, quantised=field.quantises_attention
+        )
 
     @property
     def title(self) -> str:

@@ -1,26 +1,30 @@
 """How the velocity field's matrix products run at a number of rows: measured on the machine when an engine captures.
 
 The GPU's own library is one candidate; the others are the split product of `kernels.linear_split_k`, and for the first
-product of the MLP the library's with GELU in its epilogue, which saves a pass over the widest activation. What wins is
-handed to the field as its `Plan`.
+product of the MLP one with GELU in its epilogue, which saves a pass over the widest activation: the library's, and in
+fp8 our own, which also quantises. What wins is handed to the field as its `Plan`.
 
-No GPU has judged this yet: neither the split product nor the epilogue has a committed record that shows a gain. Both,
+No GPU has judged this yet: neither the split product nor the epilogues have a committed record that shows a gain. They,
 and this module, stay until one has, and go if it shows none; with `measure_products=False` an engine uses the library.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from flowad_fast.engines.timing import Clock, graph_clock
 from flowad_fast.kernels.operators import NARROW, Rows, quantise
 from flowad_fast.stages.linear import Layer
-from flowad_fast.stages.plan import Library, Product, Split
+from flowad_fast.stages.plan import Fused, Library, Product, Split
 from flowad_fast.stages.velocity import TabledDiT
 
 TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
 """Rows and columns of a program of the split product."""
+FUSED_TILES = ((64, 128), (128, 128), (128, 256))
+"""Likewise of the product with GELU and e4m3 in its epilogue, which runs at any number of rows; the large for many."""
 PARTS = (1, 2, 4, 8)
 MOST_ROWS = 1024
 """With more rows a GPU is full without splitting."""
@@ -41,7 +45,7 @@ class ProductChoice:
 def candidates(layer: Layer, rows: int, processors: int, gelu: bool) -> list[Product]:
     """What can run a layer at `rows` rows on a GPU of so many multiprocessors, the library first.
 
-    `gelu` says that GELU follows, and its result is not quantised.
+    `gelu` says that GELU follows, and then a layer that takes the same rows as this one.
     """
     found: list[Product] = [Library.PLAIN]
     if layer.takes == torch.float32:
@@ -49,15 +53,22 @@ def candidates(layer: Layer, rows: int, processors: int, gelu: bool) -> list[Pro
     if gelu and layer.takes not in NARROW:
         found.append(Library.GELU)
     width, inner = layer.out_features, layer.in_features
+    if gelu and layer.takes in NARROW:
+        tiles = FUSED_TILES[1:] if rows > MOST_ROWS else FUSED_TILES
+        found += (Fused(*tile) for tile in tiles if 2 * _tiles(rows, width, tile) >= processors)
     if rows > MOST_ROWS:
         return found
     for tile in TILES:
         for parts in PARTS:
-            programs = -(-rows // tile[0]) * -(-width // tile[1]) * parts
+            programs = _tiles(rows, width, tile) * parts
             # Fewer leave half of the GPU idle; with more, splitting only adds traffic.
             if processors / 2 <= programs <= 2 * processors and inner // parts >= 256:
                 found.append(Split(*tile, parts))
     return found
+
+
+def _tiles(rows: int, width: int, tile: tuple[int, int]) -> int:
+    return -(-rows // tile[0]) * -(-width // tile[1])
 
 
 def choose_products(field: TabledDiT, rows: int, clock: Clock | None = None) -> list[ProductChoice]:
@@ -69,7 +80,8 @@ def choose_products(field: TabledDiT, rows: int, clock: Clock | None = None) -> 
         clock: for tests; None takes a CUDA graph of one call per block, so that weights come from memory as they will.
 
     Returns:
-        The choices with what was measured; empty where there is nothing to choose between, as in float32.
+        The choices with what was measured; a candidate that this GPU cannot run is left out with a warning. Empty where
+        there is nothing to choose between, as in float32.
     """
     device = field.table.device
     if device.type != "cuda" and clock is None:
@@ -81,15 +93,19 @@ def choose_products(field: TabledDiT, rows: int, clock: Clock | None = None) -> 
             layers = [block.layers[part] for block in field.blocks]
             if len({layer.takes for layer in layers}) > 1:
                 continue  # a rule of the config keeps some of them in bf16
-            gelu = part == "fc1" and not any(block.fc2.takes in NARROW for block in field.blocks)
+            gelu = part == "fc1" and all(block.fc1.takes == block.fc2.takes for block in field.blocks)
             able = candidates(layers[0], rows, processors, gelu)
             if len(able) < 2:
                 continue
             times = {}
             for one in able:
                 field.use(before.at(rows, {part: one}))
-                times[one] = _microseconds(field, part, rows, clock or graph_clock)
-            best[part] = min(able, key=lambda one: times[one])
+                try:
+                    times[one] = _microseconds(field, part, rows, clock or graph_clock)
+                except TritonError as error:  # a program that this GPU has no room for, say
+                    why = " ".join(str(error).split())[:200]
+                    warnings.warn(f"{part}: {one.label} is left out: {why}", stacklevel=2)
+            best[part] = min(times, key=lambda one: times[one])
             us = {one.label: round(time, 2) for one, time in times.items()}
             choices.append(ProductChoice(part, rows, best[part].label, us))
     finally:

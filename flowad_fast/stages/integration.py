@@ -21,6 +21,10 @@ class StepField(Protocol):
     config: VelocityConfig
     ops: Operators
 
+    @property
+    def quantises_attention(self) -> bool:
+        """Whether attention's result may come quantised, in some block."""
+
     def __call__(self, tokens: Tensor, step: int, y: Tensor | None = None, /) -> Tensor:
         """Network output (B, N, C) at step `step`."""
 

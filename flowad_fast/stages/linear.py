@@ -20,7 +20,7 @@ from flowad_fast.kernels import reference
 from flowad_fast.kernels.operators import Rows
 from flowad_fast.kernels.reference import quantise_rows
 from flowad_fast.stages.arithmetic import NUMBERS
-from flowad_fast.stages.plan import Library, Product, Split
+from flowad_fast.stages.plan import Fused, Library, Product, Split
 
 FP8_MULTIPLE = 16
 """The scaled matrix product needs both dimensions of a weight to be multiples of this; other layers stay in bf16."""
@@ -55,8 +55,8 @@ class Layer(nn.Module):
         """Whether `gelu_tanh` is how the layer is to run on x."""
         return False
 
-    def gelu_tanh(self, x: Rows) -> Tensor:
-        """`forward` and the tanh form of GELU in one pass, for layers that fuse it."""
+    def gelu_tanh(self, x: Rows) -> Rows:
+        """`forward` and the tanh form of GELU in one pass, for layers that fuse it; in the type that they take."""
         raise NotImplementedError(f"{type(self).__name__} does not fuse GELU; ask fuses_gelu first")
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Linear(Layer):
         """See `Layer`: where the plan says so."""
         return self._chosen(_floating(x)) is Library.GELU
 
-    def gelu_tanh(self, x: Rows) -> Tensor:
+    def gelu_tanh(self, x: Rows) -> Rows:
         """See `Layer`: in the product's epilogue; CUDA's is the tanh form, for which the CPU has none."""
         assert self.bias is not None, "the layer before GELU has a bias"
         x = _floating(x).to(self.takes)
@@ -106,6 +106,7 @@ class Fp8Linear(Layer):
     """
 
     takes = reference.FP8
+    all_reach: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight)
@@ -113,6 +114,28 @@ class Fp8Linear(Layer):
         self.weight = _parameter(q, q.dtype)
         self.scale = _parameter(scale.T.contiguous(), torch.float32)
         self.bias = None if bias is None else _parameter(bias, torch.bfloat16)
+        self.register_buffer("all_reach", self.reach(), persistent=False)
+
+    def reach(self, first: int = 0) -> Tensor:
+        """`reference.farthest` of the outputs from the `first` on."""
+        bias = None if self.bias is None else self.bias[first:]
+        return reference.farthest(self.weight[first:], self.scale[:, first:], bias)
+
+    def fuses_gelu(self, x: Rows) -> bool:
+        """See `Layer`: where the plan says so."""
+        return isinstance(self._chosen(x[0] if isinstance(x, tuple) else x), Fused)
+
+    def gelu_tanh(self, x: Rows) -> Rows:
+        """See `Layer`: in the epilogue of a product of our own."""
+        from flowad_fast.kernels.linear_split_k import linear_gelu_fp8
+
+        q, scale = x if isinstance(x, tuple) else quantise_rows(x)
+        product = self._chosen(q)
+        assert isinstance(product, Fused), "ask fuses_gelu first"
+        found: tuple[Tensor, Tensor] = linear_gelu_fp8(
+            q, scale, self.weight, self.scale, self.bias, self.all_reach, *product
+        )
+        return found
 
     def _product(self, x: Rows, bias: Tensor | None) -> Tensor:
         q, scale = x if isinstance(x, tuple) else quantise_rows(x)
@@ -153,7 +176,7 @@ class PackedLinear(Layer):
         """See `Layer`: always."""
         return True
 
-    def gelu_tanh(self, x: Rows) -> Tensor:
+    def gelu_tanh(self, x: Rows) -> Rows:
         """See `Layer`."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "tanh")
 

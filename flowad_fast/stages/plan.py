@@ -31,7 +31,19 @@ class Split(NamedTuple):
         return f"split {self.rows}x{self.columns}/{self.parts}"
 
 
-Product = Library | Split
+class Fused(NamedTuple):
+    """The product of `kernels.linear_split_k` in one part, with GELU and e4m3 in its epilogue."""
+
+    rows: int
+    columns: int
+
+    @property
+    def label(self) -> str:
+        """For people and records."""
+        return f"own with GELU {self.rows}x{self.columns}"
+
+
+Product = Library | Split | Fused
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from flowad_fast.config import Precision, VelocityConfig
 from flowad_fast.kernels import operators, reference
 from flowad_fast.kernels.account import VelocityShape
-from flowad_fast.kernels.operators import Heads, Rows
+from flowad_fast.kernels.operators import Ceiling, Heads, Rows
 from flowad_fast.stages.arithmetic import FP32, NUMBERS, Arithmetic
-from flowad_fast.stages.linear import Layer, make_linear
+from flowad_fast.stages.linear import Fp8Linear, Layer, make_linear
 from flowad_fast.stages.plan import Plan
 
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        return self.proj(_merge(reference.attention(*_split(self.qkv(x), self.heads))))
+        return self.proj(operators.merge(reference.attention(*_split(self.qkv(x), self.heads))))
 
 
 class Mlp(nn.Module):
@@ -157,6 +157,8 @@ class DiT(nn.Module):
 class TabledBlock(nn.Module):
     """The four linear layers of a block; what happens between them is `TabledDiT`'s."""
 
+    values: Tensor | None
+
     def __init__(self, block: Block, name: str, precision: Precision, keep_bf16: tuple[str, ...]) -> None:
         super().__init__()
 
@@ -165,6 +167,16 @@ class TabledBlock(nn.Module):
 
         self.qkv, self.proj = make("qkv", block.attn.qkv), make("proj", block.attn.proj)
         self.fc1, self.fc2 = make("fc1", block.mlp.fc1), make("fc2", block.mlp.fc2)
+
+        # Of the rows of qkv that make v; None where attention's result cannot be quantised before it is there.
+        values = None
+        if isinstance(self.qkv, Fp8Linear) and isinstance(self.proj, Fp8Linear):
+            values = self.qkv.reach(2 * self.qkv.out_features // 3)
+        self.register_buffer("values", values, persistent=False)
+
+    def ceiling(self, h: Rows) -> Ceiling | None:
+        """What bounds the values of attention on h (B, N, D), where it may quantise its result."""
+        return Ceiling(h[1], self.values) if self.values is not None and isinstance(h, tuple) else None
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -228,6 +240,11 @@ class TabledDiT(nn.Module):
             for part, layer in block.layers.items():
                 layer.products = plan.of(part)
 
+    @property
+    def quantises_attention(self) -> bool:
+        """Whether attention's result may come quantised, in some block."""
+        return any(block.values is not None for block in self.blocks)
+
     def forward(self, tokens: Tensor, step: int, y: Tensor | None = None) -> Tensor:
         """The raw network output for tokens (B, h*w, C) at `times[step]`, classes y (B,): (B, h*w, C) float32."""
         out, _ = self._walk(tokens, step, y)
@@ -267,8 +284,8 @@ class TabledDiT(nn.Module):
         for (block, modulations), (reader, shift, scale) in zip(blocks, readers[1:], strict=True):
             _, _, gate_a, shift_m, scale_m, gate_m = modulations
             qkv, dqkv = self._run(block.qkv, h, dh)  # (B, N, 3 D)
-            o, do = operators.attention(ops, split(qkv), map(split, dqkv))  # of (B, heads, N, d) each
-            o, do = self._run(block.proj, _merge(o), map(_merge, do))  # (B, N, D)
+            o, do = operators.attention(ops, split(qkv), map(split, dqkv), block.ceiling(h))  # (B, N, D)
+            o, do = self._run(block.proj, o, do)  # (B, N, D)
             x, dx, h, dh = operators.gate_residual_ln_modulate(
                 ops, x, o, gate_a, shift_m, scale_m, block.fc1.takes, zip(dx, do, strict=True)
             )
@@ -312,11 +329,6 @@ def _split(x: Tensor, heads: int) -> Heads:
     """(..., N, 3D) to q, k, v of (..., heads, N, d)."""
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in x.chunk(3, -1))
     return q, k, v
-
-
-def _merge(x: Tensor) -> Tensor:
-    """(..., heads, N, d) to (..., N, D)."""
-    return x.transpose(-3, -2).flatten(-2)
 
 
 def _token_weight(proj: nn.Conv2d) -> Tensor:
