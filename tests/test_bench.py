@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from flowad_fast.benchmarks.cli import app
@@ -31,7 +32,8 @@ from flowad_fast.benchmarks.measure.turns import Effort, Turn
 from flowad_fast.benchmarks.measure.turns import measured as figures_of
 from flowad_fast.benchmarks.measure.worker import Held, Samples, Worker, WorkerError
 from flowad_fast.benchmarks.record import clock, compare, paper, record, report, scaling
-from flowad_fast.benchmarks.record.record import Memory, NoProducts, Products, Ratio, Record, Row
+from flowad_fast.benchmarks.record.limits import NoProducts, Products, Roofs
+from flowad_fast.benchmarks.record.record import Memory, Ratio, Record, Row
 from flowad_fast.benchmarks.runs import gpu_check, ladder
 from flowad_fast.config import VelocityConfig
 from flowad_fast.errors import ConfigError
@@ -367,6 +369,27 @@ def test_gemm_roof_is_the_models_own_products():
     few = result.but(gemm=tuple(g for g in result.gemm if (g.precision, getattr(g, "rows", 0)) != ("fp32", 32)))
     assert roofs.attached(row, few).prediction.ms > 0, "float32 at another number of rows"
     assert roofs.attached(row, result.but(gemm=result.gemm[2:])).prediction is None
+
+
+@pytest.mark.parametrize("scales", ["rows", *roofs.SCALES])
+def test_scales_have_the_shapes_by_which_torch_knows_them(scales: str):
+    """torch's own checks, on GPU tensors without storage."""
+    with FakeTensorMode():
+        first, *_ = roofs._product(256, 512, 1024, "fp8", torch.device("cuda"), scales)
+        assert first().shape == (256, 1024) and first().dtype == torch.bfloat16
+
+
+def test_products_that_the_library_refuses_say_why(monkeypatch: pytest.MonkeyPatch):
+    shape = VelocityShape(hidden=32, mlp=128, depth=2, heads=2, tokens=16, channels=192, image=64)
+    refused = roofs._scaled(shape, 32, "128 values", torch.device("cpu"), 0.01)
+    assert refused.ms is None and refused.reason
+    monkeypatch.setattr(roofs, "_product", lambda *_: [lambda: None])
+    found = roofs._scaled(shape, 32, "tensor", torch.device("cpu"), 0.01)
+    assert found.reason is None and set(found.ms) == {"qkv", "proj", "fc1", "fc2"}
+    limits = Roofs(gemm=(Products(precision="fp8", model=(32, 128), rows=32, ms={}, block_ms=2.0, tflop_s=1.0),),
+                   scaled=(refused, found.but(block_ms=1.5)))  # fmt: skip
+    lines = report._scaled(limits)
+    assert "per 128 values: not measured: " in lines[0] and lines[1].endswith("per tensor: 1.50 ms, per row 2.00 ms")
 
 
 def test_the_backbone_alone_is_timed_by_layout_and_stays_as_it_is():

@@ -17,8 +17,9 @@ from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.measure.turns import measured
 from flowad_fast.benchmarks.measure.worker import Samples
 from flowad_fast.benchmarks.record import record
+from flowad_fast.benchmarks.record.limits import Products, Roofs
 from flowad_fast.benchmarks.record.machine import Environment, Moment
-from flowad_fast.benchmarks.record.record import Memory, Products, Roofs
+from flowad_fast.benchmarks.record.record import Memory
 from flowad_fast.benchmarks.runs import gpu_check, gpu_executor, gpu_runner
 from flowad_fast.benchmarks.runs.gpu_executor import Workers
 from flowad_fast.benchmarks.runs.gpu_plan import (

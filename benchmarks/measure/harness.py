@@ -17,7 +17,8 @@ from flowad_fast.benchmarks.measure.gate import Expected, judged
 from flowad_fast.benchmarks.measure.processes import Process, started
 from flowad_fast.benchmarks.measure.turns import Effort, Turn, measured, paired, take_turns
 from flowad_fast.benchmarks.measure.worker import Worker, WorkerError
-from flowad_fast.benchmarks.record.record import Ratio, Record, Roofs, Row
+from flowad_fast.benchmarks.record.limits import Roofs
+from flowad_fast.benchmarks.record.record import Ratio, Record, Row
 from flowad_fast.config import Precision
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.files import digest

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from flowad_fast.benchmarks.record.record import BackboneTime, NoProducts, Prediction, Products, Roof, Roofs, Row
+from flowad_fast.benchmarks.record.limits import BackboneTime, NoProducts, Products, Roofs, ScaledProducts
+from flowad_fast.benchmarks.record.record import Prediction, Roof, Row
 from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
@@ -22,6 +23,8 @@ from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.fused_backbone import with_fused_backbone
 
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+SCALES: tuple[Literal["tensor", "128 values"], ...] = ("tensor", "128 values")
+"""Scales of fp8 products beside the model's own, one per row, which they are compared with."""
 WEIGHTS, FEW_WEIGHTS, MANY_ROWS = 16, 4, 2048
 """Weights that a product on a GPU is timed over, so that each comes from memory as a model's do and not from the cache;
 fewer where a product has more rows than that, and its time is the multiplications'."""
@@ -59,11 +62,15 @@ def measure(
             gemm.append(NoProducts(precision=precision, reason=f"not measured: {precision} needs a GPU"))
             continue
         gemm += [_products(shape, m, precision, where, seconds) for m in rows]
+    scaled: tuple[ScaledProducts, ...] = ()
+    if "fp8" in precisions and where.type == "cuda":
+        scaled = tuple(_scaled(shape, max(rows), scales, where, seconds) for scales in SCALES)
     return Roofs(
         device=str(where),
         copy_gb_s=round(2 * source.nbytes / copy / 1e6, 2),
         copy_bytes=source.nbytes,
         gemm=tuple(gemm),
+        scaled=scaled,
     )
 
 
@@ -117,7 +124,36 @@ def _products(shape: VelocityShape, m: int, precision: Precision, device: torch.
     )
 
 
-def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> list[Callable[[], Any]]:
+def _scaled(
+    shape: VelocityShape, m: int, scales: Literal["tensor", "128 values"], device: torch.device, seconds: float
+) -> ScaledProducts:
+    """The four products in fp8 with other scales; what the library refuses is said, and costs nothing else."""
+    found = ScaledProducts(scales=scales, rows=m)
+    try:
+        with arithmetic("fp8", device):
+            times = {
+                name: _milliseconds(_product(m, k, n, "fp8", device, scales), device, seconds)
+                for name, (k, n) in gemm_shapes(shape).items()
+            }
+    except (RuntimeError, ValueError) as error:
+        return found.but(reason=" ".join(str(error).split())[:200])
+    ms = {name: round(one, 4) for name, one in times.items()}
+    return found.but(ms=ms, block_ms=round(sum(times.values()), 4))
+
+
+def _scales(m: int, k: int, n: int, kind: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of one of operands (m, k) and (n, k)^T, in the shapes and strides by which torch knows the kind."""
+    ones = partial(torch.ones, device=device)
+    if kind == "tensor":
+        return ones(()), ones(())
+    if kind == "rows":
+        return ones(m, 1), ones(1, n)
+    return ones(-(-k // 128), m).T, ones(-(-k // 128), n)
+
+
+def _product(
+    m: int, k: int, n: int, precision: str, device: torch.device, scales: str = "rows"
+) -> list[Callable[[], Any]]:
     """Linear layers of random operands, (m, k) to (m, n), one per weight; in fp8 with row scales, as the model's."""
     dtype = NUMBERS[precision].dtype
     count = 1 if device.type == "cpu" else WEIGHTS if m <= MANY_ROWS else FEW_WEIGHTS
@@ -128,12 +164,13 @@ def _product(m: int, k: int, n: int, precision: str, device: torch.device) -> li
     x, weights, bias = drawn(m, k), [drawn(n, k) for _ in range(count)], drawn(n)
     if precision != "fp8":
         return [partial(F.linear, x, w, bias) for w in weights]
-    q, scale = x.to(torch.float8_e4m3fn), torch.ones(m, 1, device=device)
-    weight_scale = torch.ones(1, n, device=device)
+    q, (scale, weight_scale) = x.to(torch.float8_e4m3fn), _scales(m, k, n, scales, device)
+    # Sums of 128 values leave the tensor cores to be scaled, so the question of their accumulator does not arise.
+    fast = scales != "128 values"
     return [
         partial(
             torch._scaled_mm, q, w.to(torch.float8_e4m3fn).T, scale, weight_scale, out_dtype=torch.bfloat16,
-            use_fast_accum=True,
+            use_fast_accum=fast,
         )
         for w in weights
     ]  # fmt: skip

@@ -27,7 +27,8 @@ from flowad_fast.benchmarks.measure.cases import (
     shape_of,
 )
 from flowad_fast.benchmarks.measure.memory import PeakMemory, limit_to_available
-from flowad_fast.benchmarks.record.record import BackboneTime, Memory, Roofs, Row, Status
+from flowad_fast.benchmarks.record.limits import BackboneTime, Roofs
+from flowad_fast.benchmarks.record.record import Memory, Row, Status
 from flowad_fast.config import Precision
 from flowad_fast.detector import Detection, Detector
 from flowad_fast.engines import Engine

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from flowad_fast.benchmarks.record import fewer
 from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
+from flowad_fast.benchmarks.record.front import FrontRecord
 from flowad_fast.benchmarks.record.line import LineRecord
 from flowad_fast.benchmarks.record.lines import table_lines
 from flowad_fast.benchmarks.record.record import Record, read
@@ -33,6 +34,7 @@ BEATS = (1, 2, 5)
 LINKS = {"1 Gbit/s": 125e6, "10 Gbit/s": 1.25e9}
 """Bytes per second on paper."""
 LINE = "line-rate-cpu"
+FRONT = "front-cpu"
 SINGLE = (
     ("cpu-demo", "inversion-s3/onnxruntime/fp32/b1/offline"),
     ("cpu-student", "teacher/mismatch-s1/eager/fp32/b1/offline"),
@@ -292,16 +294,30 @@ def _limits(folder: Path, line: Replica | None, forms: tuple[str, CapacityRecord
         else:
             found.append("- **Decoding.** Not measured yet.")
     found += _bandwidth(folder)
-    found.append(
-        "- **The front process** that takes requests and hands them to replicas: not measured in a committed record. "
-        "It copies every frame at least once."
-    )
+    found.append(_front(folder, line))
     if line is not None:
         found.append(
             f"- **The deadline.** Below one part's own time ({line.ms:.1f} ms on a core, record {line.source}) more "
             "replicas do not help; more threads, fewer evaluations or a smaller field do."
         )
     return ["\n".join(found)]
+
+
+def _front(folder: Path, line: Replica | None) -> str:
+    """The process that takes requests and hands them to replicas."""
+    record = read(folder / f"{FRONT}.json") if (folder / f"{FRONT}.json").is_file() else None
+    if not isinstance(record, FrontRecord):
+        return "- **The front process** that takes requests and hands them to replicas: not measured yet."
+    rows = [row for row in record.cases if row.together > 1]
+    each = ", ".join(f"{row.cpu_ms:.2f} ms as {row.way}" for row in rows)
+    best = min(rows, key=lambda row: row.cpu_ms)
+    height, width = record.frame_size
+    feeds = "" if line is None else f", as many as {math.floor(line.ms / best.cpu_ms)} of the measured cores judge"
+    return (
+        f"- **The front process** that takes requests and hands them to replicas. Without them, a request of one frame "
+        f"of {height}x{width} and its answer take of one core {each} ({FRONT}). It is one process, so it carries at "
+        f"most {1e3 / best.cpu_ms:.0f} frames/s{feeds}; beyond that, start another at another port."
+    )
 
 
 def _bandwidth(folder: Path) -> list[str]:

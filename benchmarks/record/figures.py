@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from flowad_fast.benchmarks.record import paper, report  # noqa: E402
-from flowad_fast.benchmarks.record.record import Measured, Products, Record, Roofs, Row  # noqa: E402
+from flowad_fast.benchmarks.record.limits import Products, Roofs  # noqa: E402
+from flowad_fast.benchmarks.record.record import Measured, Record, Row  # noqa: E402
 from flowad_fast.stages.scorers import SCORERS  # noqa: E402
 
 Labels = list[tuple[float, float, str]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from flowad_fast import bundle
+from flowad_fast.benchmarks.record.limits import BackboneTime, Roofs
 from flowad_fast.benchmarks.record.machine import Environment, Part
 from flowad_fast.config import Precision, parse, read_mapping
 from flowad_fast.errors import ConfigError
@@ -22,6 +23,7 @@ from flowad_fast.stages.scorers import Scorer
 
 if TYPE_CHECKING:
     from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
+    from flowad_fast.benchmarks.record.front import FrontRecord
     from flowad_fast.benchmarks.record.line import LineRecord
     from flowad_fast.benchmarks.record.peers import PeersRecord
     from flowad_fast.benchmarks.record.serve import ServeRecord
@@ -188,45 +190,6 @@ class Row(Part):
         return self.but(status=status, reason=reason, measured=None, ratio_to_reference=None)
 
 
-class Products(Part):
-    """A block's four matrix products in one precision; `model` is width and MLP width, `rows` what they multiply."""
-
-    precision: Precision
-    model: tuple[int, int]
-    rows: int
-    ms: dict[str, float]
-    block_ms: float
-    tflop_s: float
-
-
-class NoProducts(Part):
-    """A precision that this machine cannot multiply in."""
-
-    precision: Precision
-    reason: str
-
-
-class Roofs(Part):
-    """What the machine can do at most, or the reason why that was not measured."""
-
-    reason: str | None = None
-    device: str | None = None
-    copy_gb_s: float | None = None
-    copy_bytes: int | None = None
-    gemm: tuple[Products | NoProducts, ...] = ()
-
-
-class BackboneTime(Part):
-    """The backbone alone, without launches where it runs on a GPU: ms for a batch in a layout and type."""
-
-    batch: int
-    layout: Literal["NHWC", "NCHW"]
-    dtype: Literal["fp32", "fp16"]
-    operators: Literal["torch", "fused"] = "torch"
-    """Whose they are: torch's one by one, or those of `stages.fused_backbone`."""
-    ms: float
-
-
 class CheckPart(Part):
     """One part of a check of a GPU: `output` is what tests said, `backbone` what a smoke measured beside its rows."""
 
@@ -383,7 +346,7 @@ def finite(value: Any) -> Any:
     return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(path: Path) -> "Record | Speedless | LineRecord | ServeRecord | PeersRecord | CapacityRecord":
+def read(path: Path) -> "Record | Speedless | LineRecord | ServeRecord | FrontRecord | PeersRecord | CapacityRecord":
     """A record of this schema.
 
     Raises:
@@ -397,16 +360,20 @@ def read(path: Path) -> "Record | Speedless | LineRecord | ServeRecord | PeersRe
         )
     # These build on this module.
     from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
+    from flowad_fast.benchmarks.record.front import FrontRecord
     from flowad_fast.benchmarks.record.line import LineRecord
     from flowad_fast.benchmarks.record.peers import PeersRecord
     from flowad_fast.benchmarks.record.serve import ServeRecord
 
-    kinds: dict[str, type[Record | Speedless | LineRecord | ServeRecord | PeersRecord | CapacityRecord]] = {
+    kinds: dict[
+        str, type[Record | Speedless | LineRecord | ServeRecord | FrontRecord | PeersRecord | CapacityRecord]
+    ] = {
         "drift": DriftRecord,
         "evaluations": EvaluationsRecord,
         "fewer": FewerRecord,
         "line": LineRecord,
         "serve": ServeRecord,
+        "front": FrontRecord,
         "peers-photos": PeersRecord,
         "capacity": CapacityRecord,
     }

@@ -9,6 +9,9 @@ from rich.table import Table
 from flowad_fast.benchmarks.record import accuracy, evaluations, paper
 from flowad_fast.benchmarks.record.capacity_record import CapacityRecord
 from flowad_fast.benchmarks.record.compare import Change
+from flowad_fast.benchmarks.record.front import FrontRecord
+from flowad_fast.benchmarks.record.front import markdown as front_markdown
+from flowad_fast.benchmarks.record.limits import Products, Roofs
 from flowad_fast.benchmarks.record.line import LineRecord
 from flowad_fast.benchmarks.record.line import markdown as line_markdown
 from flowad_fast.benchmarks.record.lines import table_lines
@@ -154,6 +157,20 @@ def remarks(record: Record) -> list[str]:
                 f"{row.name}: standard error {d.standard_error:g} per location, {d.share_of_spread:.1%} of the map's "
                 f"spread; rank correlation {ranks} with an independent K = 10"
             )
+    return lines + _scaled(record.roofs)
+
+
+def _scaled(roofs: Roofs) -> list[str]:
+    """What other scales of fp8 products than one per row take."""
+    ours = {one.rows: one.block_ms for one in roofs.gemm if isinstance(one, Products) and one.precision == "fp8"}
+    lines = []
+    for one in roofs.scaled:
+        what = f"a block's fp8 products, {one.rows:,} rows, scales per {one.scales}"
+        if one.block_ms is None:
+            lines.append(f"{what}: not measured: {one.reason}")
+        else:
+            per_row = "" if one.rows not in ours else f", per row {_number(ours[one.rows])} ms"
+            lines.append(f"{what}: {_number(one.block_ms)} ms{per_row}")
     return lines
 
 
@@ -191,6 +208,8 @@ def readme(folder: Path = RESULTS) -> str:
             parts.append(line_markdown(record))
         elif isinstance(record, ServeRecord):
             parts.append(serve_markdown(record))
+        elif isinstance(record, FrontRecord):
+            parts.append(front_markdown(record))
         elif isinstance(record, PeersRecord):
             parts += [photos_markdown(record), *_figures(folder, name)]
         elif isinstance(record, CapacityRecord):

@@ -23,7 +23,7 @@ from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.record import capacity, report
 from flowad_fast.benchmarks.record import record as records
 from flowad_fast.benchmarks.record.capacity_record import CapacityRecord, Encoded, Simulated
-from flowad_fast.benchmarks.record.record import Roofs
+from flowad_fast.benchmarks.record.limits import Roofs
 from flowad_fast.benchmarks.runs.evaluations import evenly
 from flowad_fast.cli import common
 from flowad_fast.data.images import read_frame

@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from flowad_fast.benchmarks.measure.environment import environment, moment
-from flowad_fast.benchmarks.record.record import Drift, DriftRecord, DriftRow, Interval, Roofs
+from flowad_fast.benchmarks.record.limits import Roofs
+from flowad_fast.benchmarks.record.record import Drift, DriftRecord, DriftRow, Interval
 from flowad_fast.config import Precision
 from flowad_fast.data.samples import Dataset
 from flowad_fast.detector import Detection, Detector

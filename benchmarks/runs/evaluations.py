@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowad_fast.benchmarks.measure.cases import make_scorer
 from flowad_fast.benchmarks.measure.environment import environment, moment
-from flowad_fast.benchmarks.record.record import EvaluationsRecord, EvaluationsRow, Interval, Roofs
+from flowad_fast.benchmarks.record.limits import Roofs
+from flowad_fast.benchmarks.record.record import EvaluationsRecord, EvaluationsRow, Interval
 from flowad_fast.data.images import read_frame
 from flowad_fast.data.layouts import elpv, read_dataset
 from flowad_fast.data.samples import Sample

@@ -18,8 +18,9 @@ from flowad_fast.benchmarks.measure.gate import Expected, judged
 from flowad_fast.benchmarks.measure.processes import Process, started
 from flowad_fast.benchmarks.measure.turns import Effort, measured, paired, take_turns
 from flowad_fast.benchmarks.measure.worker import Worker, WorkerError
+from flowad_fast.benchmarks.record.limits import Roofs
 from flowad_fast.benchmarks.record.machine import Environment
-from flowad_fast.benchmarks.record.record import FewerRecord, Header, Pair, Roofs, Row
+from flowad_fast.benchmarks.record.record import FewerRecord, Header, Pair, Row
 from flowad_fast.errors import ConfigError, EngineUnavailableError
 from flowad_fast.stages.scorers import Inversion, Mismatch
 

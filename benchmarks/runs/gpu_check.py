@@ -22,8 +22,9 @@ from flowad_fast.benchmarks.measure.cases import REFERENCE
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.measure.harness import beside
 from flowad_fast.benchmarks.record import report
+from flowad_fast.benchmarks.record.limits import Roofs
 from flowad_fast.benchmarks.record.machine import Moment
-from flowad_fast.benchmarks.record.record import CheckPart, Record, Roofs, Row, Status, write
+from flowad_fast.benchmarks.record.record import CheckPart, Record, Row, Status, write
 from flowad_fast.benchmarks.runs import gpu_plan, gpu_runner
 from flowad_fast.benchmarks.runs.gpu_executor import Workers
 from flowad_fast.benchmarks.runs.gpu_runner import Done

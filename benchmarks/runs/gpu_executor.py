@@ -19,7 +19,8 @@ from flowad_fast.benchmarks.measure.roofs import rows_of
 from flowad_fast.benchmarks.measure.turns import measured
 from flowad_fast.benchmarks.measure.worker import Samples, Worker, WorkerError
 from flowad_fast.benchmarks.record import report
-from flowad_fast.benchmarks.record.record import Memory, Roofs, Row
+from flowad_fast.benchmarks.record.limits import Roofs
+from flowad_fast.benchmarks.record.record import Memory, Row
 from flowad_fast.benchmarks.runs.gpu_plan import Work
 from flowad_fast.benchmarks.runs.gpu_runner import Outcome
 from flowad_fast.errors import EngineUnavailableError

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowad_fast.benchmarks.record.record import BackboneTime, Roofs, Row, Status
+from flowad_fast.benchmarks.record.limits import BackboneTime, Roofs
+from flowad_fast.benchmarks.record.record import Row, Status
 from flowad_fast.benchmarks.runs.gpu_plan import HEADLINES_S, Work
 
 RESERVE = 2.0

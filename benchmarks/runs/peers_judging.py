@@ -13,9 +13,9 @@ from torch import nn
 from flowad_fast import bundle
 from flowad_fast.benchmarks.demo import judging
 from flowad_fast.benchmarks.measure.environment import environment, moment
+from flowad_fast.benchmarks.record.limits import Roofs
 from flowad_fast.benchmarks.record.machine import Moment, Part
 from flowad_fast.benchmarks.record.peers import Accuracy, PeerRow, PeersRecord, Training
-from flowad_fast.benchmarks.record.record import Roofs
 from flowad_fast.benchmarks.runs import peers_models
 from flowad_fast.benchmarks.runs.evaluations import Draws, Kept, evenly
 from flowad_fast.benchmarks.runs.peers_models import Peer
