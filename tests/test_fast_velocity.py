@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import VelocityConfig
+from flowad_fast.data.images import read_frame
+from flowad_fast.data.layouts import read_dataset
 from flowad_fast.kernels import fused, reference
+from flowad_fast.kernels.operators import short_attention
 from flowad_fast.model import VelocityModel
+from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.reference_path import reference_map
+from flowad_fast.shipped import PHOTOS
 from flowad_fast.stages.arithmetic import Arithmetic
 from flowad_fast.stages.integration import run_dual, to_tokens
 from flowad_fast.stages.linear import Fp8Linear, Layer, Linear, PackedLinear, can_pack, make_linear, pack
-from flowad_fast.stages.plan import Fused
-from flowad_fast.stages.scorers import Density, Inversion, Reconstruction
+from flowad_fast.stages.plan import Fused, Plan
+from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
 from flowad_fast.stages.velocity import DiT, TabledDiT
 
 TIMES = (1.0, 0.5)
@@ -124,6 +130,26 @@ def test_loose_scales_cost_e4m3_nothing_until_values_leave_its_normal_range() ->
     errors = [error(loose) for loose in (1, 30, 100, 1000, 30000)]
     assert all(one < 1.1 * errors[0] for one in errors[:3]), errors
     assert errors[3] < 1.5 * errors[0] < errors[4], errors
+
+
+@pytest.mark.parametrize("scorer", [Mismatch(), Inversion(steps=3)])
+def test_epilogues_drift_no_further_than_passes_on_a_trained_model(scorer: Mismatch | Inversion) -> None:
+    """The shipped model and real photos, where rows are not random: fp8 with scales known beforehand, and without."""
+    model = load_checkpoint("cells")
+    samples = read_dataset(PHOTOS["cells"], None).select("test", "mono")[::50][:6]
+    frames = torch.from_numpy(np.stack([read_frame(sample.path) for sample in samples]))
+    y = torch.zeros(len(frames), dtype=torch.long)
+    pipeline = ScoringPipeline(model, scorer, how=Arithmetic("fp8", fused))
+    field = pipeline.velocity
+    assert isinstance(field, TabledDiT)
+    with torch.inference_mode():
+        expected = ScoringPipeline(model, scorer)(frames, y)[0]
+        passes = pipeline(frames, y)[0]
+        field.use(Plan({len(frames) * field.config.tokens: {"fc1": Fused(64, 128)}}))
+        with short_attention(64):
+            epilogues = pipeline(frames, y)[0]
+    drift = [float((one - expected).square().mean().sqrt() / expected.std()) for one in (passes, epilogues)]
+    assert drift[0] != drift[1] < 1.1 * drift[0] < 0.04, drift
 
 
 def test_zero_rows_stay_zero_in_fp8() -> None:
