@@ -400,6 +400,8 @@ def test_products_that_are_timed_on_a_gpu_are_well_formed_there(monkeypatch: pyt
     monkeypatch.setattr(roofs, "torch_device", lambda name: gpu)
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = roofs.measure(shape_of(spec), [256, 8192], ["bf16", "fp8"], "cuda")
-    assert len(found.gemm) == 4 and len(calls) == 1 + 4 * 4
+    assert len(found.gemm) == 4 and len(calls) == 1 + 4 * 4 + 4 * len(roofs.SCALES)
+    assert [one.scales for one in found.scaled] == [*roofs.SCALES]
+    assert all(one.rows == 8192 and one.ms and one.reason is None for one in found.scaled)
     few, many = (one for one in found.gemm if isinstance(one, Products) and one.precision == "fp8")
     assert few.ms["qkv"] == 0.16 / roofs.WEIGHTS and many.ms["qkv"] == 0.16 / roofs.FEW_WEIGHTS, "of one product each"

@@ -24,7 +24,7 @@ FLOORS = (
     ("engines", "engines.onnx_file", "engines.cores", "engines.instructions", "engines.plugins", "masks"),
     ("engines.start", "engines.onnxruntime", "engines.tiled"),
     ("detector",),
-    ("line.outcome", "line.monitor_evidence"),
+    ("line.outcome", "line.monitor_evidence", "line.heap"),
     ("line.policy", "line.event", "line.journal"),
     ("line.monitor_look", "line.feeder", "line.sinks.rows", "line.sinks.base"),
     (

@@ -196,7 +196,7 @@ def test_inspection_takes_a_mode(
     photos.mkdir()
     for i, frame in enumerate(tiny_frames(3)):
         Image.fromarray(frame).save(photos / f"{i}.png")
-    given = [str(folder), str(photos), "--class", "0", "--output", str(rows), "--format", "jsonl"]
+    given = [str(folder), str(photos), "--class", "nut", "--output", str(rows), "--format", "jsonl"]
     options = ["--engine", "openvino", "--device", "cpu", "--mode", "throughput"]
     monkeypatch.setattr(sys, "argv", ["flowad-inspect", *given, *options])
     main()

@@ -276,7 +276,8 @@ def front(
     if json:
         common.print_json(record.dump())
     else:
-        common.say(tables.markdown(record))
+        for line in tables.markdown(record).splitlines():
+            common.say(line)
     if any(row.failed for row in record.cases):
         raise typer.Exit(common.EXIT_ERROR)
 

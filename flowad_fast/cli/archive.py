@@ -48,7 +48,7 @@ def inspect_archive(
     class_from_folder: bool,
     engine: str,
     device: str,
-    mode: Mode | None,
+    mode: Mode | None = None,
     batch: int,
     json: bool,
 ) -> None:
