@@ -77,6 +77,14 @@ def test_the_table_says_what_was_not_measured_and_what_each_saw(found: PeersReco
     assert lines["time only"].count("not measured") == 2
     assert "skipped" in lines["accuracy only"]
     assert "70 of 413 parts, 290 s, ended by budget (a bank)" in text and "random weights" in text
+    assert "0.930 (0.910–0.950), 70 of 413 parts" in lines["slow"], "beside the accuracy, too"
+
+
+def test_a_training_that_has_not_seen_every_part_says_what_it_was():
+    whole = Training(budget_s=300, spent_s=30, threads=1, parts=413, of=413, steps=9, ended="own limit")
+    assert whole.short == ""
+    assert whole.but(parts=2, steps=2).short == "2 training steps"
+    assert whole.but(parts=60, steps=None).short == "60 of 413 parts"
 
 
 def test_the_front_is_what_no_other_beats():

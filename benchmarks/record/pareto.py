@@ -60,4 +60,10 @@ def _panel(axes: Axes, product: str, points: list[tuple[float, float, float, flo
     axes.margins(x=0.2, y=0.1)
     axes.set_title(f"{product}: circles ours, squares peers, dashed: nothing is both faster and better", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    place(axes, [(ms, auroc, row.name) for ms, auroc, _, _, row in points])
+    place(axes, [(ms, auroc, _label(row, product)) for ms, auroc, _, _, row in points])
+
+
+def _label(row: PeerRow, product: str) -> str:
+    """Its name, and what the budget left of its training."""
+    accuracy = row.of(product)
+    return row.name if accuracy is None or not accuracy.short else f"{row.name}, {accuracy.short}"

@@ -42,6 +42,13 @@ class Training(Part):
     ended: Literal["all parts", "own limit", "budget"]
     note: str = ""
 
+    @property
+    def short(self) -> str:
+        """What the budget left of the training, where not every part went into it once; "" else."""
+        if self.parts >= self.of:
+            return ""
+        return f"{self.parts} of {self.of} parts" if self.steps is None else f"{self.steps} training steps"
+
 
 class Accuracy(Part):
     """How a method ranks a product's test photos, as fractions; `low` and `high` are a 95 % bootstrap interval."""
@@ -55,6 +62,11 @@ class Accuracy(Part):
     image_ap: float
     image_f1max: float
     training: Training | None = None
+
+    @property
+    def short(self) -> str:
+        """See `Training`."""
+        return self.training.short if self.training is not None else ""
 
 
 class PeerRow(Part):
@@ -125,9 +137,11 @@ def cells(row: PeerRow, products: Sequence[str]) -> list[str]:
     accuracy = []
     for product in products:
         one = row.of(product)
-        accuracy.append(
-            NOTHING if one is None else f"{one.image_auroc:.3f} ({one.low:.3f}–{one.high:.3f})"
-        )  # fmt: skip
+        if one is None:
+            accuracy.append(NOTHING)
+            continue
+        short = f", {one.short}" if one.short else ""
+        accuracy.append(f"{one.image_auroc:.3f} ({one.low:.3f}–{one.high:.3f}){short}")
     return [
         row.name, f"{row.backbone}, {row.weights}", "" if row.evaluations is None else str(row.evaluations), *time,
         memory, f"{row.products} product{'s' if row.products > 1 else ''}", *accuracy,
@@ -163,7 +177,9 @@ def markdown(record: PeersRecord) -> str:
         f"Time: whole frames of {height}x{width} ({record.frames}), one per call, from uint8 in host memory to map and "
         f"score there, {record.threads} thread(s); every row in turns with the anchor, *{record.anchor}*. Accuracy: "
         "the same test photos, nothing of which was seen before; each method was trained on the same good parts of "
-        f"the product within {record.budget_s:g} s of one thread, except ours, whose one model was trained before, on "
+        f"the product with a budget of {record.budget_s:g} s of one thread (a step that cannot be stopped may end "
+        "after it; what each took is below, and beside an accuracy stands what the budget left of a training that had "
+        "not seen every part), except ours, whose one model was trained before, on "
         "those good parts of all products, and for longer. No threshold is involved.",
         "",
         *(f"- {remark}" for remark in remarks(record)),
