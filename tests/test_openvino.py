@@ -199,7 +199,9 @@ def test_inspection_takes_a_mode(
     given = [str(folder), str(photos), "--class", "nut", "--output", str(rows), "--format", "jsonl"]
     options = ["--engine", "openvino", "--device", "cpu", "--mode", "throughput"]
     monkeypatch.setattr(sys, "argv", ["flowad-inspect", *given, *options])
-    main()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     engines = {json.loads(line)["engine"] for line in rows.read_text().splitlines()}
     assert len(engines) == 1 and "throughput" in engines.pop()
     options = ["--restart", "--engine", "onnxruntime", "--mode", "throughput"]
