@@ -44,25 +44,25 @@ print(faults[-1] - faults[9])
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
-def test_threads_share_keep_heap() -> None:
-    found = {}
-    for mode in ("one", "own"):
-        done = subprocess.run([sys.executable, "-c", THREADS, mode], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found[mode] = done.stderr.count("Arena ")
-    if not found["own"]:
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+
+
+def run(script: str, mode: str) -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own, with one heap that is kept, or left to itself."""
+    done = subprocess.run([sys.executable, "-c", script, mode], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_threads_share_one_heap() -> None:
+    one, own = (run(THREADS, mode).stderr.count("Arena ") for mode in ("one", "own"))
+    if not own:
         pytest.skip("this C library is not glibc: no malloc_stats")
-    assert found["one"] == 1 < found["own"]
+    assert one == 1 < own
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
 def test_frames_take_the_memory_of_those_before() -> None:
-    faults = {}
-    for mode in ("one", "own"):
-        done = subprocess.run([sys.executable, "-c", FRAMES, mode], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        faults[mode] = int(done.stdout)
-    if faults["own"] < 500:
+    one, own = (int(run(FRAMES, mode).stdout) for mode in ("one", "own"))
+    if own < 500:
         pytest.skip("this C library keeps memory by itself")
-    assert faults["one"] < 100
+    assert one < 100
