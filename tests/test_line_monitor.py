@@ -18,7 +18,7 @@ from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.monitor import POINTS, Monitor
 from flowad_fast.line.monitor_evidence import RateTest, conformal_bound
 from flowad_fast.line.monitor_look import Look, look
-from flowad_fast.line.monitor_source import Baseline
+from flowad_fast.line.monitor_source import Baseline, Ring
 from flowad_fast.line.outcome import NoResult
 from flowad_fast.line.settings import MonitorSettings
 from flowad_fast.line.watch import Watch
@@ -265,6 +265,16 @@ def test_whatever_comes_alarms_alternate_and_memory_is_bounded(
     assert len(report.points) <= POINTS + 1 and 0 <= report.learned <= 1
     assert sum(one.parts for one in report.points) == sum(times for _, times in seen)
     assert all(0 <= one <= 1 for one in (report.rejected, report.unjudged, *report.evidence.values()))
+
+
+@examples(max_examples=60, deadline=None)
+@given(st.lists(st.floats(allow_nan=False), max_size=40), st.integers(1, 12), st.integers(0, 50))
+def test_a_ring_gives_the_newest_in_order(values: list[float], size: int, count: int) -> None:
+    ring = Ring(size)
+    for value in values:
+        ring.append(value)
+    newest = values[-size:]
+    assert ring.last(count).tolist() == (newest[-count:] if count else [])
 
 
 def scenes() -> Iterator[np.ndarray]:

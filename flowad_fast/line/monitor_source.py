@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
@@ -108,24 +108,38 @@ class Feature:
         self.tests = tests[0], tests[1]
 
 
-@dataclass
+class Ring:
+    """The last numbers of many, in memory that is there from the start: a line at work takes no more of it."""
+
+    def __init__(self, size: int) -> None:
+        """Of the last `size` numbers."""
+        self._values, self._count = np.zeros(size), 0
+
+    def append(self, value: float) -> None:
+        """One more; the oldest goes where all places are taken."""
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def last(self, count: int) -> np.ndarray:
+        """The newest, at most `count`, oldest first, float64."""
+        found = min(count, self._count, len(self._values))
+        return np.take(self._values, np.arange(self._count - found, self._count), mode="wrap")
+
+
 class Recent:
     """The last parts of a camera; bounded."""
 
-    size: int = 1000
-    latency: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
-
-    def __post_init__(self) -> None:
-        self.results: deque[str] = deque(maxlen=self.size)
-        self.values: dict[str, deque[float]] = {name: deque(maxlen=self.size) for name in ("all scores", *FEATURES)}
+    def __init__(self) -> None:
+        self.results: deque[str] = deque(maxlen=1000)
+        self.values = {name: Ring(1000) for name in ("all scores", *FEATURES)} | {"latency": Ring(10_000)}
 
     def quantiles(self, name: str, at: tuple[float, ...], last: int = 10_000) -> tuple[float, ...]:
         """Of a feature, of `all scores` or of `latency`, over the last parts; nothing before there is any."""
-        values = [*(self.latency if name == "latency" else self.values[name])][-last:]
-        return tuple(float(np.quantile(values, one)) for one in at) if values else ()
+        values = self.values[name].last(last)
+        return tuple(float(np.quantile(values, one)) for one in at) if len(values) else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """Some seconds of a camera, for charts: from when (UTC), parts, rejected, without verdict, scores, latency."""
 
@@ -176,7 +190,7 @@ class SourceMonitor:
         """One more part."""
         self.parts += 1
         recent, result = self.recent, record.result
-        recent.latency.append(record.seconds)
+        recent.values["latency"].append(record.seconds)
         recent.results.append(str(result))
         unjudged = isinstance(result, NoResult) or result is Verdict.INVALID
         self.no_results.add(unjudged)
