@@ -18,7 +18,7 @@ from flowad_fast.line.activation import Progress, active
 from flowad_fast.line.canary import CanaryCheck
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.health import Health
-from flowad_fast.line.heap import keep_heap
+from flowad_fast.line.heap import steady_heap
 from flowad_fast.line.journal import Journal
 from flowad_fast.line.scoring import InProcess, Start
 from flowad_fast.line.settings import LineSettings, WebSettings, read_settings, sink_names
@@ -134,7 +134,7 @@ def run(
 
     Exit codes: 0 it ended or was asked to, 1 it could not start or go on; every part has its outcome either way.
     """
-    keep_heap()
+    steady_heap()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     station = Station(read_settings(settings))
     line = station.line
