@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowad_fast.benchmarks.measure.cases import PRESETS
 from flowad_fast.checkpoints.load import load_checkpoint
 from flowad_fast.config import VelocityConfig
 from flowad_fast.data.images import read_frame
@@ -24,6 +25,7 @@ from flowad_fast.shipped import PHOTOS
 from flowad_fast.stages.arithmetic import Arithmetic
 from flowad_fast.stages.integration import run_dual, to_tokens
 from flowad_fast.stages.linear import Fp8Linear, Layer, Linear, PackedLinear, can_pack, make_linear, pack
+from flowad_fast.stages.maps import DensityMap
 from flowad_fast.stages.plan import Fused, Plan
 from flowad_fast.stages.scorers import Density, Inversion, Mismatch, Reconstruction
 from flowad_fast.stages.velocity import DiT, TabledDiT
@@ -252,6 +254,17 @@ def test_probes_are_cut_into_parts_of_one_size_by_what_a_gpu_has_free(monkeypatc
     assert module.plan(2, gpu)[0] == 5, "8 fit, so 10 go in two parts, of 5"
     assert module.plan(4, gpu)[0] == 4, "4 fit, so 10 go in three parts: 4, 4 and 2"
     assert module.plan(2, gpu)[0] == 5 and len(asked) == 2, "asked once for a batch, never while it is captured"
+
+
+def test_the_primal_of_the_papers_model_runs_once_a_step_on_80_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At batch 32 and K = 10, beside weights of 2.4 GB and as much again; on 40 GB in two chunks."""
+    spec = PRESETS["paper"].spec
+    assert spec is not None
+    gpu, sizes = torch.device("cuda", 0), spec.velocity
+    for free, chunk in ((75 * 2**30, 10), (36 * 2**30, 5)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        module = DensityMap(None, (), torch.ones(10, 1, 1, 1), sizes, False, None)  # type: ignore[arg-type]
+        assert module.plan(32, gpu) == (10, chunk)
 
 
 class LiveTangents(TorchDispatchMode):

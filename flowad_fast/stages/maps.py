@@ -22,8 +22,9 @@ from flowad_fast.stages.velocity import TabledDiT
 
 WIDE_BYTES = 16 * 2**20
 """Memory of one widest activation of the tangents on a CPU: what its cache holds."""
-STATE_SHARE, WIDE_SHARE = 8, 32
-"""Parts of a GPU's free memory that the states of the tangents, and one widest activation of them, may be."""
+STATE_SHARE, WIDE_SHARE = 8, 16
+"""Parts of a GPU's free memory that the states of the tangents, and one widest activation of them, may be: what an
+80 GB GPU needs for the primal once per step at batch 32 and K = 10 of the paper's model."""
 PROBE_BYTES = 3 * 2**30
 """Of the states on a CPU."""
 
