@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_floats, check_same_shape, runs_triton, warps
+from flowad_fast.kernels.launch import check_floats, check_same_shape, early, runs_triton, take_turn, warps
 
 
 @triton.jit
@@ -35,7 +35,9 @@ def _kernel(
     N,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     batch, n = row // N, row % N
     cols = tl.arange(0, BLOCK)
@@ -77,6 +79,7 @@ def _launch(
         C=channels,
         BLOCK=block,
         num_warps=warps(block),
+        **early(),
     )
 
 

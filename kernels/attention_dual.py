@@ -9,6 +9,7 @@ torch's attention.
 # mypy: allow-untyped-defs
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,7 +17,28 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_same_shape, check_tangents, holds_scores, load_tile, runs_triton
+from flowad_fast.kernels.launch import (
+    check_same_shape,
+    check_tangents,
+    early,
+    holds_scores,
+    load_tile,
+    runs_triton,
+    take_turn,
+)
+
+
+class Tile(NamedTuple):
+    """What a program takes: queries, columns of a head's width at a time, warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILES = (Tile(64, 16, 8), Tile(64, 32, 8), Tile(32, 32, 8))
+"""The first is what runs. `make gpu-check` times the others beside it, so that its record says which should be the
+first; the second does not fit the shared memory of sm_89. Wider ones, and 4 or 16 warps, spill registers."""
 
 
 @triton.jit
@@ -48,7 +70,9 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     pair, tangent = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = (pair // H).to(tl.int64), pair % H
     at, dat = b * s_b + h * s_h, tangent * d_k + b * d_b + h * d_h
@@ -81,14 +105,14 @@ def _kernel(
         tl.store(target + rows[:, None] * o_n + cols[None, :], acc.to(do_ptr.dtype.element_ty), mask=inside)
 
 
-def blocks(keys: int) -> dict[str, int]:
-    """Block sizes and launch options: 64 scores per thread, tiles that fit the shared memory of sm_89 as of sm_90."""
+def blocks(keys: int, tile: Tile = TILES[0]) -> dict[str, int]:
+    """Block sizes and launch options: the tile's, with fewer queries where rows of scores are longer than 256."""
     block = max(triton.next_power_of_2(keys), 16)
     return {
-        "BLOCK_M": min(64, 16384 // block),
+        "BLOCK_M": min(tile.rows, 16384 // block),
         "BLOCK_N": block,
-        "CHUNK": 16,
-        "num_warps": 8 if block > 64 else 4,
+        "CHUNK": tile.columns,
+        "num_warps": tile.warps if block > 64 else 4,
         "num_stages": 2,
     }
 
@@ -126,14 +150,20 @@ def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: 
         check_same_shape(q, x)
         check_same_shape(dq, dx)
     check_tangents(q, dq)
+    return reference.attention(q, k, v), tangents(q, k, v, dq, dk, dv)
+
+
+def tangents(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, tile: Tile = TILES[0]
+) -> Tensor:  # fmt: skip
+    """dO of `attention_dual`, by the kernel with this tile: on a GPU, of half types that `holds_scores`."""
     batch, heads, tokens, head = q.shape
-    tangents = dq.shape[0]
-    o = reference.attention(q, k, v)
+    count = dq.shape[0]
     q, k, v = _same_strides(q, k, v)
     dq, dk, dv = _same_strides(dq, dk, dv)
-    do = q.new_empty(tangents, batch, tokens, heads, head).transpose(2, 3)
-    options = blocks(tokens)
-    wrap_triton(_kernel)[(triton.cdiv(tokens, options["BLOCK_M"]), batch * heads, tangents)](
+    do = q.new_empty(count, batch, tokens, heads, head).transpose(2, 3)
+    options = blocks(tokens, tile)
+    wrap_triton(_kernel)[(triton.cdiv(tokens, options["BLOCK_M"]), batch * heads, count)](
         q,
         k,
         v,
@@ -149,8 +179,9 @@ def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: 
         N=tokens,
         D=head,
         **options,
+        **early(),
     )
-    return o, do
+    return do
 
 
 def _same_strides(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import bounded, check_same_shape, holds_scores, load_tile, runs_triton
+from flowad_fast.kernels.launch import bounded, check_same_shape, early, holds_scores, load_tile, runs_triton, take_turn
 
 ROWS = (16, 32, 64)
 """Queries per program; 64 are as many as torch's, for the sake of results in e4m3, which torch's cannot write."""
@@ -44,7 +44,9 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     pair = tl.program_id(1)
     b, h = (pair // H).to(tl.int64), pair % H
     at = b * s_b + h * s_h
@@ -173,4 +175,5 @@ def _launch(
         CHUNK=32,
         num_warps=4 if rows * block <= 8192 else 8,
         num_stages=3,
+        **early(),
     )

@@ -9,7 +9,7 @@ from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.activation import activate
-from flowad_fast.kernels.launch import check_contiguous, check_floats, runs_triton
+from flowad_fast.kernels.launch import check_contiguous, check_floats, early, runs_triton, take_turn
 
 _CHANNELS = 64
 """Channels of a program: a cache line of a half type."""
@@ -35,7 +35,9 @@ def _kernel(
     ACTIVATION: tl.constexpr,
     SIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     pixel = tl.arange(0, SIDE * SIDE)
     out_y, out_x = tile // ACROSS * SIDE + pixel // SIDE, tile % ACROSS * SIDE + pixel % SIDE
@@ -121,5 +123,6 @@ def depthwise(
         SIDE=side,
         CHANNELS=block,
         num_warps=8,
+        **early(),
     )
     return out, found

@@ -16,6 +16,7 @@ from flowad_fast.kernels.launch import (
     check_rows,
     check_same_shape,
     check_tangents,
+    early,
     empty_fp8,
     load_row,
     modulation,
@@ -24,6 +25,7 @@ from flowad_fast.kernels.launch import (
     rows_together,
     runs_triton,
     store_row,
+    take_turn,
     warps,
 )
 
@@ -61,7 +63,9 @@ def _kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.num_programs(0) * ROWS
     b = first // N
@@ -142,6 +146,7 @@ def _launch(
         ROWS=together,
         BLOCK=block,
         num_warps=warps(block),
+        **early(),
     )
 
 

@@ -13,11 +13,13 @@ from flowad_fast.kernels.launch import (
     GELU_SLOPE,
     check_rows,
     check_tangents,
+    early,
     empty_fp8,
     gelu_share,
     load_row,
     runs_triton,
     store_row,
+    take_turn,
     warps,
 )
 
@@ -38,7 +40,9 @@ def _kernel(
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -86,6 +90,7 @@ def _launch(
         K=tangents,
         BLOCK=block,
         num_warps=warps(block),
+        **early(),
     )
 
 

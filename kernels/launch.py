@@ -7,6 +7,8 @@ constants: Triton infers the rest, and the type checker is told so at the top of
 # mypy: allow-untyped-defs
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -44,6 +46,31 @@ def holds_scores(dtype: torch.dtype, keys: int) -> bool:
     library has nothing to gain from a kernel of our own; longer rows would spill.
     """
     return dtype in (torch.bfloat16, torch.float16) and keys <= MAX_KEYS
+
+
+_early = False
+"""See `early_launches`. A plain variable, which compilers can read."""
+
+
+@contextmanager
+def early_launches() -> Iterator[None]:
+    """Kernels are started while the one before still runs, inside the context; needs compute capability 9.0.
+
+    This is programmatic dependent launch: a kernel's programs take their places beside the last ones of the kernel
+    before, and wait there (`take_turn`) until all that was started before them has ended and is in memory. What was
+    started by others, libraries above all, waits as always. The switch belongs to the process.
+    """
+    global _early
+    before, _early = _early, True
+    try:
+        yield
+    finally:
+        _early = before
+
+
+def early() -> dict[str, bool]:
+    """Launch options of every kernel of this package, see `early_launches`."""
+    return {"EARLY": True, "launch_pdl": True} if _early else {"EARLY": False}
 
 
 def warps(block: int) -> int:
@@ -123,6 +150,14 @@ def empty_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 def modulation(row: Tensor, x: Tensor) -> Tensor:
     """A modulation (B or 1, 1, D) seen as (B, 1, D), stride 0 where it is shared: no copy."""
     return row.expand(x.shape[0], 1, x.shape[-1])
+
+
+@triton.jit
+def take_turn(EARLY: tl.constexpr):
+    """The first statement of every kernel: wait for those before, where they may still run, and let the next one in."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import bounded, check_floats, check_rows, gelu_share, runs_triton
+from flowad_fast.kernels.launch import bounded, check_floats, check_rows, early, gelu_share, runs_triton, take_turn
 
 _LINE = 128
 """Bytes of a row that a program loads at a time: a cache line."""
@@ -54,7 +54,9 @@ def _kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     PROMOTE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     part = tl.program_id(1)
     tiles = tl.cdiv(M, ROWS)
     # Neighbouring programs share weights, the larger operand.
@@ -84,7 +86,8 @@ def _kernel(
 
 
 @triton.jit
-def _sum_kernel(parts_ptr, out_ptr, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(parts_ptr, out_ptr, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    take_turn(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < SIZE
     total = tl.zeros([BLOCK], tl.float32)
@@ -139,10 +142,13 @@ def _launch(
         PROMOTE=PROMOTE_FP8 if x.dtype == reference.FP8 else None,
         num_warps=4 if rows * columns <= 8192 else 8 if rows * columns <= 16384 else 16,
         num_stages=3,
+        **early(),
     )
     if parts > 1:
         size = count * width
-        wrap_triton(_sum_kernel)[(triton.cdiv(size, _SUM),)](target, out, size, PARTS=parts, BLOCK=_SUM, num_warps=4)
+        wrap_triton(_sum_kernel)[(triton.cdiv(size, _SUM),)](
+            target, out, size, PARTS=parts, BLOCK=_SUM, num_warps=4, **early()
+        )
     return out
 
 

@@ -8,7 +8,7 @@ from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.activation import activate
-from flowad_fast.kernels.launch import check_contiguous, check_floats, check_same_shape, runs_triton
+from flowad_fast.kernels.launch import check_contiguous, check_floats, check_same_shape, early, runs_triton, take_turn
 
 _LINE = 128
 """Bytes of a pixel's channels that a program loads at a time: a cache line."""
@@ -32,7 +32,9 @@ def _kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     # Neighbouring programs share pixels, the larger operand.
     across = tl.cdiv(N, COLUMNS)
     m = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -125,5 +127,6 @@ def pointwise(
         CHUNK=min(_LINE // x.element_size(), max(triton.next_power_of_2(inner), 16)),
         num_warps=8 if rows * columns > 8192 else 4,
         num_stages=3,
+        **early(),
     )
     return out

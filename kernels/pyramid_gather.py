@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_floats, runs_triton
+from flowad_fast.kernels.launch import check_floats, early, runs_triton, take_turn
 
 MAX_STAGES = 4
 _CELLS = 32
@@ -88,7 +88,9 @@ def _kernel(
     BLOCK_1: tl.constexpr,
     BLOCK_2: tl.constexpr,
     BLOCK_3: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     b = tl.program_id(1).to(tl.int64)
     stage = tl.program_id(2)
     total: tl.constexpr = C0 + C1 + C2 + C3
@@ -148,5 +150,6 @@ def pyramid_gather(stages: list[Tensor], dtype: torch.dtype | None = None) -> Te
         _CELLS,
         *(triton.next_power_of_2(max(c, 1)) for c in channels),
         num_warps=4,
+        **early(),
     )
     return out

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_rows, empty_fp8, load_row, runs_triton, store_row, warps
+from flowad_fast.kernels.launch import check_rows, early, empty_fp8, load_row, runs_triton, store_row, take_turn, warps
 
 
 @triton.jit
-def _kernel(x_ptr, q_ptr, scale_ptr, x_m, D: tl.constexpr, BLOCK: tl.constexpr):
+def _kernel(x_ptr, q_ptr, scale_ptr, x_m, D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    take_turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
@@ -41,5 +42,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, width)
     check_rows(rows)
     block = triton.next_power_of_2(width)
-    wrap_triton(_kernel)[(rows.shape[0],)](rows, q, scale, rows.stride(0), D=width, BLOCK=block, num_warps=warps(block))
+    wrap_triton(_kernel)[(rows.shape[0],)](
+        rows, q, scale, rows.stride(0), D=width, BLOCK=block, num_warps=warps(block), **early()
+    )
     return q, scale

@@ -8,7 +8,7 @@ from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.activation import activate
-from flowad_fast.kernels.launch import check_contiguous, check_floats, runs_triton
+from flowad_fast.kernels.launch import check_contiguous, check_floats, early, runs_triton, take_turn
 
 _CHANNELS, _TILES = 64, 16
 """Channels and tiles that a program takes at a time."""
@@ -30,7 +30,9 @@ def _kernel(
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     b = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, BLOCK)
     hidden = tl.load(b1_ptr + r, mask=r < HIDDEN, other=0.0)
@@ -101,5 +103,6 @@ def squeeze_excite(
         CHANNELS=_CHANNELS,
         AT_ONCE=_TILES,
         num_warps=8,
+        **early(),
     )
     return out

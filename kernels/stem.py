@@ -8,7 +8,7 @@ from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
 from flowad_fast.kernels.activation import activate
-from flowad_fast.kernels.launch import check_contiguous, check_floats, runs_triton
+from flowad_fast.kernels.launch import check_contiguous, check_floats, early, runs_triton, take_turn
 
 _PIXELS = 64
 """Pixels of a program."""
@@ -38,7 +38,9 @@ def _kernel(
     PIXELS: tl.constexpr,
     TAPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     m = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     n = tl.arange(0, COLUMNS)
     tap = tl.arange(0, TAPS)
@@ -112,5 +114,6 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, stride: int, before: int, acti
         TAPS=max(triton.next_power_of_2(size * size * channels), 16),
         COLUMNS=max(triton.next_power_of_2(out_channels), 16),
         num_warps=4,
+        **early(),
     )
     return out

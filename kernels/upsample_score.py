@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from flowad_fast.kernels import reference
-from flowad_fast.kernels.launch import check_floats, runs_triton
+from flowad_fast.kernels.launch import check_floats, early, runs_triton, take_turn
 
 _PIXELS = 4096
 """Of a program: 16 programs share a map of 256x256 pixels, so that a single frame does not wait for one."""
@@ -37,7 +37,9 @@ def _kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn(EARLY)
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base = map_ptr + b * m_b
     pixel = part * BLOCK + tl.arange(0, BLOCK)
@@ -58,7 +60,8 @@ def _kernel(
 
 
 @triton.jit
-def _score_kernel(parts_ptr, max_ptr, min_ptr, sum_ptr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _score_kernel(parts_ptr, max_ptr, min_ptr, sum_ptr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    take_turn(EARLY)
     b = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     mask = part < PARTS
@@ -109,7 +112,9 @@ def upsample_score(maps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Ten
         PARTS=count,
         BLOCK=_PIXELS,
         num_warps=8,
+        **early(),
     )
     block = triton.next_power_of_2(count)
-    wrap_triton(_score_kernel)[(batch,)](parts, largest, smallest, total, PARTS=count, BLOCK=block, num_warps=1)
+    results = largest, smallest, total
+    wrap_triton(_score_kernel)[(batch,)](parts, *results, PARTS=count, BLOCK=block, num_warps=1, **early())
     return large, largest, smallest, total

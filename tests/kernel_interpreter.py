@@ -66,7 +66,7 @@ launch.MANY_ROWS = 12
 import kernel_cases  # noqa: E402
 
 from flowad_fast.config import VelocityConfig  # noqa: E402
-from flowad_fast.kernels import fused, reference  # noqa: E402
+from flowad_fast.kernels import attention_dual, fused, reference  # noqa: E402
 from flowad_fast.kernels.operators import short_attention  # noqa: E402
 from flowad_fast.stages.arithmetic import Arithmetic  # noqa: E402
 from flowad_fast.stages.plan import Fused, Plan, Split  # noqa: E402
@@ -124,6 +124,13 @@ def _velocity() -> dict[str, dict]:
     return results
 
 
+def _tiles() -> list[float]:
+    """Relative error of each tile of attention's tangents, against float32."""
+    drawn = kernel_cases._attention(2, 1, 70, 48, 2, views=True)(kernel_cases.Draw(torch.bfloat16))
+    _, exact = reference.attention_dual(*(t.float() for t in drawn))
+    return [_rms(attention_dual.tangents(*drawn, tile).float(), exact) for tile in attention_dual.TILES]
+
+
 def _rms(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
@@ -138,7 +145,7 @@ def main() -> None:
             before = launches
             entries = kernel_cases.measure(case, dtype, "cpu")
             results[f"{case}-{name}"] = {"entries": entries, "launches": launches - before}
-    json.dump({"cases": results, "poisoned": _poisoned(), "velocity": _velocity()}, sys.stdout)
+    json.dump({"cases": results, "poisoned": _poisoned(), "tiles": _tiles(), "velocity": _velocity()}, sys.stdout)
 
 
 if __name__ == "__main__":

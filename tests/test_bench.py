@@ -43,7 +43,7 @@ from flowad_fast.stages.scorers import SCORERS, Inversion
 
 EFFORT = Effort(seconds=0.1, least=3, most=6, extend=False, roof_seconds=0.01)
 ROW_KEYS = {
-    "name", "preset", "mode", "scorer", "options", "engine", "ran", "details", "precision", "ops", "products",
+    "name", "preset", "mode", "scorer", "options", "engine", "ran", "details", "precision", "ops", "products", "early",
     "batch", "pieces", "steps", "nfe", "probes", "shape", "frames", "frame_size", "status", "reason", "note", "parity",
     "density", "latency_ms", "device_time_ms", "fps", "stability", "memory_mb", "ratio_to_reference",
     "load_s", "export_s", "start_s", "compile_s", "first_call_s", "roof", "prediction", "rung", "rung_name", "method",

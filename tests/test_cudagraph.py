@@ -10,11 +10,12 @@ from models import tiny_model
 
 from flowad_fast.detector import Detector
 from flowad_fast.engines import cudagraph
-from flowad_fast.engines.cudagraph import CudaGraphEngine, CudaGraphStep, DirectStep, cut
+from flowad_fast.engines.cudagraph import CudaGraphEngine, CudaGraphStep, DirectStep, EarlyCudaGraphStep, cut
 from flowad_fast.engines.eager import EagerEngine
 from flowad_fast.engines.flight import KEPT, Buffers
 from flowad_fast.engines.memory import BatchLimit
 from flowad_fast.errors import EngineUnavailableError
+from flowad_fast.kernels import fused
 from flowad_fast.model import FlowModel
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.arithmetic import Arithmetic
@@ -278,6 +279,34 @@ def test_graphs_compute_what_the_eager_engine_computes(scorer: Inversion | Recon
         classes = [i % 3 for i in range(batch)]
         a, b = graph(frames(batch), classes), eager(frames(batch), classes)
         np.testing.assert_allclose(a.map, b.map, atol=1e-3 * b.map.std())
+
+
+@pytest.mark.gpu
+def test_kernels_that_start_early_compute_the_same_bits() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    pipeline = ScoringPipeline(small_model(), Inversion(), how=Arithmetic("bf16", fused))
+    steps = {step: CudaGraphEngine(pipeline, "cuda", (1, 4), step, measure_products=False) for step in STEPS}
+    for batch in (1, 4):
+        for _ in range(20):
+            (a, _), (b, _) = (steps[step].run(frames(batch), None) for step in STEPS)
+            np.testing.assert_array_equal(a, b)
+
+
+def test_early_launches_need_the_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    engine = CudaGraphEngine(ScoringPipeline(small_model(), Inversion()), "cpu", (1,), EarlyDirect)
+    with pytest.raises(EngineUnavailableError, match=r"compute capability 9\.0"):
+        engine.run(frames(1), None)
+
+
+class EarlyDirect(EarlyCudaGraphStep):
+    """On any device, as far as it comes without a graph."""
+
+    needs_gpu = False
+
+
+STEPS = (CudaGraphStep, EarlyCudaGraphStep)
 
 
 @pytest.mark.gpu

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.errors import OutOfResources
 
 from flowad_fast.benchmarks.measure import roofs
 from flowad_fast.benchmarks.measure.cases import PRESETS, REFERENCE, empty_row, shape_of
 from flowad_fast.benchmarks.measure.environment import environment, moment
 from flowad_fast.benchmarks.measure.turns import measured
 from flowad_fast.benchmarks.measure.worker import Samples
-from flowad_fast.benchmarks.record import record
+from flowad_fast.benchmarks.record import record, report
 from flowad_fast.benchmarks.record.limits import Products, Roofs
 from flowad_fast.benchmarks.record.machine import Environment, Moment
 from flowad_fast.benchmarks.record.record import Memory
@@ -33,6 +34,7 @@ from flowad_fast.benchmarks.runs.gpu_plan import (
 )
 from flowad_fast.benchmarks.runs.gpu_runner import Outcome
 from flowad_fast.errors import ConfigError
+from flowad_fast.kernels import attention_dual
 
 PLAN = plan(GPU)
 HEADLINES = [work for work in PLAN if work.headline]
@@ -61,6 +63,8 @@ DENSITY_MS = {("bf16", 10): 1100.0, ("bf16", 1): 170.0, ("fp8", 10): 700.0, ("fp
 TESTS = 200.0
 """The upper end of the estimate, without what parallel compilation saves."""
 COMPILE = 120.0
+TILE = 6.0
+"""A tile of attention's tangents: nearly all of it is compiling."""
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +152,8 @@ class Machine:
         if work.kind == "backbone":
             return total + 3.0
         if work.kind == "roofs":
-            return total + 0.6 * 4 * len(work.sizes) * len(work.precisions) / 4
+            tiles = len(attention_dual.TILES) if any(probes for _, probes in work.sizes) else 0
+            return total + 0.6 * 4 * len(work.sizes) * len(work.precisions) / 4 + TILE * tiles
         if case.engine == "compile":
             return total + COMPILE + 5
         for key, cost in (("expected", EXPECTED[case.scorer.kind]), ("triton", TRITON if case.ops == "fused" else 0.0)):
@@ -158,6 +163,7 @@ class Machine:
                 total += cost
         if (case.precision, case.name) not in self.known:  # else it is loaded already
             self.known.add((case.precision, case.name))
+            total += TRITON if case.early else 0.0  # other kernels, though of the same source
             total += LOAD + (PRODUCTS if case.batch == 1 and case.products == "measured" else 0.3)
         call = self.call(work)
         timed = max(3 * call, work.seconds)
@@ -182,7 +188,8 @@ def test_the_plan_measures_what_was_asked_for_in_this_order() -> None:
     parts = list(dict.fromkeys(work.part for work in PLAN))
     assert parts == [
         "smoke", "batch 1 latency", "batch 32", "GPU tests", "density", "reconstruction", "reference path",
-        "density in fp8", "ladder", "sweep", "products of the other rows", "the library's products",
+        "density in fp8", "ladder", "sweep", "products of the other rows", "early launches",
+        "the library's products",
         "ladder, torch.compile",
     ]  # fmt: skip
     assert len({work.name for work in PLAN}) == len(PLAN)
@@ -237,7 +244,7 @@ def test_what_hangs_is_cut_off_and_later_headlines_are_measured(tmp_path: Path, 
 
 
 def test_torch_compile_runs_where_time_is_left(tmp_path: Path) -> None:
-    machine, result = rehearsed(tmp_path, tests=40.0)
+    machine, result = rehearsed(tmp_path, tests=20.0)
     left = BUDGET_S - (machine.ends["the library's products: " + PLAN[-2].case.name] - 1000)
     assert left > COMPILE_S and PLAN[-1].name in machine.ends
     assert all(part.status == "ok" for part in result.parts or ())
@@ -403,5 +410,36 @@ def test_products_that_are_timed_on_a_gpu_are_well_formed_there(monkeypatch: pyt
     assert len(found.gemm) == 4 and len(calls) == 1 + 4 * 4 + 4 * len(roofs.SCALES)
     assert [one.scales for one in found.scaled] == [*roofs.SCALES]
     assert all(one.rows == 8192 and one.ms and one.reason is None for one in found.scaled)
+    assert not found.tangents
     few, many = (one for one in found.gemm if isinstance(one, Products) and one.precision == "fp8")
     assert few.ms["qkv"] == 0.16 / roofs.WEIGHTS and many.ms["qkv"] == 0.16 / roofs.FEW_WEIGHTS, "of one product each"
+
+
+def test_tiles_of_tangents_are_timed_on_the_views_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors; one is refused as a GPU refuses what it has no room for."""
+    asked: list[tuple[list[torch.Size], attention_dual.Tile]] = []
+
+    def tangents(*given: torch.Tensor | attention_dual.Tile) -> None:
+        *heads, tile = given
+        asked.append(([t.shape for t in heads], tile))
+        if tile is attention_dual.TILES[1]:
+            raise OutOfResources(232_448, 231_000, "shared memory")
+
+    def clock(run: Callable[[], object], repeats: int = 0) -> float:
+        run()
+        return 160.0
+
+    spec = PRESETS["paper"].spec
+    assert spec is not None
+    monkeypatch.setattr(attention_dual, "tangents", tangents)
+    monkeypatch.setattr(roofs, "graph_clock", clock)
+    monkeypatch.setattr(roofs, "torch_device", lambda name: torch.device("cuda", 0))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = roofs.measure(shape_of(spec), [], [], "cuda", probes=(32, 10)).tangents
+    one, each = torch.Size((32, 8, 256, 256)), torch.Size((10, 32, 8, 256, 256))
+    assert asked == [([one] * 3 + [each] * 3, tile) for tile in attention_dual.TILES]
+    assert [one.tile for one in found] == [tuple(tile) for tile in attention_dual.TILES]
+    assert [one.ms for one in found] == [0.16, None, 0.16]
+    assert "shared memory" in (found[1].reason or "") and not found[0].reason
+    lines = report._tangents(Roofs(tangents=found))
+    assert lines[0].endswith("64 queries by 16 columns, 8 warps (runs): 0.16 ms") and "not measured" in lines[1]

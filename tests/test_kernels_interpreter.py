@@ -11,6 +11,7 @@ import pytest
 from kernel_cases import CASES, DTYPES
 
 from flowad_fast.kernels import fused, reference
+from flowad_fast.kernels.attention_dual import TILES
 
 DRIFT = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2, "fp8": 1e-1}
 """Largest relative error of the field by precision."""
@@ -50,6 +51,10 @@ def test_the_whole_field_on_its_kernels(run: str, measured: dict) -> None:
     assert result["launches"] >= (30 if run.endswith("-split") else 14)
     for error, torchs in zip(result["error"], result["torch"], strict=True):
         assert error < largest and error <= 1.15 * max(torchs, 1e-6), result
+
+
+def test_every_tile_of_attentions_tangents_computes_the_same(measured: dict) -> None:
+    assert len(measured["tiles"]) == len(TILES) and max(measured["tiles"]) < DRIFT["bf16"], measured["tiles"]
 
 
 def test_every_operator_has_a_case() -> None:

@@ -115,7 +115,8 @@ def axes_of(preset: str, quick: bool = False) -> Preset:
 class Case:
     """One row: a model with a scorer on an engine. Everything that a fresh process needs to measure it.
 
-    `products` concerns the engine cudagraph: matrix products as `measured` to be fastest, or the `library`'s.
+    `products` and `early` concern the engine cudagraph: matrix products as `measured` to be fastest, or the
+    `library`'s; whether kernels are started before the ones ahead of them have ended.
     """
 
     preset: str
@@ -124,6 +125,7 @@ class Case:
     precision: Precision = "fp32"
     ops: str = "reference"
     products: str = "measured"
+    early: bool = False
     batch: int = 1
     mode: Mode = "offline"
     device: str = "auto"
@@ -142,6 +144,7 @@ class Case:
         kind = f"{self.scorer.kind}{probes}-s{self.scorer.count}"
         ops = "" if self.ops == "reference" else f"-{self.ops}"
         ops += "" if self.products == "measured" else f"-{self.products}"
+        ops += "-early" if self.early else ""
         label = f"{self.label}/" if self.label else ""
         return f"{label}{kind}/{self.engine}{ops}/{self.precision}/b{self.batch}/{self.mode}"
 
@@ -253,7 +256,7 @@ def expand(
 
 def reference_of(case: Case) -> Case:
     """The reference path on the same work."""
-    return replace(case, engine=REFERENCE, precision="fp32", ops="reference", products="measured")
+    return replace(case, engine=REFERENCE, precision="fp32", ops="reference", products="measured", early=False)
 
 
 def empty_row(case: Case, status: Status = "ok", reason: str | None = None) -> Row:
@@ -268,6 +271,7 @@ def empty_row(case: Case, status: Status = "ok", reason: str | None = None) -> R
         precision=case.precision,
         ops=case.ops,
         products=case.products if case.engine == "cudagraph" else None,
+        early=case.early if case.engine == "cudagraph" else None,
         batch=case.batch,
         pieces=case.pieces,
         steps=case.scorer.count,

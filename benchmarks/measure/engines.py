@@ -74,11 +74,12 @@ def start(case: Case, model: FlowModel | None, artefact: str | None) -> Detector
     if case.engine == REFERENCE:
         return Detector(ReferenceEngine(model, case.scorer, case.device), model.spec)
     if case.engine == "cudagraph":
-        from flowad_fast.engines.cudagraph import CudaGraphEngine
+        from flowad_fast.engines.cudagraph import CudaGraphEngine, CudaGraphStep, EarlyCudaGraphStep
 
         # Only the row's own batch: other captures would count as its memory.
         pipeline = ScoringPipeline(model, case.scorer, "max", Arithmetic(case.precision, operators(case.ops)))
-        engine = CudaGraphEngine(pipeline, case.device, (case.batch,), measure_products=case.products == "measured")
+        step, measure = EarlyCudaGraphStep if case.early else CudaGraphStep, case.products == "measured"
+        engine = CudaGraphEngine(pipeline, case.device, (case.batch,), step, measure_products=measure)
         return Detector(engine, model.spec)
     return Detector.from_model(
         model, case.scorer, engine=case.engine, precision=case.precision, device=case.device, ops=case.ops

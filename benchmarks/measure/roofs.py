@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from triton.errors import TritonError
 
-from flowad_fast.benchmarks.record.limits import BackboneTime, NoProducts, Products, Roofs, ScaledProducts
+from flowad_fast.benchmarks.record.limits import BackboneTime, NoProducts, Products, Roofs, ScaledProducts, TangentTile
 from flowad_fast.benchmarks.record.record import Prediction, Roof, Row
 from flowad_fast.config import Precision
 from flowad_fast.engines.device import torch_device
 from flowad_fast.engines.precision import arithmetic
 from flowad_fast.engines.timing import graph_clock
-from flowad_fast.kernels import fused
+from flowad_fast.kernels import attention_dual, fused
 from flowad_fast.kernels.account import Roofs as AccountRoofs
 from flowad_fast.kernels.account import VelocityShape, account, predicted_seconds
 from flowad_fast.model import FlowModel
@@ -42,6 +43,7 @@ def measure(
     precisions: Sequence[Precision],
     device: str = "auto",
     seconds: float = 1.0,
+    probes: tuple[int, int] | None = None,
 ) -> Roofs:
     """Copy bandwidth in GB/s, and for each precision and number of rows M the four products' median ms and TFLOP/s.
 
@@ -51,6 +53,7 @@ def measure(
         precisions: those that this device cannot multiply in are listed with the reason.
         device: as everywhere.
         seconds: time for each product on the CPU; on a GPU a captured graph over distinct weights is replayed.
+        probes: frames and tangents of which the tiles of attention's tangents are timed, on a GPU.
     """
     where = torch_device(device)
     source = torch.randn(COPY_BYTES[where.type] // 4, device=where)
@@ -71,6 +74,9 @@ def measure(
         copy_bytes=source.nbytes,
         gemm=tuple(gemm),
         scaled=scaled,
+        tangents=tuple(_tangents(shape, *probes, tile, where) for tile in attention_dual.TILES)
+        if probes and where.type == "cuda"
+        else (),
     )
 
 
@@ -139,6 +145,23 @@ def _scaled(
         return found.but(reason=" ".join(str(error).split())[:200])
     ms = {name: round(one, 4) for name, one in times.items()}
     return found.but(ms=ms, block_ms=round(sum(times.values()), 4))
+
+
+def _tangents(
+    shape: VelocityShape, batch: int, probes: int, tile: attention_dual.Tile, device: torch.device
+) -> TangentTile:
+    """Attention's tangents in bfloat16 on the views that they get in a block; a tile that does not fit says so."""
+    found = TangentTile(tile=tuple(tile), batch=batch, probes=probes)
+
+    def views(*lead: int) -> tuple[torch.Tensor, ...]:
+        qkv = torch.randn(*lead, shape.tokens, 3 * shape.hidden, device=device, dtype=torch.bfloat16)
+        return tuple(part.unflatten(-1, (shape.heads, -1)).transpose(-3, -2) for part in qkv.chunk(3, -1))
+
+    call = partial(attention_dual.tangents, *views(batch), *views(probes, batch), tile)
+    try:
+        return found.but(ms=round(_milliseconds([call], device, 0.0), 4))
+    except (RuntimeError, TritonError) as error:
+        return found.but(reason=" ".join(str(error).split())[:200])
 
 
 def _scales(m: int, k: int, n: int, kind: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

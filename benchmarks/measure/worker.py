@@ -273,10 +273,11 @@ class Worker:
             np.savez(independent, cells=found, errors=errors)
 
     def roofs(
-        self, shape: VelocityShape, rows: Sequence[int], precisions: Sequence[Precision], device: str, seconds: float
-    ) -> Roofs:
+        self, shape: VelocityShape, rows: Sequence[int], precisions: Sequence[Precision], device: str, seconds: float,
+        probes: tuple[int, int] | None = None,
+    ) -> Roofs:  # fmt: skip
         """Measure this machine's roofs; see `roofs.measure`."""
-        return roofs.measure(shape, rows, precisions, device, seconds)
+        return roofs.measure(shape, rows, precisions, device, seconds, probes)
 
     def backbone(self, case: Case, batches: Sequence[int], seconds: float) -> tuple[BackboneTime, ...]:
         """The backbone of the case's model alone, in the layouts and types that an engine may give it."""

@@ -34,6 +34,19 @@ class ScaledProducts(Part):
     reason: str | None = None
 
 
+class TangentTile(Part):
+    """Attention's tangents alone, by one tile of `kernels.attention_dual.TILES`: ms of a call, or why not.
+
+    `tile` is queries and columns of a program, and its warps; the first tile of a record is the one that scorers run.
+    """
+
+    tile: tuple[int, int, int]
+    batch: int
+    probes: int
+    ms: float | None = None
+    reason: str | None = None
+
+
 class Roofs(Part):
     """What the machine can do at most, or the reason why that was not measured."""
 
@@ -43,6 +56,7 @@ class Roofs(Part):
     copy_bytes: int | None = None
     gemm: tuple[Products | NoProducts, ...] = ()
     scaled: tuple[ScaledProducts, ...] = ()
+    tangents: tuple[TangentTile, ...] = ()
 
 
 class BackboneTime(Part):

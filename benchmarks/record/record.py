@@ -141,6 +141,7 @@ class Row(Part):
     precision: Precision = "fp32"
     ops: str = "reference"
     products: str | None = None
+    early: bool | None = None
     batch: int
     pieces: int = 1
     """Batches that a call held, of whose time each has its share: where an engine computes one while others move."""

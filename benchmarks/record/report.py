@@ -68,9 +68,10 @@ def cells(row: Row) -> list[str]:
 
 
 def runs(row: Row) -> str:
-    """What runs a row: the engine, its operators, and matrix products where they are not those measured fastest."""
+    """What runs a row: the engine, its operators, what is asked for beside them: library products, launches."""
     ops = "" if row.ops == "reference" else f" {row.ops}"
-    return row.engine + ops + (", library products" if row.products == "library" else "")
+    asked = (", library products" if row.products == "library" else "") + (", early launches" if row.early else "")
+    return row.engine + ops + asked
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def remarks(record: Record) -> list[str]:
                 f"{row.name}: standard error {d.standard_error:g} per location, {d.share_of_spread:.1%} of the map's "
                 f"spread; rank correlation {ranks} with an independent K = 10"
             )
-    return lines + _scaled(record.roofs)
+    return lines + _scaled(record.roofs) + _tangents(record.roofs)
 
 
 def _scaled(roofs: Roofs) -> list[str]:
@@ -172,6 +173,16 @@ def _scaled(roofs: Roofs) -> list[str]:
             per_row = "" if one.rows not in ours else f", per row {_number(ours[one.rows])} ms"
             lines.append(f"{what}: {_number(one.block_ms)} ms{per_row}")
     return lines
+
+
+def _tangents(roofs: Roofs) -> list[str]:
+    """What attention's tangents take with each tile; scorers run the first."""
+    return [
+        f"attention's tangents, batch {one.batch}, K = {one.probes}, {one.tile[0]} queries by {one.tile[1]} columns, "
+        f"{one.tile[2]} warps{' (runs)' if one.tile == roofs.tangents[0].tile else ''}: "
+        + (f"not measured: {one.reason}" if one.ms is None else f"{_number(one.ms)} ms")
+        for one in roofs.tangents
+    ]
 
 
 def where(record: Header) -> str:

@@ -66,7 +66,11 @@ def record_of(done: Sequence[Done], preset: str, before: Moment, seconds: float)
     measured = [one.outcome.roofs for one in done if one.outcome.roofs is not None]
     limits = Roofs(reason="not measured")
     if measured:
-        limits = measured[-1].but(gemm=tuple(gemm for one in measured for gemm in one.gemm))
+        limits = measured[-1].but(
+            gemm=tuple(gemm for one in measured for gemm in one.gemm),
+            scaled=tuple(scaled for one in measured for scaled in one.scaled),
+            tangents=tuple(tile for one in measured for tile in one.tangents),
+        )
     return Record(
         kind="gpu-check",
         preset=preset,

@@ -159,7 +159,8 @@ class Workers:
         shape = shape_of(spec)
         rows = sorted({rows_of(shape, batch, probes) for batch, probes in work.sizes})
         precisions = sorted({one for precision in work.precisions for one in products_of(precision)})
-        return seat.process.ask(Worker.roofs, shape, rows, precisions, work.case.device, 0.2 * self.pace)
+        most = max(((batch, probes) for batch, probes in work.sizes if probes), default=None)
+        return seat.process.ask(Worker.roofs, shape, rows, precisions, work.case.device, 0.2 * self.pace, most)
 
 
 def tests(deadline: float, scratch: Path, marker: str = "gpu", collect: bool = False) -> Outcome:

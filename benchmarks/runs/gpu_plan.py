@@ -37,7 +37,8 @@ class Work:
         kind: what is done; a row measures `case`, the others measure for its model.
         seconds: of timed calls, of a row.
         limit: seconds after which it is cut off, where they are not `gpu_runner.PATIENCE` times `needed`.
-        sizes: batch and probes of the rows whose products are measured as roofs; batches of the backbone.
+        sizes: batch and probes of the rows whose products, and with probes attention's tangents, are measured as roofs;
+            batches of the backbone.
         precisions: of those products.
         rung: the ladder's step that the row is.
     """
@@ -138,10 +139,12 @@ def _pieces(setting: Setting) -> Iterator[Work]:
         case = replace(work.case, mode="offline")
         yield replace(work, name=f"sweep: {case.name}", case=case)
     yield Work(
-        "products of the other rows", "products of the other rows", 12, False, like, "roofs",
+        "products of the other rows", "products of the other rows", 36, False, like, "roofs",
         sizes=((middle, None), (more, None), (most, 1), (most, 10)), precisions=setting.precisions,
     )  # fmt: skip
     if like.engine == "cudagraph":
+        early = replace(like, early=True)
+        yield Work("early launches", f"early launches: {early.name}", 16, False, early, seconds=3)
         for precision in setting.precisions:
             library = replace(like, precision=precision, products="library")
             yield Work("the library's products", f"the library's products: {library.name}", 8, False, library)

@@ -30,6 +30,7 @@ from flowad_fast.engines.products import ProductChoice, choose_products
 from flowad_fast.engines.timing import no_collection
 from flowad_fast.errors import EngineUnavailableError
 from flowad_fast.kernels import fused
+from flowad_fast.kernels.launch import early_launches
 from flowad_fast.pipeline import ScoringPipeline
 from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.velocity import TabledDiT
@@ -102,6 +103,18 @@ class CudaGraphStep(DirectStep):
     def replay(self) -> None:
         """Fill the outputs."""
         self.graph.replay()
+
+
+class EarlyCudaGraphStep(CudaGraphStep):
+    """One bucket, captured with `early_launches`. What it gains is not measured yet, so it is to be asked for."""
+
+    def __init__(
+        self, pipeline: ScoringPipeline, buffers: Buffers, streams: Streams, attention: AttentionChoice
+    ) -> None:
+        if torch.cuda.get_device_capability(buffers.frames.device) < (9, 0):
+            raise EngineUnavailableError("early launches need a GPU of compute capability 9.0; use CudaGraphStep")
+        with early_launches():
+            super().__init__(pipeline, buffers, streams, attention)
 
 
 @dataclass(frozen=True)
