@@ -75,10 +75,15 @@ class AddedResult(Part):
 
 
 class Sample(Part):
-    """Memory (resident, MB) at so many seconds, and parts judged until then."""
+    """Memory (resident, MB) at so many seconds, and parts judged until then.
+
+    Memory is the smallest of readings within half a second: what stays. `line_peak_mb`, the largest of them, has the
+    pictures that were in hand for a moment as well; None in records of one reading each.
+    """
 
     seconds: float
     line_mb: float
+    line_peak_mb: float | None = None
     child_mb: float
     parts: int
 
@@ -268,10 +273,15 @@ def _endurance(found: EnduranceResult) -> tuple[str, tuple[str, ...], list[list[
         ]  # fmt: skip
         rows.append([name, first, last, *shown])
     results = ", ".join(f"{count} {name}" for name, count in sorted(found.results.items()))
+    peaks = sorted(one.line_peak_mb for one in found.samples if one.line_peak_mb is not None)[-1:]
     remarks = [
         f"{found.rate:.2f} parts a second, {found.load:.0%} of the engine's own {found.engine_fps:.2f}; {found.parts} "
         f"parts, {found.outcomes} outcomes ({results}); {_with(found.setting)}",
         f"while it warmed up, the detector was held for a moment {found.holds} times, so that queue and batches grew",
+        *(
+            f"memory is what stays; with pictures in hand for a moment the line had up to {peak:.1f} MB"
+            for peak in peaks
+        ),
         *found.problems,
     ]
     title = (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from flowad_fast.benchmarks.record.line import FLAT, EnduranceResult, Sample, Setting, Steady
 from flowad_fast.benchmarks.runs.line_load import engine_fps
@@ -24,6 +25,8 @@ WARM_UP = 0.2
 HOLDS, HELD = 5, 0.4
 """How often, while warming up, the detector's process is held, and for how many seconds: what waits meanwhile, and the
 batches that follow, bring queues and arenas to the sizes that any later delay would bring them to."""
+READINGS, APART = 11, 0.05
+"""Of memory, for one sample, and the seconds between them: a picture is in hand for less than that."""
 MB = 1e6
 
 
@@ -81,12 +84,7 @@ def run(
                 if not rig.alive():
                     raise LineStoppedError(f"the line ended by itself: {rig.words()}")
                 judged = json.loads(rig.ask("GET", "/api/state")[1])["arrived"]
-                found.append(
-                    Sample(
-                        seconds=round(now - start, 1), line_mb=round(line.memory_info().rss / MB, 2),
-                        child_mb=round(child.memory_info().rss / MB, 2), parts=judged,
-                    )
-                )  # fmt: skip
+                found.append(_sample(now - start, line, child, judged))
                 with samples.open("a") as file:
                     file.write(found[-1].model_dump_json() + "\n")
                 if now - kept > 60 or len(found) == 1:
@@ -125,6 +123,18 @@ def steady(samples: Sequence[tuple[float, float]], minutes: float) -> Steady | N
     trend = slope * float(hours[-1] - hours[0])
     flat = spread <= FLAT and abs(trend) <= FLAT
     return Steady(spread=round(spread, 5), slope_per_hour=round(slope, 5), flat=flat)
+
+
+def _sample(seconds: float, line: psutil.Process, child: psutil.Process, parts: int) -> Sample:
+    """Memory of both processes now, see `Sample`."""
+    readings = []
+    for i in range(READINGS):
+        time.sleep(APART if i else 0.0)
+        readings.append([round(process.memory_info().rss / MB, 2) for process in (line, child)])
+    lines, children = zip(*readings, strict=True)
+    return Sample(
+        seconds=round(seconds, 1), line_mb=min(lines), line_peak_mb=max(lines), child_mb=min(children), parts=parts
+    )
 
 
 def _warm_up(minutes: float) -> float:
