@@ -19,6 +19,7 @@ from flowad_fast.engines.timing import graph_clock
 from flowad_fast.kernels import attention_dual, fused
 from flowad_fast.kernels.account import Roofs as AccountRoofs
 from flowad_fast.kernels.account import VelocityShape, account, predicted_seconds
+from flowad_fast.kernels.operators import Heads
 from flowad_fast.model import FlowModel
 from flowad_fast.stages.arithmetic import NUMBERS
 from flowad_fast.stages.fused_backbone import with_fused_backbone
@@ -151,11 +152,12 @@ def _tangents(
     shape: VelocityShape, batch: int, probes: int, tile: attention_dual.Tile, device: torch.device
 ) -> TangentTile:
     """Attention's tangents in bfloat16 on the views that they get in a block; a tile that does not fit says so."""
-    found = TangentTile(tile=tuple(tile), batch=batch, probes=probes)
+    found = TangentTile(tile=(tile.rows, tile.columns, tile.warps), batch=batch, probes=probes)
 
-    def views(*lead: int) -> tuple[torch.Tensor, ...]:
+    def views(*lead: int) -> Heads:
         qkv = torch.randn(*lead, shape.tokens, 3 * shape.hidden, device=device, dtype=torch.bfloat16)
-        return tuple(part.unflatten(-1, (shape.heads, -1)).transpose(-3, -2) for part in qkv.chunk(3, -1))
+        q, k, v = (part.unflatten(-1, (shape.heads, -1)).transpose(-3, -2) for part in qkv.chunk(3, -1))
+        return q, k, v
 
     call = partial(attention_dual.tangents, *views(batch), *views(probes, batch), tile)
     try:
