@@ -153,9 +153,7 @@ def attention_dual(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: 
     return reference.attention(q, k, v), tangents(q, k, v, dq, dk, dv)
 
 
-def tangents(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, tile: Tile = TILES[0]
-) -> Tensor:  # fmt: skip
+def tangents(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, tile: Tile = TILES[0]) -> Tensor:
     """dO of `attention_dual`, by the kernel with this tile: on a GPU, of half types that `holds_scores`."""
     batch, heads, tokens, head = q.shape
     count = dq.shape[0]

@@ -305,7 +305,7 @@ def test_compiles_without_spills(name: str, target: str, launches: list[Launch],
         if ".dot" in launch.kernel.src:
             # Hopper's own instruction needs 64 rows per program; with fewer Triton takes the one of Ampere.
             few = name.endswith("-longest") or (name.startswith("attention_short") and not name.endswith("-64"))
-            few = few or name.startswith("attention_dual-32x")
+            few |= name.startswith("attention_dual-32x")
             instruction = "mma.sync" if few else chip.tensor_cores
             assert instruction in compiled.asm["ptx"], "the products miss the tensor cores"
 

@@ -17,8 +17,8 @@ def steady_heap() -> bool:
     freed on it puts pictures among small objects, which keep their memory when they are gone: after every moment in
     which parts had to wait, a little more is taken for ever. So memory would creep for hours, at moments that the load
     decides. With these settings it is what small objects need, which is known after minutes, and the pictures of the
-    parts that are there. The price is a page fault for every 4 KiB of a picture, 0.1 ms for a frame of 256x256. The
-    heap's lock is seldom contended, since nearly all allocations are made with Python's own lock held.
+    parts that are there. The price is a page fault for every 4 KiB of a picture. The heap's lock is seldom contended,
+    since nearly all allocations are made with Python's own lock held.
     """
     if not sys.platform.startswith("linux"):
         return False
