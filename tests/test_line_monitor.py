@@ -322,6 +322,7 @@ def test_a_running_line_tells_its_alarms_to_sinks_and_remembers(tmp_path: Path) 
     assert "brightness fell" in next(one.text for one in sink.events if isinstance(one, Alarm))
     latest, rejected = watch.pictures()
     assert latest["a"].frame.shape == (64, 64, 3) and not rejected and latest["a"].record.frame is None
+    assert latest["a"].heat is not None and latest["a"].heat.base is None, "it keeps no batch's maps"
     assert "brightness" in (tmp_path / "usual.json").read_text()
     sink, _ = run(frames(60, 40))
     assert sink.alarms == ["line drifts"], "what is usual was remembered"

@@ -28,7 +28,10 @@ LARGEST = 640
 
 @dataclass(frozen=True)
 class Shown:
-    """A part as the page shows it: the frame is thinned to at most `LARGEST` pixels a side, `size` is its own."""
+    """A part as the page shows it: the frame is thinned to at most `LARGEST` pixels a side, `size` is its own.
+
+    The heat is a copy: a record's is a place in its batch's maps, all of which it would keep.
+    """
 
     record: Record
     size: tuple[int, int]
@@ -123,4 +126,5 @@ def _shown(record: Record) -> Shown | None:
     height, width = record.frame.shape[:2]
     step = max(1, -(-max(height, width) // LARGEST))
     thinned = np.ascontiguousarray(record.frame[::step, ::step])
-    return Shown(replace(record, frame=None, heat=None), (height, width), thinned, record.heat)
+    heat = None if record.heat is None else record.heat.copy()
+    return Shown(replace(record, frame=None, heat=None), (height, width), thinned, heat)
