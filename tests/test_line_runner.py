@@ -100,6 +100,7 @@ def test_verdicts_actions_and_order(engine: Engine) -> None:
     assert len({one.part for one in sink.records}) == 5
     assert health.arrived == 5 and health.pending == 0 and sum(health.results.values()) == 5
     assert set(health.latency) == {"p50", "p95", "p99", "max"} and health.sinks["all"].delivered == 5
+    assert health.last == tuple(sink.records) and all(one.frame is one.heat is None for one in health.last)
 
 
 def test_each_camera_notices_that_it_is_frozen(engine: Engine) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from flowad_fast.line.event import Alarm, Record, Sink
@@ -16,11 +17,13 @@ class Feeder:
     """Events to one sink, in order; asked again, with growing pauses, while the sink raises.
 
     Where more events wait than `capacity`, the oldest are dropped and counted in `missed`. They are kept in memory
-    only; `spool.SpoolFeeder` keeps them on disk. Safe from many threads.
+    only; `spool.SpoolFeeder` keeps them on disk. All but the newest `pictures` wait without frame and map: a frame can
+    have 15 MB. Safe from many threads.
 
     Attributes:
         name: of the sink, in alarms.
         delivered, missed, failures: events that the sink took, events that it never got, calls that raised.
+        pictures_lost: records that lost frame and map while they waited.
         trouble: what the sink raised last, "" while it works.
     """
 
@@ -31,6 +34,7 @@ class Feeder:
         tell: Callable[[Alarm], None],
         *,
         capacity: int = 1024,
+        pictures: int = 64,
         batch: int = 64,
         pauses: tuple[float, float] = (0.1, 30.0),
     ) -> None:
@@ -41,12 +45,14 @@ class Feeder:
             sink: its methods are called from this thread only.
             tell: gets an alarm when the sink begins to fail and when it works again; called from this thread.
             capacity: events that wait, at most.
+            pictures: those of them that wait with frame and map; the batch that is being delivered has as many beside
+                them.
             batch: events in one call of the sink, at most.
             pauses: first and longest pause after a failure, seconds; each is twice the one before.
         """
         self.name, self._sink, self._tell = name, sink, tell
-        self._capacity, self._batch, self._pauses = capacity, batch, pauses
-        self.delivered = self.missed = self.failures = 0
+        self._capacity, self._pictures, self._batch, self._pauses = capacity, pictures, min(batch, pictures), pauses
+        self.delivered = self.missed = self.failures = self.pictures_lost = 0
         self.trouble = ""
         self._queue: deque[Record | Alarm] = deque()
         self._held: list[Record | Alarm] = []
@@ -71,6 +77,7 @@ class Feeder:
                 self._queue.popleft()
                 self.missed += 1
             self._queue.append(event)
+            self._thin()
             self._change.notify()
 
     def close(self, limit: float) -> bool:
@@ -128,6 +135,14 @@ class Feeder:
         """Hold what is to be published next, where anything waits."""
         while self._queue and len(self._held) < self._batch:
             self._held.append(self._queue.popleft())
+
+    def _thin(self) -> None:
+        """One event more than before: take the picture of the newest that is too old to keep it."""
+        if len(self._queue) > self._pictures:
+            event = self._queue[-1 - self._pictures]
+            if isinstance(event, Record) and event.frame is not None:
+                self._queue[-1 - self._pictures] = replace(event, frame=None, heat=None)
+                self.pictures_lost += 1
 
     def _done(self) -> None:
         """What is held was delivered."""

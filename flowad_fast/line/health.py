@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,13 +19,17 @@ BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 @dataclass(frozen=True)
 class SinkState:
-    """Of one sink: events delivered, waiting and missed, calls that failed, and what it raised last."""
+    """Of one sink: events delivered, waiting and missed, calls that failed, and what it raised last.
+
+    `pictures_lost`: records that lost frame and map while they waited.
+    """
 
     delivered: int
     waiting: int
     missed: int
     failures: int
     trouble: str
+    pictures_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Health:
         sources: by camera, "" while it works, else its trouble.
         transport: by camera, what its connection has counted since it was made, such as missing packets.
         sinks: by name.
-        last: the newest records, oldest first.
+        last: the newest records, oldest first, without frame and map: 32 frames of a large camera are half a gigabyte.
         alarms: the newest alarms, oldest first.
     """
 
@@ -94,7 +98,7 @@ class Counts:
         self.cameras.setdefault(record.camera, Counter())[record.result.value] += 1
         self.histogram[bisect_left(BUCKETS, record.seconds)] += 1
         self.total += record.seconds
-        self.last.append(record)
+        self.last.append(replace(record, frame=None, heat=None))
         self._seconds.append(record.seconds)
 
     def latency(self) -> dict[str, float]:

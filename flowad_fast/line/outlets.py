@@ -20,7 +20,9 @@ Listener = Callable[[Record | Alarm], None]
 class Outlets:
     """Gives every event to every sink. Safe from many threads once it was opened."""
 
-    def __init__(self, sinks: Mapping[str, Sink], promising: Container[str], folder: Path | None, budget: int) -> None:
+    def __init__(
+        self, sinks: Mapping[str, Sink], promising: Container[str], folder: Path | None, budget: int, pictures: int
+    ) -> None:
         """Nothing is started yet.
 
         Args:
@@ -28,8 +30,10 @@ class Outlets:
             promising: names of those for which what they missed is kept on disk.
             folder: where that is kept; None: nowhere.
             budget: bytes on disk for each.
+            pictures: that wait for each, see `Feeder`.
         """
         self._sinks, self._promising, self._folder, self._budget = dict(sinks), promising, folder, budget
+        self._pictures = pictures
         self._feeders: dict[str, Feeder] = {}
         self.listeners: list[Listener] = []
 
@@ -46,13 +50,14 @@ class Outlets:
         kept: dict[str, dict[str, Record]] = {}
         for name, sink in self._sinks.items():
             if self._folder is None or name not in self._promising:
-                feeders[name] = Feeder(name, sink, tell)
+                feeders[name] = Feeder(name, sink, tell, pictures=self._pictures)
             else:
                 spool = Spool(self._folder / name, self._budget)
                 kept[name] = kept_records(spool, {record.part for record in lost}) if lost else {}
                 spooled[name] = SpoolFeeder(name, sink, tell, spool)
         for number, listener in enumerate(self.listeners, 1):
-            feeders[f"{_LISTENER}{number}"] = Feeder(f"{_LISTENER}{number}", _Listening(listener), tell)
+            name = f"{_LISTENER}{number}"
+            feeders[name] = Feeder(name, _Listening(listener), tell, pictures=self._pictures)
         self._feeders = feeders | spooled  # those without a spool first: a gate must not wait for a disk
         told = {part: record for one in kept.values() for part, record in one.items()}
         for record in lost:
@@ -68,7 +73,7 @@ class Outlets:
     def states(self) -> dict[str, SinkState]:
         """By name."""
         return {
-            name: SinkState(one.delivered, one.waiting, one.missed, one.failures, one.trouble)
+            name: SinkState(one.delivered, one.waiting, one.missed, one.failures, one.trouble, one.pictures_lost)
             for name, one in self._feeders.items()
         }
 

@@ -74,7 +74,7 @@ class Line:
             promising: names of sinks for which what they missed is kept in the journal's folder.
             classes: product that each camera sees, for conditional models.
             on_no_result: what becomes of a part without a verdict.
-            capacity: parts that may wait.
+            capacity: parts that may wait; as many pictures wait for each sink that has no spool, and each listener.
             largest_batch: parts that are judged in one call, at most.
             limits: see there.
             canary: see there.
@@ -106,7 +106,7 @@ class Line:
         self._numbers = dict.fromkeys(self._sources, 0)
         self._keeping = Keeping(journal, self.tell)
         folder = None if journal is None else journal / "spool"
-        self._outlets = Outlets(sinks or {}, promising, folder, spool)
+        self._outlets = Outlets(sinks or {}, promising, folder, spool, capacity)
         self._cameras: dict[str, Acquisition] = {}
         self._left = 0
         self._threads: list[threading.Thread] = []

@@ -106,7 +106,7 @@ class LineSettings(Frozen):
     on_no_result: Literal["reject", "pass", "stop"] = "reject"
     """What becomes of a part without a verdict. What is anomalous or invalid is always rejected."""
     capacity: int = Field(default=64, ge=1, le=100_000)
-    """Parts that may wait."""
+    """Parts that may wait; as many pictures wait for each sink that keeps none on disk."""
     largest_batch: int = Field(default=4, ge=1, le=1024)
     """Parts that are judged in one call, as far as their deadlines allow."""
     engine: str = "auto"

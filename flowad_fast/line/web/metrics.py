@@ -97,6 +97,7 @@ def _outlets(health: Health) -> Iterable[Metric]:
             ("delivered", "Events that it took."),
             ("missed", "Events that it never got."),
             ("failures", "Calls that failed."),
+            ("pictures_lost", "Records that lost their picture while they waited."),
         )
     }
     for sink, state in health.sinks.items():

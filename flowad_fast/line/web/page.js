@@ -226,7 +226,8 @@ function states() {
     return item(`camera ${name}`, trouble, seen ? `${seen.parts} parts` : "");
   }));
   byId("sinks").replaceChildren(...Object.entries(state.sinks).map(([name, one]) => {
-    const left = [one.waiting && `${one.waiting} waiting`, one.missed && `${one.missed} missed`].filter(Boolean);
+    const left = [one.waiting && `${one.waiting} waiting`, one.missed && `${one.missed} missed`,
+      one.pictures_lost && `${one.pictures_lost} without picture`].filter(Boolean);
     return item(`sink ${name}`, one.trouble, [`${one.delivered} told`, ...left].join(", "));
   }));
 }
