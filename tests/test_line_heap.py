@@ -51,6 +51,31 @@ frames.clear()
 print(waiting - before, taken() - before)
 """
 
+HOLES = """
+import random, sys
+import numpy as np
+import psutil
+from flowad_fast.line.heap import steady_heap
+
+if sys.argv[1] == "one":
+    assert steady_heap()
+draw, kept = random.Random(0), [None] * 24
+
+def turn(i):
+    frames = [np.ones((256, 256, 3), np.uint8) for _ in range(30 if i % 50 == 0 else draw.choice((1, 1, 2, 4)))]
+    small = [bytes(draw.randint(2000, 60_000)) for _ in range(draw.randint(1, 60))]
+    if draw.random() < 0.5:
+        kept[i % 24] = frames[0].copy()
+
+def taken():
+    return min(psutil.Process().memory_info().rss for _ in map(turn, range(20)))
+
+[taken() for _ in range(20)]
+first = [taken() for _ in range(20)]
+last = [taken() for _ in range(130)][-20:]
+print(min(last) - min(first))
+"""
+
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
 
@@ -67,6 +92,11 @@ def test_threads_share_one_heap() -> None:
     if not own:
         pytest.skip("this C library is not glibc: no malloc_stats")
     assert one == 1 < own
+
+
+def test_pictures_that_stay_while_small_things_come_and_go_make_no_heap_grow() -> None:
+    """The end of the heap is never large enough for a picture, which small things would then lie behind."""
+    assert int(run(HOLES, "one").stdout) < 5e5
 
 
 def test_the_memory_of_frames_that_had_to_wait_goes_back() -> None:
