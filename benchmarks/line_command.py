@@ -42,7 +42,9 @@ def line(
     from flowad_fast.benchmarks.record import record as records
     from flowad_fast.benchmarks.runs import line as runs
     from flowad_fast.benchmarks.runs.line_campaign import choose
+    from flowad_fast.line.heap import steady_heap
 
+    steady_heap()  # lines that run in this process then have the memory of `flowad-line run`
     parts = words(part)
     for name in parts:
         if name not in PARTS:
