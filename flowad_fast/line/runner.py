@@ -312,39 +312,42 @@ class Line:
     # Scoring
 
     def _score(self) -> None:
-        while True:
-            with self._lock:
-                self._busy = None
-                self._idle.notify_all()
-                while not self._over and (batch := self._policy.take(time.monotonic())) is None:
-                    self._work.wait()
-                if self._over:
-                    return
-                assert batch is not None
-                items = [self._items[part.id] for part in batch.parts]
-                scoring, self._batch = self.scoring, batch
-                self._busy = scoring
-                self._beyond = time.monotonic() + self._limits.call
-            failure = None
-            try:
-                judgements = self.judge(scoring, batch, items, self._limits.call)
-            except (HangError, EngineLostError) as error:
-                failure = str(error)
-            except Exception as error:  # about these parts, not about the engine
-                with self._lock:
-                    self._batch, self._beyond = None, float("inf")
-                    reason = f"{type(error).__name__}: {error}"
-                    self._tell(self._policy.fail(batch, reason, time.monotonic()))
-                continue
+        while self._score_batch():
+            pass
+
+    def _score_batch(self) -> bool:
+        """Wait for a batch and judge it; False when the line is over. Between batches nothing holds their pictures."""
+        with self._lock:
+            self._busy = None
+            self._idle.notify_all()
+            while not self._over and (batch := self._policy.take(time.monotonic())) is None:
+                self._work.wait()
+            if self._over:
+                return False
+            assert batch is not None
+            items = [self._items[part.id] for part in batch.parts]
+            scoring, self._batch = self.scoring, batch
+            self._busy = scoring
+            self._beyond = time.monotonic() + self._limits.call
+        failure = None
+        try:
+            judgements = self.judge(scoring, batch, items, self._limits.call)
+        except (HangError, EngineLostError) as error:
+            failure = str(error)
+        except Exception as error:  # about these parts, not about the engine
             with self._lock:
                 self._batch, self._beyond = None, float("inf")
-                now = time.monotonic()
-                if failure is None:
-                    self._tell(self._policy.finish(batch, judgements, now))
-                else:
-                    self._tell(self._policy.fail(batch, failure, now))
-            if failure is not None and not self._restart(scoring, failure):
-                return
+                reason = f"{type(error).__name__}: {error}"
+                self._tell(self._policy.fail(batch, reason, time.monotonic()))
+            return True
+        with self._lock:
+            self._batch, self._beyond = None, float("inf")
+            now = time.monotonic()
+            if failure is None:
+                self._tell(self._policy.finish(batch, judgements, now))
+            else:
+                self._tell(self._policy.fail(batch, failure, now))
+        return failure is None or self._restart(scoring, failure)
 
     def _check(self, scoring: Scoring) -> None:
         """Judge the canary, learn how long batches take, and say that the line is ready; FlowADError otherwise."""

@@ -30,7 +30,8 @@ class Spool:
         self._segment = segment or max(4096, min(1 << 20, budget // 8))
         folder.mkdir(parents=True, exist_ok=True)
         self._sizes = {int(path.stem): path.stat().st_size for path in folder.glob("*.jsonl") if path.stem.isdecimal()}
-        self._place = folder / "taken"
+        self._place, self._fresh = folder / "taken", folder / "taken.new"
+        self._paths: dict[int, Path] = {}
         self._first, self._offset = self._taken_until()
         for number in [one for one in self._sizes if one < self._first]:
             self._drop(number)
@@ -97,10 +98,9 @@ class Spool:
         self._first, self._offset = self._read
         self._read = None
         self.waiting -= count
-        fresh = self._place.with_name("taken.new")
         with suppress(OSError):  # the next one notes this one too
-            fresh.write_text(f"{self._first} {self._offset}")
-            os.replace(fresh, self._place)
+            self._fresh.write_text(f"{self._first} {self._offset}")
+            os.replace(self._fresh, self._place)
 
     def all(self) -> Iterator[bytes]:
         """All lines that wait, oldest first; none of them is taken by that."""
@@ -123,11 +123,14 @@ class Spool:
             return min(self._sizes, default=1), 0
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:09d}.jsonl"
+        """Made once: every new `Path` puts its names into a table of the interpreter, which takes more after 100,000."""
+        if number not in self._paths:
+            self._paths[number] = self._folder / f"{number:09d}.jsonl"
+        return self._paths[number]
 
     def _drop(self, number: int) -> None:
         self._path(number).unlink(missing_ok=True)
-        del self._sizes[number]
+        del self._sizes[number], self._paths[number]
 
     def _lines(self, number: int) -> int:
         data = self._path(number).read_bytes()

@@ -39,6 +39,7 @@ class RecordedParts:
         """Nothing is read yet."""
         self._settings = settings
         self._files: list[Path] = []
+        self._names: list[str] = []
         self._shown = 0
         self._start = 0.0
 
@@ -47,6 +48,7 @@ class RecordedParts:
         settings = self._settings
         if not self._files:
             self._files, self._start = find_images(settings.folder), time.monotonic()
+            self._names = [path.relative_to(settings.folder).as_posix() for path in self._files]
         turn, place = divmod(self._shown, len(self._files))
         if settings.rounds is not None and turn >= settings.rounds:
             raise EndOfSource
@@ -55,11 +57,10 @@ class RecordedParts:
             time.sleep(min(left, wait))
             if left > wait:
                 return None
-        path = self._files[place]
         self._shown += 1
-        name = path.relative_to(settings.folder).as_posix() + (f"#{turn + 1}" if turn else "")
+        name = self._names[place] + (f"#{turn + 1}" if turn else "")
         try:
-            frame = read_frame(path)
+            frame = read_frame(self._files[place])
         except FrameError as error:
             return Shot(None, name, str(error))
         return Shot(frame, name)  # reading the file is no part of what a camera does, so it is not part of the age
