@@ -123,7 +123,7 @@ class Spool:
             return min(self._sizes, default=1), 0
 
     def _path(self, number: int) -> Path:
-        """Made once: every new `Path` puts its names into a table of the interpreter, which takes more after 100,000."""
+        """Made once: every new `Path` puts its names into a table of the interpreter, which grows with them."""
         if number not in self._paths:
             self._paths[number] = self._folder / f"{number:09d}.jsonl"
         return self._paths[number]
