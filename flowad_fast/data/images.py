@@ -106,7 +106,7 @@ def read_frame(path: str | Path, channels: Literal["rgb", "bgr"] = "rgb") -> NDA
     """
     if channels not in ("rgb", "bgr"):
         raise ConfigError(f"unknown channel order {channels!r}; {nearest(channels, ('rgb', 'bgr'))}")
-    path = path if isinstance(path, Path) else Path(path)
+    path = Path(path)
     image, deep = _load(path)
     if deep or image.mode not in _MODES:
         raise FrameError(

@@ -1,7 +1,7 @@
 """What leaves the line: one record per part, and events about the line itself; what a sink is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -52,6 +52,10 @@ class Record:
     frame: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     heat: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
     stamp: int | None = None
+
+    def without_pictures(self) -> "Record":
+        """The same outcome for those who keep many: frame and map stay with those who show or store them."""
+        return replace(self, frame=None, heat=None)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from flowad_fast.line.event import Alarm, Record, Sink
@@ -141,7 +140,7 @@ class Feeder:
         if len(self._queue) > self._pictures:
             event = self._queue[-1 - self._pictures]
             if isinstance(event, Record) and event.frame is not None:
-                self._queue[-1 - self._pictures] = replace(event, frame=None, heat=None)
+                self._queue[-1 - self._pictures] = event.without_pictures()
                 self.pictures_lost += 1
 
     def _done(self) -> None:

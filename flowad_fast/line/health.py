@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Counts:
         self.cameras.setdefault(record.camera, Counter())[record.result.value] += 1
         self.histogram[bisect_left(BUCKETS, record.seconds)] += 1
         self.total += record.seconds
-        self.last.append(replace(record, frame=None, heat=None))
+        self.last.append(record.without_pictures())
         self._seconds.append(record.seconds)
 
     def latency(self) -> dict[str, float]:

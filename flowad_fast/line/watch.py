@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -127,4 +127,4 @@ def _shown(record: Record) -> Shown | None:
     step = max(1, -(-max(height, width) // LARGEST))
     thinned = np.ascontiguousarray(record.frame[::step, ::step])
     heat = None if record.heat is None else record.heat.copy()
-    return Shown(replace(record, frame=None, heat=None), (height, width), thinned, heat)
+    return Shown(record.without_pictures(), (height, width), thinned, heat)
