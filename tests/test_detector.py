@@ -205,6 +205,14 @@ def test_frozen_camera() -> None:
     assert "frozen camera" in (detector(np.stack([frames[0], frames[0]])).invalid[1] or "")
 
 
+def test_a_camera_may_use_its_memory_again() -> None:
+    camera, frame = fake(calibration(1e9)).camera(), photos(1)
+    for _ in range(3):
+        assert camera(frame).verdict == ("good",)
+        frame[:] = 255 - frame
+        frame[0, 0, 0] //= 2
+
+
 def test_a_frozen_camera_is_one_camera() -> None:
     detector = fake(calibration(1e9))
     left, right = detector.camera(), detector.camera()

@@ -124,6 +124,14 @@ def test_a_hanging_call_gives_no_result_in_time_and_the_line_goes_on(engine: Eng
     assert health.failures == 1 and sink.alarms == ["engine failed", "engine failed over"]
 
 
+def test_a_part_that_comes_late_is_told_at_its_own_deadline(engine: Engine) -> None:
+    sink = Collector()
+    source = IteratorSource(spaced(frame(1), Shot(frame(200), age=0.4), pause=0.1))
+    Line(detector(engine), {"a": source}, deadline=0.5, sinks={"all": sink}, limits=LIMITS).run()
+    late = sink.records[1]
+    assert late.result is NoResult.LATE and 0.5 <= late.seconds < 0.54, "not when a part that is new would be late"
+
+
 def test_a_raising_engine_fails_its_parts_only(engine: Engine) -> None:
     sink = Collector()
     source = IteratorSource(spaced(frame(1), frame(201), frame(2)))

@@ -66,6 +66,19 @@ def test_it_computes_what_the_detector_does_here(path: Path) -> None:
         scoring(tiny_frames(1), None, 1)
 
 
+def test_a_map_stays_while_it_is_held_and_its_memory_is_used_again(path: Path) -> None:
+    scoring = InProcess(Start(path, threads=1))
+    scoring.start(60)
+    kept = [scoring(tiny_frames(2) // n, None, 10).map[1] for n in range(1, 7)]
+    for n, map in enumerate(kept, 1):
+        assert np.array_equal(map, scoring(tiny_frames(2) // n, None, 10).map[1])
+    del kept[1:], map
+    used = {scoring(tiny_frames(count), None, 10).map.ctypes.data for count in (1, 2, 2, 1, 3, 3, 1, 2)}
+    assert len(used) == 2, "three frames need more than the block that was free, which then serves all"
+    assert kept[0].ctypes.data not in used
+    scoring.close()
+
+
 def test_hang_crash_and_error_are_told_and_survived(path: Path) -> None:
     scoring = InProcess(Start(path, threads=1), naughty)
     scoring.start(60)

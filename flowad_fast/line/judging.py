@@ -20,7 +20,7 @@ class Judge:
 
     def __init__(self, cameras: Iterable[str], classes: Mapping[str, str]) -> None:
         """Cameras by name, and the product that each sees, for conditional models."""
-        self._shown = {camera: FrozenFrames() for camera in cameras}
+        self._shown = {camera: FrozenFrames(altered=False) for camera in cameras}  # a shot's frame is the line's
         self._classes = classes
 
     def names(self, cameras: Iterable[str]) -> list[str | int] | None:

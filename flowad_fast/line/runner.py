@@ -305,9 +305,11 @@ class Line:
             while not self._over:
                 now = time.monotonic()
                 self._tell(self._policy.expire(now))
+                # Where no part is pending, until the first that may come would be late: then none has to wake this
+                # thread, which would take the lock from the one that is to judge it.
                 until = self._policy.next_deadline()
-                self._watched = float("inf") if until is None else until
-                self._clock.wait(None if until is None else max(0.0, until - now) + 2e-4)
+                self._watched = now + self._deadline if until is None else until
+                self._clock.wait(max(0.0, self._watched - now) + 2e-4)
 
     # Scoring
 

@@ -7,11 +7,14 @@ line: it abandons the thread that hangs, which helps as long as the call has let
 """
 
 import logging
+import math
 import multiprocessing
+import pickle
+import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -147,13 +150,55 @@ class Start:
     threads: int | None = None
 
 
-@dataclass(frozen=True)
-class _Result:
-    """A detection without its map, which lies in the shared memory."""
+class _Messages:
+    """One end of a wire between two processes. From one thread.
 
-    raw: NDArray[np.float32]
-    classes: tuple[str, ...]
-    invalid: tuple[str | None, ...]
+    Not multiprocessing's: after a detector's call nothing is in the caches, and its Python costs a quarter of a
+    millisecond in each call. Here the kernel keeps messages apart, and waits.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end, self._room = end, bytearray(1 << 18)  # more than the kernel takes of one message
+
+    def send(self, message: object) -> None:
+        """OSError where the other end is closed."""
+        self._end.sendall(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def receive(self, limit: float | None = None) -> object:
+        """The next message; TimeoutError after `limit` seconds, EOFError or OSError where the other end is closed."""
+        self._end.settimeout(None if limit is None else max(limit, 1e-3))
+        if not (size := self._end.recv_into(self._room)):
+            raise EOFError("the other end is closed")
+        return pickle.loads(memoryview(self._room)[:size])
+
+    def close(self) -> None:
+        """Both ends notice."""
+        self._end.close()
+
+
+class _MapMemory:
+    """Copies of maps in memory that is used again once nobody holds it, for new pages cost more than the copy."""
+
+    def __init__(self, most: int = 4) -> None:
+        """No more than `most` blocks are kept; who needs another gets memory of its own."""
+        self._most = most
+        self._blocks: list[NDArray[np.float32]] = []
+
+    def copy(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A copy that is the caller's for as long as it, or a view of it, is held."""
+        free = [i for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2]  # the list, and the call
+        fitting = next((i for i in free if self._blocks[i].size >= maps.size), None)
+        if fitting is not None:
+            block = self._blocks[fitting]
+        else:
+            block = np.empty(maps.size, np.float32)
+            if free:
+                self._blocks[free[0]] = block
+            elif len(self._blocks) < self._most:
+                self._blocks.append(block)
+        found = block[: maps.size].reshape(maps.shape)
+        found[...] = maps
+        return found
 
 
 class InProcess:
@@ -173,14 +218,16 @@ class InProcess:
         self.size, self.image_size = self.manifest.frame_size, self.manifest.model.image.size
         self.calibration, self.path = self.manifest.calibration, start.bundle
         self._child: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._messages: _Messages | None = None
         self._memory: SharedMemory | None = None
+        self._maps = _MapMemory()
 
     def start(self, limit: float) -> None:
         """Kill the child that there is, and start another."""
         self.close()
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._messages = _Messages(ours)
         self._child = context.Process(
             target=serve, args=(theirs, self._start, self._make), name="flowad-line detector", daemon=True
         )
@@ -197,23 +244,23 @@ class InProcess:
 
     def __call__(self, frames: Frames, classes: Names, limit: float) -> Detection:
         """See `Scoring`."""
-        if self._pipe is None:
+        if self._messages is None:
             raise EngineLostError("the detector's process is not running")
         maps = (len(frames), *self.manifest.map_size(frames.shape[1], frames.shape[2]))
         begin = -(-frames.nbytes // 64) * 64
-        memory = self._shared(begin + int(np.prod(maps)) * 4)
+        memory = self._shared(begin + math.prod(maps) * 4)
         np.ndarray(frames.shape, np.uint8, memory.buf)[...] = frames
         try:
-            self._pipe.send((memory.name, frames.shape, begin, classes))
+            self._messages.send((memory.name, frames.shape, begin, classes))
         except OSError as error:
             raise EngineLostError(f"the detector's process has ended ({error})") from None
         answer = self._answer(limit)
-        if not isinstance(answer, _Result):
+        if not isinstance(answer, tuple):
             raise EngineLostError(f"the detector's process said {answer!r}, expected a result")
-        heat = np.ndarray(maps, np.float32, memory.buf, begin).copy()
-        height, width = frames.shape[1:3]
-        limits = self.calibration
-        return Detection(heat, answer.raw, answer.classes, answer.invalid, self.engine, limits, (height, width))
+        raw, names, invalid = answer
+        heat = self._maps.copy(np.ndarray(maps, np.float32, memory.buf, begin))
+        scores, size = np.array(raw, np.float32), (frames.shape[1], frames.shape[2])
+        return Detection(heat, scores, names, invalid, self.engine, self.calibration, size)
 
     def close(self) -> None:
         """Kill the child and free the memory."""
@@ -221,9 +268,9 @@ class InProcess:
             self._child.kill()
             self._child.join(5)
             self._child = None
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        if self._messages is not None:
+            self._messages.close()
+            self._messages = None
         if self._memory is not None:
             self._memory.close()
             self._memory.unlink()
@@ -238,11 +285,11 @@ class InProcess:
         return self._memory
 
     def _answer(self, limit: float) -> object:
-        assert self._pipe is not None
+        assert self._messages is not None
         try:
-            if not self._pipe.poll(limit):
-                raise HangError(f"the detector did not answer within {limit:g} s")
-            answer: object = self._pipe.recv()
+            answer = self._messages.receive(limit)
+        except TimeoutError:
+            raise HangError(f"the detector did not answer within {limit:g} s") from None
         except (EOFError, OSError):
             raise EngineLostError("the detector's process has ended") from None
         if isinstance(answer, FrameError):
@@ -252,22 +299,24 @@ class InProcess:
         return answer
 
 
-def serve(pipe: Connection, start: Start, make: Callable[[Start], Call] | None) -> None:
-    """The child: load, say the engine's name, then answer until the pipe closes."""
+def serve(end: socket.socket, start: Start, make: Callable[[Start], Call] | None) -> None:
+    """The child: load, say the engine's name, then answer until the other end is closed."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the line drains first
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as does a service manager's stop; the pipe's end ends it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as does a service manager's stop; the other end's end ends it
+    messages = _Messages(end)
     memory: SharedMemory | None = None
     try:
         try:
             detector: Call = make(start) if make is not None else _loaded(start)
         except Exception as error:
-            pipe.send(EngineUnavailableError(f"{type(error).__name__}: {error}"))
+            messages.send(EngineUnavailableError(f"{type(error).__name__}: {error}"))
             return
-        pipe.send(detector.engine)
+        messages.send(detector.engine)
         while True:
-            name, shape, begin, classes = pipe.recv()
+            job: tuple[str, tuple[int, ...], int, Names] = messages.receive()  # type: ignore[assignment]
+            name, shape, begin, classes = job
             if memory is None or memory.name != name:
                 if memory is not None:
                     memory.close()
@@ -275,11 +324,12 @@ def serve(pipe: Connection, start: Start, make: Callable[[Start], Call] | None) 
             try:
                 found = detector(np.ndarray(shape, np.uint8, memory.buf), classes)
                 np.ndarray(found.map.shape, np.float32, memory.buf, begin)[...] = found.map
-                pipe.send(_Result(found.raw_score, found.classes, found.invalid))
+                # Of the detection all but its map, which lies in the shared memory.
+                messages.send((found.raw_score.tolist(), found.classes, found.invalid))
             except FrameError as error:
-                pipe.send(error)
+                messages.send(error)
             except Exception as error:
-                pipe.send(EngineLostError(f"the detector raised {type(error).__name__}: {error}"))
+                messages.send(EngineLostError(f"the detector raised {type(error).__name__}: {error}"))
     except (EOFError, OSError):
         return  # the line has ended or let go
 

@@ -18,7 +18,6 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
         array = array[None]
     if array.size == 0 and array.ndim in (1, 4) and array.shape[0] == 0:
         return np.zeros((0, *(size or (1, 1)), 3), np.uint8)
-    shape = f"{array.dtype} {array.shape}"
     if array.ndim != 4 or array.shape[-1] != 3:
         hint = ""
         if array.ndim in (3, 4) and array.shape[-1] == 4:
@@ -27,8 +26,9 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
             hint = "; move channels last: frames.transpose(0, 2, 3, 1)"
         elif array.ndim in (2, 3) or array.shape[-1:] == (1,):
             hint = "; repeat grey frames: np.repeat(frames[..., None], 3, -1)"
-        raise FrameError(f"expected uint8 frames (B, H, W, 3) in RGB order, got {shape}{hint}")
+        raise FrameError(f"expected uint8 frames (B, H, W, 3) in RGB order, got {array.dtype} {array.shape}{hint}")
     if array.dtype != np.uint8:
+        shape = f"{array.dtype} {array.shape}"
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise FrameError(f"frames are {shape} and hold NaN or infinite values; expected uint8")
         raise FrameError(
@@ -78,7 +78,13 @@ def _doubt(low: int, high: int) -> str | None:
 class FrozenFrames:
     """What one camera showed last; safe from many threads, as far as its frames arrive in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, altered: bool = True) -> None:
+        """Nothing was shown yet.
+
+        Args:
+            altered: whether frames may be altered after they were shown; otherwise the last one is held, not copied.
+        """
+        self._altered = altered
         self._previous: np.ndarray | None = None
         self._lock = threading.Lock()
 
@@ -94,12 +100,16 @@ class FrozenFrames:
         return reasons
 
     def _same(self, frame: np.ndarray) -> bool:
-        """Whether it equals the one before; then it is the one before, in memory that is used again."""
+        """Whether it equals the one before; then it is the one before."""
         last = self._previous
         if last is None or last.shape != frame.shape:
-            self._previous = frame.copy()
+            self._previous = frame.copy() if self._altered else frame
             return False
-        if np.array_equal(last[:1], frame[:1]) and np.array_equal(last, frame):  # nearly all differ in the first row
+        # Nearly all differ in the first row.
+        if last[0].tobytes() == frame[0].tobytes() and np.array_equal(last, frame):
             return True
-        last[...] = frame
+        if self._altered:
+            last[...] = frame  # in memory that is used again
+        else:
+            self._previous = frame
         return False
