@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flowad_fast.benchmarks.record.line import AddedResult, Quantiles, RateResult, Setting, Trial
 from flowad_fast.benchmarks.runs.line_work import Work
+from flowad_fast.detection import Detection
 from flowad_fast.detector import load
 from flowad_fast.line.event import Alarm, Record
 from flowad_fast.line.runner import Line
@@ -165,7 +166,8 @@ def engine_fps(work: Work, setting: Setting, seconds: float) -> float:
 def added(work: Work, setting: Setting, parts: int, journal: Path, tell: Callable[[str], None]) -> AddedResult:
     """The same frame bare, bare in a child, and through a line, one after the other, `parts` times in changing order.
 
-    The line waits for its part alone, so that nothing is counted that other parts cost.
+    The line waits for its part alone, so that nothing is counted that other parts cost. A bare call gives what a record
+    holds of a detection: the verdict, and the regions of an anomalous part.
     """
     tell(f"added: {parts} parts in turn")
     detector = load(work.bundle, device="cpu", threads=setting.threads)
@@ -181,12 +183,12 @@ def added(work: Work, setting: Setting, parts: int, journal: Path, tell: Callabl
 
     def bare(frame: Frames) -> None:
         start = time.perf_counter()
-        _ = detector(frame[None]).verdict
+        _said(detector(frame[None]))
         times["bare"].append(time.perf_counter() - start)
 
     def in_child(frame: Frames) -> None:
         start = time.perf_counter()
-        _ = child(frame[None], None, LIMITS.call).verdict
+        _said(child(frame[None], None, LIMITS.call))
         times["child"].append(time.perf_counter() - start)
 
     def through(frame: Frames) -> None:
@@ -218,6 +220,11 @@ def added(work: Work, setting: Setting, parts: int, journal: Path, tell: Callabl
         setting=setting, bare=bare_q, child=quantiles(ms["child"]), line=line_q, added=differences,
         paired=quantiles(ms["line"] - ms["bare"]), stages=stages,
     )  # fmt: skip
+
+
+def _said(found: Detection) -> None:
+    if Verdict.ANOMALOUS in found.verdict:
+        _ = found.regions
 
 
 def quantiles(ms: NDArray[np.float64]) -> Quantiles:

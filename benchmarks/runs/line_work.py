@@ -12,7 +12,7 @@ from PIL import Image
 from flowad_fast.bundle import read, write_manifest
 from flowad_fast.detector import load
 from flowad_fast.errors import ConfigError
-from flowad_fast.stages.decision import Calibration, ClassCalibration
+from flowad_fast.stages.decision import Calibration, ClassCalibration, PixelThreshold
 
 PICTURES = 24
 """Different pictures; the same one comes again only after the others, for two in a row are a frozen camera."""
@@ -77,9 +77,13 @@ def prepare(folder: Path, bundle: Path | None, seed: int, tell: Callable[[str], 
     frames = draw(PICTURES, *(manifest.frame_size or (side, side)), seed)
     tell("judging the pictures with the bare detector")
     detector = load(target, device="cpu", threads=1)
-    scores = tuple(float(detector(frame[None]).raw_score[0]) for frame in frames)
+    found = [detector(frame[None]) for frame in frames]
+    scores = tuple(float(one.raw_score[0]) for one in found)
     threshold = divide(scores)
-    limits = Calibration(alpha=0.05, classes={"": ClassCalibration(threshold=threshold, parts=len(scores))})
+    highest = [float(one.map.max()) for one, score in zip(found, scores, strict=True) if score <= threshold]
+    pixels = PixelThreshold(threshold=max(highest), parts=len(highest))  # so that anomalous parts have regions
+    limit = ClassCalibration(threshold=threshold, parts=len(scores), pixels=pixels)
+    limits = Calibration(alpha=0.05, classes={"": limit})
     write_manifest(target, manifest.model_copy(update={"calibration": limits}))
     (folder / "pictures").mkdir()
     paths = tuple(folder / "pictures" / f"{i:02d}.png" for i in range(len(frames)))

@@ -37,7 +37,7 @@ def check_frames(frames: np.ndarray | Sequence[np.ndarray], size: tuple[int, int
         )
     if size is not None and array.shape[1:3] != size:
         raise FrameError(f"the bundle takes {size[0]}x{size[1]} frames, got {array.shape[1]}x{array.shape[2]}")
-    return np.require(array, requirements=["C", "W"])
+    return array if array.flags.carray else np.require(array, requirements=["C", "W"])
 
 
 def extremes(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -192,7 +192,9 @@ class _Components:
 
 def _components(map: NDArray[np.float32], threshold: float) -> _Components:
     """8-connected components of `map > threshold`, which has a cell: runs of rows, joined where they meet."""
-    padded = np.pad((map > threshold).view(np.uint8), 1)
+    above = map > threshold
+    padded = np.zeros((map.shape[0] + 2, map.shape[1] + 2), np.uint8)
+    padded[1:-1, 1:-1] = above
     pitch = padded.shape[1]
     edges = np.flatnonzero(np.diff(padded.ravel())) + 1  # a row ends in two zeros, so no run goes on in the next
     starts, ends = edges[::2], edges[1::2]
@@ -201,12 +203,11 @@ def _components(map: NDArray[np.float32], threshold: float) -> _Components:
     count = np.maximum(high - low, 0)
     upper = np.repeat(np.arange(len(starts)), count)
     lower = np.arange(count.sum()) + np.repeat(low - (np.cumsum(count) - count), count)
-    _, label = np.unique(_joined(len(starts), upper, lower), return_inverse=True)
-    n = int(label.max()) + 1
-    first_run = np.full(n, len(starts))
-    np.minimum.at(first_run, label, np.arange(len(starts)))
-    values = np.pad(map, 1, constant_values=-np.inf).ravel()
-    run_peaks = np.maximum.reduceat(values, edges)[::2]
+    root = _joined(len(starts), upper, lower)
+    first_run = np.flatnonzero(root == np.arange(len(starts)))
+    n, label = len(first_run), np.searchsorted(first_run, root)
+    values, run_cells = map[above], ends - starts
+    run_peaks = np.maximum.reduceat(values, np.cumsum(run_cells) - run_cells)
     peaks = np.full(n, -np.inf, map.dtype)
     np.maximum.at(peaks, label, run_peaks)
     rows, left, right = starts // pitch - 1, starts % pitch - 1, ends % pitch - 1
@@ -215,8 +216,8 @@ def _components(map: NDArray[np.float32], threshold: float) -> _Components:
     for side, of_runs, choose in ((0, left, np.minimum), (1, rows, np.minimum), (2, right, np.maximum),
                                   (3, rows + 1, np.maximum)):  # fmt: skip
         choose.at(boxes[:, side], label, of_runs)
-    cells = np.bincount(label, weights=ends - starts).astype(np.intp)
-    return _Components(padded, starts[first_run], cells, peaks, boxes, label, ends - starts)
+    cells = np.bincount(label, weights=run_cells).astype(np.intp)
+    return _Components(padded, starts[first_run], cells, peaks, boxes, label, run_cells)
 
 
 def _joined(n: int, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp]:
