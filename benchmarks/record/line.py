@@ -66,7 +66,7 @@ class AddedResult(Part):
     setting: Setting
     bare: Quantiles
     child: Quantiles
-    """A bare call of a detector in a child process: what the pipe and the shared memory cost."""
+    """A bare call of a detector in a child process: what messages and shared memory cost."""
     line: Quantiles
     added: Mapping[str, float]
     paired: Quantiles
