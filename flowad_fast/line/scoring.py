@@ -9,13 +9,15 @@ line: it abandons the thread that hangs, which helps as long as the call has let
 import logging
 import math
 import multiprocessing
+import os
 import pickle
 import socket
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.shared_memory import SharedMemory
+from mmap import mmap
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias
@@ -160,45 +162,74 @@ class _Messages:
     def __init__(self, end: socket.socket) -> None:
         self._end, self._room = end, bytearray(1 << 18)  # more than the kernel takes of one message
 
-    def send(self, message: object) -> None:
-        """OSError where the other end is closed."""
-        self._end.sendall(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+    def send(self, message: object, files: Sequence[int] = ()) -> None:
+        """A message, and files that the other end may use too; OSError where that is closed."""
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        if files:
+            socket.send_fds(self._end, [data], files)
+        else:
+            self._end.sendall(data)
 
-    def receive(self, limit: float | None = None) -> object:
-        """The next message; TimeoutError after `limit` seconds, EOFError or OSError where the other end is closed."""
+    def receive(self, limit: float | None = None) -> tuple[object, list[int]]:
+        """The next message and its files.
+
+        Raises:
+            TimeoutError: none came within `limit` seconds.
+            EOFError, OSError: the other end is closed.
+        """
         self._end.settimeout(None if limit is None else max(limit, 1e-3))
-        if not (size := self._end.recv_into(self._room)):
+        size, more, _, _ = self._end.recvmsg_into([self._room], socket.CMSG_SPACE(_SLOTS * array("i").itemsize))
+        if not size:
             raise EOFError("the other end is closed")
-        return pickle.loads(memoryview(self._room)[:size])
+        return pickle.loads(memoryview(self._room)[:size]), [fd for _, _, given in more for fd in array("i", given)]
 
     def close(self) -> None:
         """Both ends notice."""
         self._end.close()
 
 
-class _MapMemory:
-    """Copies of maps in memory that is used again once nobody holds it, for new pages cost more than the copy."""
+_SLOTS = 6
+"""Places of memory that both processes see: of the frames, of maps that are copied, and of maps that are lent."""
 
-    def __init__(self, most: int = 4) -> None:
-        """No more than `most` blocks are kept; who needs another gets memory of its own."""
-        self._most = most
-        self._blocks: list[NDArray[np.float32]] = []
 
-    def copy(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A copy that is the caller's for as long as it, or a view of it, is held."""
-        free = [i for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2]  # the list, and the call
-        fitting = next((i for i in free if self._blocks[i].size >= maps.size), None)
-        if fitting is not None:
-            block = self._blocks[fitting]
-        else:
-            block = np.empty(maps.size, np.float32)
-            if free:
-                self._blocks[free[0]] = block
-            elif len(self._blocks) < self._most:
-                self._blocks.append(block)
-        found = block[: maps.size].reshape(maps.shape)
-        found[...] = maps
-        return found
+class _Memory:
+    """Memory that both processes see, in numbered slots; the kernel frees it when neither holds it any more.
+
+    A map is lent as it lies there: its slot is used again when nobody holds it. Where all are held, maps are copied.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[NDArray[np.uint8] | None] = [None] * _SLOTS
+        self._given: dict[int, int] = {}
+
+    def frames(self, size: int) -> NDArray[np.uint8]:
+        """The slot of the frames, with room for `size` bytes."""
+        return self._room(0, size)
+
+    def maps(self, size: int) -> tuple[int, NDArray[np.uint8]]:
+        """A slot that nobody holds, and its memory; slot 1 is for maps that the caller must copy."""
+        slots = self._slots  # a count of 2 is of this list and of the call that counts
+        free = (i for i in range(2, _SLOTS) if slots[i] is None or sys.getrefcount(slots[i]) == 2)
+        slot = next(free, 1)
+        return slot, self._room(slot, size)
+
+    def given(self) -> dict[int, int]:
+        """Slots that the other process does not know, and their files, which the caller closes."""
+        given, self._given = self._given, {}
+        return given
+
+    def _room(self, slot: int, size: int) -> NDArray[np.uint8]:
+        there = self._slots[slot]
+        if there is None or len(there) < size:
+            file = os.memfd_create("flowad-line")
+            os.ftruncate(file, size)
+            there = self._slots[slot] = _mapped(file)
+            self._given[slot] = file
+        return there
+
+
+def _mapped(file: int) -> NDArray[np.uint8]:
+    return np.frombuffer(mmap(file, 0), np.uint8)
 
 
 class InProcess:
@@ -219,8 +250,7 @@ class InProcess:
         self.calibration, self.path = self.manifest.calibration, start.bundle
         self._child: multiprocessing.process.BaseProcess | None = None
         self._messages: _Messages | None = None
-        self._memory: SharedMemory | None = None
-        self._maps = _MapMemory()
+        self._memory = _Memory()
 
     def start(self, limit: float) -> None:
         """Kill the child that there is, and start another."""
@@ -246,21 +276,26 @@ class InProcess:
         """See `Scoring`."""
         if self._messages is None:
             raise EngineLostError("the detector's process is not running")
-        maps = (len(frames), *self.manifest.map_size(frames.shape[1], frames.shape[2]))
-        begin = -(-frames.nbytes // 64) * 64
-        memory = self._shared(begin + math.prod(maps) * 4)
-        np.ndarray(frames.shape, np.uint8, memory.buf)[...] = frames
+        shape = (len(frames), *self.manifest.map_size(frames.shape[1], frames.shape[2]))
+        size = math.prod(shape) * 4
+        self._memory.frames(frames.nbytes)[: frames.nbytes].reshape(frames.shape)[...] = frames
+        slot, memory = self._memory.maps(size)
+        given = self._memory.given()
         try:
-            self._messages.send((memory.name, frames.shape, begin, classes))
+            self._messages.send((frames.shape, classes, slot, tuple(given)), tuple(given.values()))
         except OSError as error:
             raise EngineLostError(f"the detector's process has ended ({error})") from None
+        finally:
+            for file in given.values():
+                os.close(file)
         answer = self._answer(limit)
         if not isinstance(answer, tuple):
             raise EngineLostError(f"the detector's process said {answer!r}, expected a result")
         raw, names, invalid = answer
-        heat = self._maps.copy(np.ndarray(maps, np.float32, memory.buf, begin))
-        scores, size = np.array(raw, np.float32), (frames.shape[1], frames.shape[2])
-        return Detection(heat, scores, names, invalid, self.engine, self.calibration, size)
+        maps = memory[:size].view(np.float32).reshape(shape)
+        maps = maps.copy() if slot == 1 else maps
+        scores, frame_size = np.array(raw, np.float32), (frames.shape[1], frames.shape[2])
+        return Detection(maps, scores, names, invalid, self.engine, self.calibration, frame_size)
 
     def close(self) -> None:
         """Kill the child and free the memory."""
@@ -271,23 +306,12 @@ class InProcess:
         if self._messages is not None:
             self._messages.close()
             self._messages = None
-        if self._memory is not None:
-            self._memory.close()
-            self._memory.unlink()
-            self._memory = None
-
-    def _shared(self, size: int) -> SharedMemory:
-        if self._memory is None or self._memory.size < size:
-            if self._memory is not None:
-                self._memory.close()
-                self._memory.unlink()
-            self._memory = SharedMemory(create=True, size=size)
-        return self._memory
+        self._memory = _Memory()  # maps that somebody holds keep theirs
 
     def _answer(self, limit: float) -> object:
         assert self._messages is not None
         try:
-            answer = self._messages.receive(limit)
+            answer, _ = self._messages.receive(limit)
         except TimeoutError:
             raise HangError(f"the detector did not answer within {limit:g} s") from None
         except (EOFError, OSError):
@@ -306,7 +330,7 @@ def serve(end: socket.socket, start: Start, make: Callable[[Start], Call] | None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the line drains first
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as does a service manager's stop; the other end's end ends it
     messages = _Messages(end)
-    memory: SharedMemory | None = None
+    slots: dict[int, NDArray[np.uint8]] = {}
     try:
         try:
             detector: Call = make(start) if make is not None else _loaded(start)
@@ -315,15 +339,15 @@ def serve(end: socket.socket, start: Start, make: Callable[[Start], Call] | None
             return
         messages.send(detector.engine)
         while True:
-            job: tuple[str, tuple[int, ...], int, Names] = messages.receive()  # type: ignore[assignment]
-            name, shape, begin, classes = job
-            if memory is None or memory.name != name:
-                if memory is not None:
-                    memory.close()
-                memory = SharedMemory(name)
+            job: tuple[tuple[int, ...], Names, int, tuple[int, ...]]
+            job, files = messages.receive()  # type: ignore[assignment]
+            shape, classes, slot, given = job
+            for number, file in zip(given, files, strict=True):
+                slots[number] = _mapped(file)
+                os.close(file)
             try:
-                found = detector(np.ndarray(shape, np.uint8, memory.buf), classes)
-                np.ndarray(found.map.shape, np.float32, memory.buf, begin)[...] = found.map
+                found = detector(slots[0][: math.prod(shape)].reshape(shape), classes)
+                slots[slot][: found.map.nbytes].view(np.float32).reshape(found.map.shape)[...] = found.map
                 # Of the detection all but its map, which lies in the shared memory.
                 messages.send((found.raw_score.tolist(), found.classes, found.invalid))
             except FrameError as error:
