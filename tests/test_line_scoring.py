@@ -106,3 +106,9 @@ def test_a_detector_that_does_not_start_says_why(path: Path) -> None:
     with pytest.raises((HangError, EngineUnavailableError)):
         InProcess(Start(path), naughty).start(0.01)
     scoring.close()
+
+
+def test_a_system_without_such_memory_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(EngineUnavailableError, match="only Linux has"):
+        InProcess(Start(path)).start(60)

@@ -254,6 +254,10 @@ class InProcess:
 
     def start(self, limit: float) -> None:
         """Kill the child that there is, and start another."""
+        if not hasattr(os, "memfd_create"):
+            raise EngineUnavailableError(
+                "a detector in a process of its own shares memory in a way that only Linux has"
+            )
         self.close()
         context = multiprocessing.get_context("spawn")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
