@@ -1,6 +1,7 @@
 """Choosing a recipe by evidence: synthetic defects, judgement, the resumable measurement, its page, the export."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -190,7 +191,8 @@ def test_the_page_needs_no_network_and_escapes_names(tmp_path: Path) -> None:
     write_page(result, "<script>alert(1)</script>", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert "http" not in page and "data:image/png;base64," in page and result.recipe.text in page
+    words = re.sub(r"base64,[\w+/=]+", "", page)  # in which any four letters can stand
+    assert len(words) < len(page) and "http" not in words and result.recipe.text in words
     assert "Spearman" in page and f"{result.agreement.spearman:.2f}" in page  # type: ignore[union-attr]
 
 
